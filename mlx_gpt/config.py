@@ -1,0 +1,325 @@
+"""Every setting once: a dataclass field holds its default, its check, its unit and the sentence that `--help` shows.
+
+Flags, TOML keys and Python keyword arguments are made from these fields, so no second list can drift away from them.
+Where a value comes from, the first that has it: flag, file, preset, default.
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from mlx_gpt.errors import UserError
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that is also a flag and a TOML key. The bounds are what a value is checked against."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "choices": choices, "aliases": aliases})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT-2."""
+
+    vocab_size: int = setting(
+        16384, "Entries of the tokenizer that is trained; --tokenizer bytes or PATH brings its own.", at_least=1
+    )
+    n_layer: int = setting(12, "Transformer blocks.", at_least=1)
+    n_head: int = setting(12, "Attention heads per block; they share --n-embd evenly.", at_least=1)
+    n_embd: int = setting(768, "Width: numbers per token between the blocks.", at_least=1)
+    n_positions: int = setting(1024, "Longest context that the model can ever see, in tokens.", at_least=1)
+    dropout: float = setting(
+        0.1, "Share of activations that training drops (embeddings, attention, residuals).", at_least=0, below=1
+    )
+    layer_norm_epsilon: float = 1e-5  # GPT-2's; only a model from elsewhere brings another
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    data: str = setting(
+        "", "Folder, file or `builtin` to train on. [default: data/processed once prepared, else builtin]"
+    )
+    documents: str = setting(
+        "auto",
+        "What one document is in plain text; auto: a line in a hand-made train.txt, else a file.",
+        choices=("auto", "line", "blank-line", "file"),
+    )
+    column: str = setting("", "Column that holds the text. [default: `text`, or the only long one]")
+    val_fraction: float = setting(0.1, "Share of the documents kept for validation.", above=0, below=1)
+    tokenizer: str = setting(
+        "bpe", "`bpe` trains one on the text, `bytes` is plain bytes, or the PATH of a tokenizer.json."
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the weights are learnt. A step is one optimizer update."""
+
+    seq_len: int = setting(512, "Tokens per training window.", at_least=1)
+    batch_size: int = setting(16, "Windows per micro-step; lower it when memory is short.", at_least=1)
+    gradient_accumulation_steps: int = setting(4, "Micro-steps whose gradients make one step.", at_least=1)
+    max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
+    max_epochs: float = setting(10.0, "Stop after this many passes over the training text.", above=0)
+    max_minutes: float | None = setting(None, "Stop after this many minutes of training.", above=0)
+    learning_rate: float = setting(3e-4, "Highest learning rate, reached after the warm-up.", above=0)
+    min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)
+    warmup_steps: int = setting(100, "Steps in which the rate rises to its highest.", at_least=0)
+    schedule: str = setting("cosine", "How the rate falls after the warm-up.", choices=("cosine", "linear", "constant"))
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", at_least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", at_least=0, below=1)
+    weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only.", at_least=0)
+    max_grad_norm: float = setting(1.0, "Clip the gradients' global norm to this; 0 leaves it.", at_least=0)
+    log_every: int = setting(100, "Steps between two lines of the log.", at_least=1)
+    eval_every: int = setting(500, "Steps between two evaluations.", at_least=1)
+    eval_windows: int = setting(1024, "Validation windows per evaluation, always the same; 0 takes all.", at_least=0)
+    save_every: int = setting(1000, "Steps between two checkpoints.", at_least=1)
+    keep_checkpoints: int = setting(3, "Newest checkpoints to keep, beside best and final.", at_least=1)
+    precision: str = setting(
+        "auto",
+        "Numbers of the forward and backward pass; auto: bfloat16 on a GPU, float32 on the CPU.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    seed: int = setting(1337, "Steers initial weights, order of the text and dropout.", at_least=0, below=2**63)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. In flags and in TOML its settings are flat: every name is unique."""
+
+    preset: str = setting(
+        "",
+        "Sizes and rates to start from. [default: medium, or tiny for the built-in text]",
+        choices=("tiny", "small", "medium", "large"),
+    )
+    out: str = setting("", "Folder of the run. [default: weights/<preset>-<name of the data>]")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How text is sampled. Names, meaning and order are Hugging Face's; each is off at its neutral value."""
+
+    max_tokens: int = setting(200, "Most new tokens.", at_least=1, aliases=("max_length",))
+    temperature: float = setting(0.8, "Below 1 is safer, above 1 bolder; 0 always takes the likeliest.", at_least=0)
+    top_k: int = setting(50, "Sample among this many likeliest tokens; 0 is off.", at_least=0)
+    top_p: float = setting(
+        0.95, "Sample among the likeliest tokens that together have this probability; 1 is off.", above=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "Leave out tokens less likely than this share of the likeliest; 0 is off.", at_least=0, at_most=1
+    )
+    repetition_penalty: float = setting(1.2, "Above 1 makes tokens that stand in the text rarer; 1 is off.", above=0)
+    seed: int | None = setting(
+        None, "The same seed gives the same text. [default: another each time]", at_least=0, below=2**63
+    )
+    num_samples: int = setting(1, "Texts to make from each prompt; text i uses seed + i.", at_least=1)
+    stop: tuple[str, ...] = setting((), "End the text before this string; may be given several times.")
+
+
+COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on a laptop's CPU, so it looks often, learns fast and overfits nothing.
+    "tiny": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "n_positions": 256,
+        "vocab_size": 2048,
+        "dropout": 0.0,
+        "seq_len": 128,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "log_every": 10,
+        "eval_every": 100,
+        "save_every": 200,
+    },
+    "small": {"n_layer": 6, "n_head": 8, "n_embd": 512, "vocab_size": 8192},
+    "medium": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "large": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "vocab_size": 32768},
+}
+
+
+class Setting(NamedTuple):
+    """A setting as its dataclass declares it: `kind` is the type of its value, `owner` the dataclass."""
+
+    name: str
+    kind: type
+    owner: type
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def settings_of(config_class: type) -> Iterator[Setting]:
+    """Each setting of a dataclass and of the dataclasses inside it."""
+    hints = typing.get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from settings_of(typing.cast(type, hints[f.name]))
+        elif f.metadata:
+            yield Setting(f.name, kind_of(hints[f.name]), config_class, f.default, f.metadata)
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The settings of a config by name, those that are None left out."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value)
+        elif f.metadata and value is not None:
+            values[f.name] = value
+    return values
+
+
+def build(config_class: type, values: Mapping[str, Any]) -> Any:
+    """A config with the values given by name, all else at its default. The inverse of `flat`.
+
+    Raises:
+        UserError: names every unknown setting and every value out of its bounds, all at once.
+    """
+    problems = list(_problems(config_class, values))
+    if problems:
+        raise UserError("\n".join(problems))
+    return _fill(config_class, values)
+
+
+def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
+    """The settings of a run, from flags over the file over the preset over the defaults.
+
+    Raises:
+        UserError: names every unknown setting, bad value and impossible combination, all at once.
+    """
+    given = (read_toml(file) if file else {}) | dict(flags)
+    given |= {name: str(value) for name, value in given.items() if isinstance(value, Path)}
+    if not given.get("data"):
+        prepared = Path("data/processed")
+        has_corpus = any((prepared / name).exists() for name in ("train.jsonl", "train.txt"))
+        given["data"] = str(prepared) if has_corpus else "builtin"
+    if not given.get("preset"):
+        given["preset"] = "tiny" if given["data"] == "builtin" else "medium"
+    if not given.get("out"):
+        given["out"] = f"weights/{given['preset']}-{Path(str(given['data'])).stem}"
+    values = PRESETS.get(str(given["preset"]), {}) | given
+    config: Config = build(Config, values)
+    if config.training.min_lr is None:
+        config = build(Config, values | {"min_lr": config.training.learning_rate / 10})
+    if problems := list(_conflicts(config)):
+        raise UserError("\n".join(problems))
+    return config
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The settings in a TOML file, unchecked.
+
+    Raises:
+        UserError: the file can't be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --config wants a TOML file of settings.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from None
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """Write every setting, so that the file is itself a valid `--config`."""
+    path.write_text(tomli_w.dumps(flat(config)), encoding="utf-8")
+
+
+def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(config_class)
+    arguments: dict[str, Any] = {}
+    for f in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[f.name]):
+            arguments[f.name] = _fill(typing.cast(type, hints[f.name]), values)
+        elif f.name in values:
+            kind, value = kind_of(hints[f.name]), values[f.name]
+            arguments[f.name] = kind(value) if kind in (float, tuple) and value is not None else value
+    return config_class(**arguments)
+
+
+def _problems(config_class: type, values: Mapping[str, Any]) -> Iterator[str]:
+    known = {setting.name: setting for setting in settings_of(config_class)}
+    for name, value in values.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+            hint = f"did you mean `{nearest[0]}`?" if nearest else "see --help for those there are."
+            yield f"There is no setting `{name}`: {hint}"
+        else:
+            wrong = _wrong(value, known[name])
+            if wrong and value != known[name].default:
+                yield f"`{name}` must be {wrong}, not {value!r}."
+
+
+def _wrong(value: Any, setting: Setting) -> str:
+    """What the value should have been; empty when it is fine."""
+    kind, metadata = setting.kind, setting.metadata
+    if kind is tuple:
+        return "" if not isinstance(value, str) and all(isinstance(v, str) and v for v in value) else "texts"
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not fits:
+        return {int: "a whole number", float: "a number", str: "a text"}[kind]
+    if metadata["choices"] and value not in metadata["choices"]:
+        nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
+        return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
+    if kind is str:
+        return ""
+    fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())
+    if fits_bounds and (kind is int or math.isfinite(value)):
+        return ""
+    return " and ".join(f"{words} {bound:g}" for words, bound in metadata["bounds"].items()) or "a finite number"
+
+
+def kind_of(annotation: Any) -> type:
+    """The type that a value has: int for `int | None`, tuple for `tuple[str, ...]`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return typing.get_origin(annotation) or annotation
+
+
+def _conflicts(config: Config) -> Iterator[str]:
+    model, training = config.model, config.training
+    if model.n_embd % model.n_head:
+        fitting = [n for n in range(1, model.n_embd + 1) if model.n_embd % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - model.n_head))
+        yield f"`n_embd` {model.n_embd} can't be shared evenly by `n_head` {model.n_head}: try `n_head` {nearest}."
+    if config.data.tokenizer == "bpe" and model.vocab_size < 257:
+        yield (
+            f"`vocab_size` {model.vocab_size} is too small: 256 bytes and the end of a document are 257 entries, "
+            "and what a tokenizer learns comes on top."
+        )
+    if training.seq_len > model.n_positions:
+        yield (
+            f"`seq_len` {training.seq_len} is longer than the model's `n_positions` {model.n_positions}: "
+            "raise the one or lower the other."
+        )
+    if training.min_lr is not None and training.min_lr > training.learning_rate:
+        yield f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower it."
