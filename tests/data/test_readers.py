@@ -1,0 +1,292 @@
+"""What a file's documents are, and what a person is told about a file that has none."""
+
+import builtins
+import codecs
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_gpt.data import readers
+from mlx_gpt.data.readers import Dropped, read_documents
+from mlx_gpt.errors import UserError
+
+NASTY = "emoji 🦆, 漢字, NUL \0, \u2028 and \u0085 and \f, a BOM \ufeff, a lone \r, quotes \"' and a comma,\ttab"
+PROSE = "Here is a sentence that is clearly much longer than any label or name."
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write `content` to a file called `name` and return all that is read from it."""
+
+    def write_and_read(name, content, **options):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return list(read_documents(path, **options))
+
+    return write_and_read
+
+
+def parquet(path, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    pq.write_table(pa.table(columns), path)
+
+
+# ---- what is read ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", 'id,text\r\n1,one\r\n2,"two\r\nlines, ""quoted"""\r\n', ["one", 'two\r\nlines, "quoted"']),
+        ("old-mac.csv", "id,text\r1,one\r2,two\r", ["one", "two"]),
+        ("european.csv", "id;text\n1;one, two\n", ["one, two"]),
+        ("blank-rows.csv", "\ntext\n\none\n\n", ["one"]),
+        ("nul.csv", 'text,n\n"a\0b",1\n', ["a\0b"]),
+        ("long-row.csv", "id,text\n1,one,more\n", ["one"]),
+        ("short-row.csv", "id,text\n1\n2,two\n", [Dropped("too few fields"), "two"]),
+        ("a.tsv", "id\ttext\n1\tone, two\n", ["one, two"]),
+        ("UPPER.CSV", "text\none\n", ["one"]),
+        ("a.jsonl", '{"text": "one"}\r\n\n"two"\n', ["one", "two"]),
+        ("a.ndjson", '"one"\n"two"', ["one", "two"]),
+        (
+            "holes.jsonl",
+            '{"text": "one"}\n{"text": 5}\n{"txt": "x"}\n[1]\nnull\n',
+            ["one", *map(Dropped, ["not a string", "column missing", "not a string", "not a string"])],
+        ),
+        ("surrogate.jsonl", '"\\ud800"\n"\\ud83e\\udd86"\n', [Dropped("not valid Unicode"), "🦆"]),
+        ("a.txt", "one\n\ntwo\n", ["one\n\ntwo\n"]),
+        ("notes", "no suffix", ["no suffix"]),
+        ("a.md", "# one\n", ["# one\n"]),
+        ("train.txt", "one\r\n\ntwo\r  \nthree", ["one", "two", "three"]),
+        ("short.txt", "\0\0a", None),
+        ("nuls.txt", "four \0\0\0\0 " * 20, None),
+        ("few-nuls.txt", "a\0b\0 and a text that goes on for longer than the nothing in it", None),
+    ],
+)
+def test_documents_of_each_format(read, name, content, expected):
+    assert read(name, content) == ([content] if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("file", ["a\nb\n\n \n\nc\u2028c\u0085c\n"]),
+        ("auto", ["a\nb\n\n \n\nc\u2028c\u0085c\n"]),
+        ("line", ["a", "b", "c\u2028c\u0085c"]),
+        ("blank-line", ["a\nb", "c\u2028c\u0085c"]),
+    ],
+)
+def test_plain_text_is_cut_as_asked(read, documents, expected):
+    assert read("a.txt", "a\nb\n\n \n\nc\u2028c\u0085c\n", documents=documents) == expected
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.parquet"])
+def test_every_character_survives(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["n", "text"], [1, NASTY]])
+    elif name == "a.jsonl":
+        path.write_bytes(json.dumps({"text": NASTY}, ensure_ascii=False).encode())
+    elif name == "a.parquet":
+        parquet(path, text=[NASTY])
+    else:
+        path.write_bytes(NASTY.encode())
+    assert list(read_documents(path)) == [NASTY]
+
+
+@pytest.mark.parametrize(
+    ("bom", "encoding"),
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
+def test_encodings_are_recognised(read, bom, encoding, name):
+    content = 'text\r\n"đàn\r\nਊ 🦆"\r\n'  # U+0A0A has the byte of a line feed, twice
+    found = read(name, bom + content.encode(encoding))
+    assert found == ([content] if name == "a.txt" else ["đàn\r\nਊ 🦆"])
+
+
+def test_a_field_of_ten_megabytes_is_read_whole(read):
+    text = f"{PROSE}, more\n" * 140_000
+    assert read("a.csv", f'text,n\n"{text}",1\n') == [text]
+
+
+def test_parquet_gives_its_strings_and_drops_its_nulls(tmp_path):
+    parquet(tmp_path / "a.parquet", n=[1, 2, 3], text=["one", None, "three"])
+    assert list(read_documents(tmp_path / "a.parquet")) == ["one", Dropped("not a string"), "three"]
+
+
+def test_damaged_parquet_is_said_in_one_sentence(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet(path, text=["some text", "and more"] * 50)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    with pytest.raises(UserError, match=r"a\.parquet is damaged or not Parquet") as caught:
+        list(read_documents(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_all_bytes_are_reported_as_they_are_read(tmp_path):
+    sizes: list[int] = []
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "one\n" * 1000)
+    list(read_documents(path, advance=sizes.append))
+    assert sum(sizes) == path.stat().st_size
+
+
+def test_documents_come_before_the_file_is_read_to_its_end(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "one\n" * 100_000)
+    sizes: list[int] = []
+    assert next(read_documents(path, advance=sizes.append)) == "one"
+    assert sum(sizes) < 1000
+
+
+# ---- which column is the text ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "column", "expected"),
+    [
+        ("text,essay", f"short,{PROSE}", "", "short"),
+        ("Text,TITLE", f"short,{PROSE}", "", "short"),
+        ("Text,text", "capital,exact", "", "exact"),
+        ("id,essay,label", f"7,{PROSE},0.5", "", PROSE),
+        ("sentence", "short", "", "short"),
+        (" text ,n", "short,1", "", "short"),
+        ("text,title", "one,two", "title", "two"),
+        ("text,Title", "one,two", "title", "two"),
+    ],
+)
+def test_the_text_column_is_found(read, header, row, column, expected):
+    assert read("a.csv", f"{header}\n{row}\n", column=column) == [expected]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_the_only_column_of_strings_is_the_text_however_short(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.jsonl":
+        path.write_text('{"n": 1, "body": "short"}\n')
+    else:
+        parquet(path, n=[1], body=["short"])
+    assert list(read_documents(path)) == ["short"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "words"),
+    [
+        ("a.csv", f"one,two\n{PROSE},{PROSE}\n", "", ["--column NAME", "one, two"]),
+        ("a.csv", "one,two\na,b\n", "", ["--column NAME", "one, two"]),
+        ("a.csv", "one,two\na,b\n", "three", ["no column 'three'", "one, two"]),
+        ("a.jsonl", '{"a": "x", "b": "y"}\n', "", ["--column NAME", "a, b"]),
+        ("a.jsonl", '{"a": 1}\n', "", ["--column NAME", "a"]),
+        ("a.jsonl", '{"a": "x", "b": "y"}\n', "c", ["no column 'c'", "a, b"]),
+        ("a.csv", f"1,{PROSE * 3}\n2,{PROSE}\n", "", ["no header", "`text`"]),
+        ("a.csv", "7,0.5\n8,0.5\n", "", ["no header"]),
+        ("a.csv", "text\n", "", ["no rows", "header"]),
+        ("a.csv", "\n\n", "", ["no rows", "header"]),
+    ],
+)
+def test_an_unclear_column_is_asked_for(read, name, content, column, words):
+    with pytest.raises(UserError) as caught:
+        read(name, content, column=column)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ---- what cannot be read --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", ["a.txt is empty"]),
+        ("a.txt", b"one\ntwo\ncaf\xe9\n", ["line 3", "offset 11", "save the file as UTF-8"]),
+        ("a.csv", b'n,text\n1,"a\nb"\n2,caf\xe9\n', ["row 2", "offset 20", "save the file as UTF-8"]),
+        ("a.csv", b"n,t\xe9xt\n1,a\n", ["the header row", "offset 3"]),
+        ("a.jsonl", b'"one"\n"\xe9"\n', ["line 2", "offset 7", "UTF-8"]),
+        ("a.txt", codecs.BOM_UTF16_LE + "one\ntwo".encode("utf-16-le")[:-1], ["line 2", "UTF-16", "offset 14"]),
+        ("a.txt", b"\xef\xbb\xbfone\n\xe9", ["line 2", "offset 7"]),
+        ("a.csv", 'n,text\n1,a\n2,"never closed\n3,b\n', ["row 2", "not valid CSV", "quotation mark"]),
+        ("a.csv", 'text\n"a"b\n', ["row 1", "not valid CSV"]),
+        ("a.jsonl", '{"text": "one"}\n{"text": \n', ["line 2", "not valid JSON"]),
+        ("a.jsonl", "[" * 100_000, ["line 1", "not valid JSON"]),
+        ("a.json", '{\n  "text": "one"\n}\n', ["line 1", "one object"]),
+        ("a.parquet", b"PAR1 but no more", ["not Parquet"]),
+        ("a.zip", b"PK\x03\x04rest", ["zip archive"]),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_sentence(read, name, content, words):
+    with pytest.raises(UserError) as caught:
+        read(name, content)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert name in message
+    assert "\n" not in message
+
+
+def test_rows_before_a_broken_one_are_still_handed_out(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\n" + b"fine\n" * 150 + b"\xe9\n")
+    documents = read_documents(path)
+    assert [next(documents) for _ in range(150)] == ["fine"] * 150
+    with pytest.raises(UserError, match="row 151"):
+        next(documents)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no file or folder .*gone\.txt"):
+        list(read_documents(tmp_path / "gone.txt"))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UserError, match="not a file"):
+        list(read_documents(tmp_path))
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("secret")
+
+    def locked(self, *args, **kwargs):  # the tests may run as root, whom no permission stops
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", locked)
+    with pytest.raises(UserError, match=r"No permission to read .*a\.txt"):
+        list(read_documents(path))
+
+
+def test_a_document_or_line_that_no_memory_holds_is_refused(read, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_DOCUMENT", 100)
+    assert len(read("a.txt", "ten chars\n\n" * 20, documents="blank-line")) == 20
+    with pytest.raises(UserError, match="--documents blank-line"):
+        read("a.txt", "ten chars\n" * 20)
+    monkeypatch.setattr(readers, "MAX_LINE", 100)
+    with pytest.raises(UserError, match="line of over"):
+        read("a.txt", "x" * 101, documents="line")
+
+
+def test_an_unknown_cut_lists_the_known_ones(read):
+    with pytest.raises(UserError, match="auto, line, blank-line, file"):
+        read("a.txt", "one", documents="page")
+
+
+def test_without_pyarrow_parquet_says_what_to_install(read, monkeypatch):
+    real = builtins.__import__
+
+    def no_pyarrow(name, *args, **kwargs):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_pyarrow)
+    with pytest.raises(UserError, match=r"pip install 'mlx-gpt\[parquet\]'"):
+        read("a.parquet", b"PAR1")
