@@ -1,0 +1,111 @@
+"""A stand-in for Kaggle on the loopback interface: the real client talks to it, and it fails on demand."""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+LOGIN = "/api/v1/security.OAuthService/IntrospectToken"
+DOWNLOAD = "/api/v1/datasets.DatasetApiService/DownloadDataset"
+BLOB = "/blob.zip"
+
+
+@dataclass
+class FakeKaggle:
+    """What the server answers with; a test sets what it needs, before or between downloads."""
+
+    body: bytes = b""
+    active: bool = True  # whether the token is accepted
+    status: dict[str, int] = field(default_factory=dict)  # path -> the error it answers with
+    hang: str = ""  # the path that never answers
+    html: str = ""  # the path that answers with a web page
+    cut: int | None = None  # send no more than this many bytes of the body at a time, though all are promised
+    halfway: Callable[[], None] | None = None  # called once half of the body is sent, which then stops
+    promised: int | None = None  # a Content-Length that is not the body's
+    requests: list[tuple[str, dict[str, object]]] = field(default_factory=list)  # what was asked: path and JSON body
+
+    def __enter__(self) -> "FakeKaggle":
+        self._released = threading.Event()
+        fake = self
+
+        class Handler(_Handler):
+            kaggle = fake
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def wait_until_closed(self) -> None:
+        self._released.wait(30)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    kaggle: FakeKaggle
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._misbehave(asked):
+            return
+        if self.path == LOGIN:
+            self._answer_json(200, {"active": self.kaggle.active, "username": "tester"})
+        elif self.path == DOWNLOAD:
+            self._answer(302, b"", {"Location": self.kaggle.url + BLOB})
+        else:
+            self._answer_json(404, {"code": 404, "message": "no such endpoint"})
+
+    def do_GET(self) -> None:
+        if self._misbehave({}):
+            return
+        kaggle, body = self.kaggle, self.kaggle.body
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(kaggle.promised or len(body) - start))
+        self.send_header("Content-Type", "application/zip")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", '"v1"')
+        self.send_header("Last-Modified", "Mon, 05 Jan 2026 10:00:00 GMT")
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        if kaggle.halfway:
+            self.wfile.write(body[: len(body) // 2])
+            kaggle.halfway()
+            kaggle.wait_until_closed()
+        elif kaggle.cut is not None:
+            self.wfile.write(body[start : start + kaggle.cut])
+        else:
+            self.wfile.write(body[start:])
+
+    def _misbehave(self, asked: dict[str, object]) -> bool:
+        kaggle = self.kaggle
+        kaggle.requests.append((self.path, asked))
+        if self.path == kaggle.hang:
+            kaggle.wait_until_closed()
+        elif self.path == kaggle.html:
+            self._answer(200, b"<html>Please log in to the hotel's network</html>", {"Content-Type": "text/html"})
+        elif status := kaggle.status.get(self.path):
+            self._answer_json(status, {"code": status, "message": "as the test wants it"})
+        else:
+            return False
+        return True
+
+    def _answer_json(self, status: int, content: dict[str, object]) -> None:
+        self._answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)

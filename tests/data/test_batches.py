@@ -1,0 +1,112 @@
+"""Windows over the text: every token its turn, in an order that only the seed decides."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from mlx_gpt.data.batches import training_batches, training_windows, validation_batches, windows_per_epoch
+
+SEQ_LEN = 7
+TEXT = np.arange(100, 203, dtype=np.uint16)  # 103 tokens, 14 windows an epoch and 5 tokens over; each id once
+
+
+def epochs(count, seed=0):
+    per_epoch = windows_per_epoch(TEXT, SEQ_LEN)
+    windows = training_windows(TEXT, SEQ_LEN, seed)
+    return [list(islice(windows, per_epoch)) for _ in range(count)]
+
+
+def taken(batches, count):
+    return np.concatenate(list(islice(batches, count)))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_token_once_as_target_but_for_the_remainder():
+    for epoch in epochs(5):
+        targets = np.concatenate([window[1:] for window in epoch])
+        assert len(set(targets)) == len(targets) == 14 * SEQ_LEN
+        assert set(targets) <= set(TEXT)
+
+
+def test_the_remainder_is_not_the_same_tokens_in_each_epoch():
+    left_out = [frozenset(TEXT) - {i for window in epoch for i in window[1:]} for epoch in epochs(5)]
+    assert all(len(tokens) == 103 - 14 * SEQ_LEN for tokens in left_out)
+    assert len(set(left_out)) > 1
+
+
+def test_windows_are_runs_of_the_text_joined_end_to_start():
+    for window in epochs(1)[0]:
+        assert window.dtype == np.int32
+        assert np.array_equal(window, 100 + (window[0] - 100 + np.arange(SEQ_LEN + 1)) % 103)
+
+
+def test_the_order_is_a_function_of_the_seed_and_the_epoch():
+    first, second = epochs(2)
+    starts = [[int(window[0]) for window in epoch] for epoch in (first, second)]
+    assert [list(window) for window in epochs(1)[0]] == [list(window) for window in first]
+    assert [window[0] for window in epochs(1, seed=1)[0]] != starts[0]
+    assert [sorted(order) != order for order in starts] == [True, True]
+    assert starts[0] != starts[1]
+
+
+@pytest.mark.parametrize("start", [1, 13, 14, 15, 29, 1000])
+def test_starting_at_a_window_equals_skipping_those_before(start):
+    skipped = islice(training_windows(TEXT, SEQ_LEN, seed=3), start, start + 20)
+    started = islice(training_windows(TEXT, SEQ_LEN, seed=3, start=start), 20)
+    assert np.array_equal(list(started), list(skipped))
+
+
+def test_batches_are_the_windows_in_order_straight_through_epochs():
+    windows = list(islice(training_windows(TEXT, SEQ_LEN, seed=3, start=5), 40))
+    batches = list(islice(training_batches(TEXT, SEQ_LEN, 4, seed=3, start=5), 10))  # 14 is no multiple of 4
+    assert {(batch.shape, batch.dtype) for batch in batches} == {((4, SEQ_LEN + 1), np.dtype(np.int32))}
+    assert np.array_equal(np.concatenate(batches), windows)
+
+
+def test_a_text_of_one_window_and_the_largest_seed_will_do():
+    text = np.arange(SEQ_LEN + 1, dtype=np.uint16)
+    batch = taken(training_batches(text, SEQ_LEN, 3, seed=2**63 - 1), 1)
+    assert batch.shape == (3, SEQ_LEN + 1)
+    assert all(np.array_equal(np.diff(row) % (SEQ_LEN + 1), np.ones(SEQ_LEN)) for row in batch)
+
+
+# ---- validation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2, SEQ_LEN, SEQ_LEN + 1, SEQ_LEN + 2, 4 * SEQ_LEN, 4 * SEQ_LEN + 1, 103])
+def test_validation_has_every_token_but_the_first_once_as_target(length):
+    targets, inputs = [], []
+    for windows, weights in validation_batches(TEXT[:length], SEQ_LEN, batch_size=4):
+        assert windows.shape == (4, SEQ_LEN + 1)
+        assert weights.shape == (4, SEQ_LEN)
+        assert np.all((weights == 1) | (windows[:, 1:] == 0))  # what fills up has no weight
+        targets += windows[:, 1:][weights == 1].tolist()
+        inputs += windows[:, :-1][weights == 1].tolist()
+    assert targets == TEXT[1:length].tolist()
+    assert inputs == TEXT[: length - 1].tolist()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 14, 15])
+def test_a_limit_takes_so_many_windows_spread_evenly(limit):
+    def starts():
+        batches = list(validation_batches(TEXT, SEQ_LEN, 4, limit))
+        return [
+            int(window[0]) for windows, weights in batches for window, w in zip(windows, weights, strict=True) if w[0]
+        ]
+
+    gaps = np.diff(starts()) // SEQ_LEN
+    assert len(starts()) == limit
+    assert starts() == starts()
+    assert gaps.max(initial=1) - gaps.min(initial=gaps.max(initial=1)) <= 1
+    assert starts()[0] == 100
+    assert limit == 1 or starts()[-1] == 100 + 14 * SEQ_LEN  # 102 targets make 14 windows and a part of one
+
+
+def test_no_limit_and_a_limit_above_the_number_take_all():
+    def everything(limit):
+        return np.concatenate([windows for windows, _ in validation_batches(TEXT, SEQ_LEN, 4, limit)])
+
+    assert np.array_equal(everything(0), everything(999))

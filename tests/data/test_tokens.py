@@ -1,0 +1,175 @@
+"""Documents to token files: each document whole and ended, and nothing encoded twice."""
+
+import dataclasses
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from mlx_gpt.data import tokens as tokens_module
+from mlx_gpt.data.tokens import PIECE_CHARACTERS, check_windows, get_tokenizer, tokenize
+from mlx_gpt.errors import UserError
+from mlx_gpt.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def long_text(sentences):
+    """A document of two and a half pieces."""
+    draw = random.Random(0)
+    return "".join(draw.choices(sentences, k=2 * PIECE_CHARACTERS // 20))[: 2 * PIECE_CHARACTERS + 50_000]
+
+
+def token_files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+
+
+# ---- what is encoded ------------------------------------------------------------------------------------------------
+
+
+def test_every_document_is_whole_and_ended(tokenizer, make_corpus):
+    train, val = ["one 🦆", "two\n\nlines ", "<|endoftext|>"], ["three"]
+    tokens = tokenize(make_corpus(train, val), tokenizer)
+    end = tokenizer.end_of_text
+    assert tokens.train.tolist() == [i for text in train for i in [*tokenizer.encode(text), end]]
+    assert tokens.val.tolist() == [*tokenizer.encode("three"), end]
+
+
+def test_a_long_document_is_encoded_as_if_in_one_go(tokenizer, make_corpus, long_text):
+    assert len(long_text) == 250_000
+    tokens = tokenize(make_corpus(["before", long_text, "after"]), tokenizer)
+    expected = [i for text in ("before", long_text, "after") for i in [*tokenizer.encode(text), tokenizer.end_of_text]]
+    assert tokens.train.tolist() == expected
+
+
+@pytest.mark.parametrize("unit", ["x", "鳥", "🦆", "\n", "1 2 ", "  a"])
+def test_a_long_document_with_no_good_place_to_cut_still_comes_back(bpe, make_corpus, unit):
+    text = "a" + (unit * PIECE_CHARACTERS)[: PIECE_CHARACTERS + 77] + "b"
+    ids = tokenize(make_corpus([text]), bpe).train.tolist()
+    assert ids.count(bpe.end_of_text) == 1
+    assert bpe.decode(ids) == text
+
+
+def test_batches_of_documents_are_joined_in_order(byte_tokenizer, make_corpus, sentences, monkeypatch):
+    monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 100)
+    tokens = tokenize(make_corpus(sentences), byte_tokenizer)
+    assert byte_tokenizer.decode(tokens.train) == "".join(sentences)
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_plain_npy(byte_tokenizer, make_corpus):
+    corpus = make_corpus(["duck"])
+    tokens = tokenize(corpus, byte_tokenizer)
+    stored = np.load(corpus.folder / f"{tokens.fingerprint}.train.npy")
+    assert stored.tolist() == [*b"duck", 256]
+    assert isinstance(tokens.train, np.memmap)  # a corpus may be larger than memory
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_ids_take_two_bytes_as_long_as_they_fit(byte_tokenizer, make_corpus, vocab_size, dtype):
+    tokenizer = Tokenizer.of_bytes()
+    tokenizer.vocab_size, tokenizer.end_of_text = vocab_size, vocab_size - 1
+    tokens = tokenize(make_corpus(["a"]), tokenizer)
+    assert tokens.train.dtype == dtype
+    assert tokens.train.tolist() == [97, vocab_size - 1]
+
+
+def test_nothing_is_encoded_again_while_nothing_changes(bpe, make_corpus):
+    corpus = make_corpus(["duck"])
+    tokenize(corpus, bpe)
+    before = token_files(corpus.folder)
+    tokens = tokenize(make_corpus(["duck"]), Tokenizer.load(_written(bpe, corpus.folder)))
+    assert token_files(corpus.folder) == before
+    assert bpe.decode(tokens.train) == "duck"
+
+
+def _written(tokenizer, folder):
+    path = folder / "elsewhere.json"
+    path.write_text(tokenizer.to_json())
+    return path
+
+
+@pytest.mark.parametrize("changed", ["train", "val", "tokenizer"])
+def test_a_change_of_text_or_tokenizer_is_encoded_anew(bpe, byte_tokenizer, make_corpus, changed):
+    before = tokenize(make_corpus(["duck"], ["goose"]), bpe)
+    train, val = ["drake" if changed == "train" else "duck"], ["gander" if changed == "val" else "goose"]
+    tokenizer = byte_tokenizer if changed == "tokenizer" else bpe
+    after = tokenize(make_corpus(train, val), tokenizer)
+    assert after.fingerprint != before.fingerprint
+    assert tokenizer.decode(after.train) == train[0]
+    assert tokenizer.decode(after.val) == val[0]
+
+
+def test_a_side_that_was_lost_is_encoded_anew(bpe, make_corpus):
+    corpus = make_corpus(["duck"])
+    tokens = tokenize(corpus, bpe)
+    (corpus.folder / f"{tokens.fingerprint}.val.npy").unlink()
+    again = tokenize(corpus, bpe)
+    assert (again.fingerprint, again.val.tolist()) == (tokens.fingerprint, tokens.val.tolist())
+
+
+def test_what_fails_half_way_leaves_no_file(byte_tokenizer, make_corpus, sentences, monkeypatch):
+    encode, rounds = byte_tokenizer.encode_batch, itertools.count()
+
+    def fail_the_third_time(texts):
+        if next(rounds) == 2:
+            raise OSError("the disk is full")
+        return encode(texts)
+
+    corpus = make_corpus(sentences)
+    before = sorted(corpus.folder.iterdir())
+    monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(byte_tokenizer, "encode_batch", fail_the_third_time)
+    with pytest.raises(OSError, match="full"):
+        tokenize(corpus, byte_tokenizer)
+    assert sorted(corpus.folder.iterdir()) == before
+
+
+def test_progress_goes_up_to_the_whole(bpe, make_corpus, sentences, monkeypatch):
+    monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 1000)
+    seen = []
+    corpus = make_corpus(sentences)
+    tokenize(corpus, bpe, lambda done, total: seen.append((done, total)))
+    total = sum(corpus.path(side).stat().st_size for side in ("train", "val"))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len(seen) > 5
+    assert seen[-1] == (total, total)
+    assert {of for _, of in seen} == {total}
+
+
+# ---- which tokenizer ------------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_keeps_the_tokenizer_that_was_trained_on_it(make_corpus, sentences):
+    corpus, said = make_corpus(sentences), []
+    first = get_tokenizer("bpe", 280, corpus, said.append)
+    second = get_tokenizer("bpe", 280, corpus, said.append)
+    assert first.to_json() == second.to_json() == Tokenizer.train(sentences, 280).to_json()
+    assert len(said) == 1
+    assert get_tokenizer("bpe", 290, corpus, said.append).vocab_size == 290
+
+
+def test_a_tokenizer_is_bytes_or_a_path_too(byte_tokenizer, bpe, make_corpus):
+    corpus = make_corpus(["duck"])
+    assert get_tokenizer("bytes", 300, corpus, print).to_json() == byte_tokenizer.to_json()
+    assert get_tokenizer(str(_written(bpe, corpus.folder)), 999, corpus, print).to_json() == bpe.to_json()
+    with pytest.raises(UserError, match=r"There is no nowhere\.json"):
+        get_tokenizer("nowhere.json", 300, corpus, print)
+
+
+# ---- too little -----------------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_of_one_window_is_enough_and_of_less_is_refused(byte_tokenizer, make_corpus):
+    tokens = tokenize(make_corpus(["twelve bytes"]), byte_tokenizer)
+    check_windows(tokens, seq_len=12)
+    with pytest.raises(UserError, match="use --seq-len 12 or less"):
+        check_windows(tokens, seq_len=13)
+
+
+def test_a_side_with_nothing_to_predict_is_refused(byte_tokenizer, make_corpus):
+    tokens = tokenize(make_corpus(["a duck"], ["b"]), byte_tokenizer)
+    with pytest.raises(UserError, match="validation text has 1 tokens"):
+        check_windows(dataclasses.replace(tokens, val=tokens.val[:1]), seq_len=4)
