@@ -1,0 +1,74 @@
+"""Token ids to batches of training windows, in an order that is a function of (seed, position).
+
+A *window* is `seq_len` tokens and the one after them. An epoch cuts the text, joined end to start, into windows from
+an offset of its own and visits them in an order of its own. Windows are counted across epochs, so that any batch can be
+made again from its number: a resume needs no saved state, and the last windows of an epoch share a batch with the
+first of the next, so none is lost.
+"""
+
+from collections.abc import Iterator
+
+import mlx.data as dx
+import numpy as np
+
+PREFETCH_BATCHES = 4
+
+
+def windows_per_epoch(tokens: np.ndarray, seq_len: int) -> int:
+    """How many windows of `seq_len` tokens one pass over (tokens,) ids has."""
+    return len(tokens) // seq_len
+
+
+def training_windows(tokens: np.ndarray, seq_len: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Windows (seq_len + 1,) int32 without end, from window number `start` on."""
+    per_epoch = windows_per_epoch(tokens, seq_len)
+    epoch, first = divmod(start, per_epoch)
+    while True:
+        # Philox is counter-based: its key alone, (seed, epoch), decides what it draws (Salmon et al. 2011).
+        generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
+        offset = int(generator.integers(seq_len))
+        for index in generator.permutation(per_epoch)[first:]:
+            begin = offset + int(index) * seq_len
+            yield _cut(tokens, begin, begin + seq_len + 1)
+        epoch, first = epoch + 1, 0
+
+
+def training_batches(
+    tokens: np.ndarray, seq_len: int, batch_size: int, seed: int, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Batches (batch_size, seq_len + 1) int32 without end, prefetched, from window number `start` on."""
+    windows = ({"window": window} for window in training_windows(tokens, seq_len, seed, start))
+    # One prefetch thread keeps the order; several do not.
+    stream = dx.stream_python_iterable(lambda: windows).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
+    for sample in stream:
+        yield sample["window"]
+
+
+def validation_batches(
+    tokens: np.ndarray, seq_len: int, batch_size: int, limit: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every token of `tokens` once as a target, in batches of fixed shape.
+
+    Args:
+        limit: take only this many windows, spread evenly over the text; 0 takes all.
+
+    Yields:
+        Windows (batch_size, seq_len + 1) int32 and the weight (batch_size, seq_len) float32 of each target: 0 where
+        the text had ended and the window is filled up.
+    """
+    count = -(-(len(tokens) - 1) // seq_len)
+    chosen = np.arange(count) if not limit or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
+    for first in range(0, len(chosen), batch_size):
+        windows = np.zeros((batch_size, seq_len + 1), np.int32)
+        weights = np.zeros((batch_size, seq_len), np.float32)
+        for row, index in enumerate(chosen[first : first + batch_size]):
+            window = tokens[index * seq_len : (index + 1) * seq_len + 1]
+            windows[row, : len(window)] = window
+            weights[row, : len(window) - 1] = 1
+        yield windows, weights
+
+
+def _cut(tokens: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """`tokens[begin:end]` as int32, going on at the start where the text ends."""
+    indices = np.arange(begin, end) % len(tokens)
+    return tokens[indices].astype(np.int32)

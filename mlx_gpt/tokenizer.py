@@ -1,0 +1,165 @@
+"""Text to token ids and back, over the `tokenizers` library."""
+
+import codecs
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mlx_gpt.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A `tokenizer.json` in which `<|endoftext|>` ends a document and never comes out of text.
+
+    Attributes:
+        vocab_size: one more than the highest id.
+        end_of_text: the id that ends a document; that of `<|endoftext|>` unless a model says otherwise.
+    """
+
+    def __init__(self, backend: HFTokenizer, end_of_text: int | None = None) -> None:
+        # What a file brings along to shorten or pad a text would lose some of it.
+        backend.no_truncation()
+        backend.no_padding()
+        if end_of_text is None or backend.id_to_token(end_of_text) is None:
+            backend.add_special_tokens([END_OF_TEXT])  # leaves it as it is when it is there
+            end_of_text = backend.get_vocab()[END_OF_TEXT]
+        # Not saved in tokenizer.json: a text that merely contains "<|endoftext|>" is encoded as those 13 characters.
+        backend.encode_special_tokens = True
+        self.backend = backend
+        self.end_of_text = end_of_text
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.is_bytes = self.token_bytes == [*(bytes([byte]) for byte in range(256)), b""]
+
+    @classmethod
+    def of_bytes(cls) -> "Tokenizer":
+        """Plain bytes: id 0 to 255 is the byte, 256 the end of a document."""
+        backend = HFTokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return cls(backend)
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE as GPT-2's (Sennrich et al. 2016, arXiv:1508.07909), learnt from `documents`.
+
+        It has at most `vocab_size` entries, fewer where the text has too few pairs that occur twice.
+        """
+        backend = HFTokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(documents, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | Path, end_of_text: int | None = None) -> "Tokenizer":
+        """Read a `tokenizer.json`, or the one in a folder.
+
+        Raises:
+            UserError: there is none, or it isn't one.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(
+                f"There is no {path}: a tokenizer is `bpe`, `bytes` or the path of a tokenizer.json."
+            ) from None
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from None
+        try:
+            backend = HFTokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
+        return cls(backend, end_of_text)
+
+    def to_json(self) -> str:
+        """The text of its `tokenizer.json`."""
+        return self.backend.to_str(pretty=True)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text, without an end of document.
+
+        Raises:
+            UserError: the text has a character that is no Unicode, such as half of a surrogate pair.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, on all cores."""
+        try:
+            if self.is_bytes:  # the library's way to the same ids is thirty times slower
+                return [list(text.encode()) for text in texts]
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError):  # the library says either of a lone surrogate
+            raise UserError("The text is not valid Unicode (a lone surrogate): pass it as UTF-8.") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, ends of documents left out."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for the end of a document."""
+        if self.token_bytes is None:
+            return np.array([len(self.decode([i]).encode()) for i in range(self.vocab_size)])
+        return np.array([len(piece) for piece in self.token_bytes])
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """The bytes of each id, where a token is a run of bytes as in GPT-2; None for other kinds of tokenizer."""
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return None
+        pieces = [b""] * self.vocab_size
+        added = self.backend.get_added_tokens_decoder()
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i not in added:
+                pieces[i] = bytes(BYTE_OF[character] for character in token)
+            elif not added[i].special:
+                pieces[i] = token.encode()
+        return pieces
+
+
+class Detokenizer:
+    """Ids to text as they come: never half a character, and all of it in the end."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stream = decoders.DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        pieces = self._tokenizer.token_bytes
+        if pieces is None:
+            return self._stream.step(self._tokenizer.backend, token) or ""
+        return self._utf8.decode(pieces[token] if token < len(pieces) else b"")
+
+    def finish(self) -> str:
+        """What is left: U+FFFD where the last character will never be whole."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in GPT-2's vocabulary: its own where it has one."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTE_OF = {character: byte for byte, character in _byte_characters().items()}
