@@ -1,0 +1,89 @@
+"""All that differs between Metal, CUDA and the CPU."""
+
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from mlx_gpt import _blas
+from mlx_gpt.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run needs to know of the device that it computes on.
+
+    Attributes:
+        name: as the system calls it.
+        memory: bytes that the device has.
+        usable: bytes that a run may take.
+    """
+
+    kind: Literal["metal", "cuda", "cpu"]
+    name: str
+    memory: int
+    usable: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}, {self.memory / GIB:.0f} GiB)"
+
+
+def device() -> Device:
+    """The device that MLX computes on by default.
+
+    Raises:
+        UserError: `MLX_GPT_BLAS` names a library that could not be loaded.
+    """
+    if _blas.problem:
+        raise UserError(_blas.problem)
+    on_gpu = mx.default_device() == mx.gpu
+    return device_from(on_gpu and mx.metal.is_available(), on_gpu and mx.cuda.is_available(), dict(mx.device_info()))
+
+
+def device_from(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> Device:
+    """The device that `mx.device_info()` describes."""
+    name = str(info.get("device_name", platform.processor() or platform.machine()))
+    if on_metal:
+        # Beyond this Metal starts to swap, and at the end of memory the process dies without a Python exception.
+        return Device("metal", name, int(info["memory_size"]), int(info["max_recommended_working_set_size"]))
+    if on_cuda:
+        total = int(info.get("total_memory", info.get("memory_size", 0)))
+        return Device("cuda", name, total, int(info.get("free_memory", total)))
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", name, page * os.sysconf("SC_PHYS_PAGES"), page * free)
+
+
+def prepare(device: Device) -> None:
+    """Set the limits under which this device trains well."""
+    if device.kind == "metal":
+        # Memory that stays wired is not paged out between two steps.
+        mx.set_wired_limit(device.usable)
+
+
+def compute_dtype(precision: str, device: Device) -> mx.Dtype:
+    """The dtype of the forward and backward pass for the setting `precision`.
+
+    `auto` is bfloat16 on a GPU. On the CPU bfloat16 products bypass the BLAS and are dozens of times slower.
+    """
+    if precision == "auto":
+        return mx.float32 if device.kind == "cpu" else mx.bfloat16
+    return mx.float32 if precision == "float32" else mx.bfloat16
+
+
+def seed_for(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, such as (seed, step, micro-step): each tuple has its own.
+
+    SplitMix64's finaliser (Steele et al. 2014) mixes them in one after the other.
+    """
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        mixed ^= mixed >> 31
+    return mixed >> 1

@@ -1,0 +1,155 @@
+"""GPT-2: the network, from leaf to root.
+
+Shapes: B sequences of T tokens, C = n_embd, H heads of width D = C / H, V = vocab_size. Parameter names are those of
+GPT-2's published weights.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_gpt import ops
+from mlx_gpt.config import ModelConfig
+
+
+class Cache(Protocol):
+    """What a layer remembers of the tokens before: their keys and values."""
+
+    offset: int
+
+    def update(self, keys_bhtd: mx.array, values_bhtd: mx.array) -> tuple[mx.array, mx.array]:
+        """Append, and return the keys and values of all tokens so far."""
+        ...
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H heads (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout_rate = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def __call__(self, x_btc: mx.array, cache: Cache | None = None) -> mx.array:
+        B, T, C = x_btc.shape
+        q_bhtd, k_bhtd, v_bhtd = (
+            part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3)
+            for part in mx.split(self.c_attn(x_btc), 3, axis=-1)
+        )
+        if cache is not None:
+            k_bhtd, v_bhtd = cache.update(k_bhtd, v_bhtd)
+        y_bhtd = self._attend(q_bhtd, k_bhtd, v_bhtd, 1 / math.sqrt(C // self.n_head))
+        y_btc = y_bhtd.transpose(0, 2, 1, 3).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y_btc))
+
+    def _attend(self, q_bhtd: mx.array, k_bhtd: mx.array, v_bhtd: mx.array, scale: float) -> mx.array:
+        T, S = q_bhtd.shape[2], k_bhtd.shape[2]
+        drops = self.training and self.dropout_rate > 0
+        if T == 1 or (ops.has_fused_attention() and not drops):
+            mask = "causal" if T > 1 else None  # a single query may see all that is there
+            return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhtd, v_bhtd, scale=scale, mask=mask)
+        # The fused kernel has no dropout. The T queries are the last of S tokens.
+        future_ts = mx.triu(mx.full((T, S), -mx.inf, dtype=q_bhtd.dtype), k=S - T + 1)
+        weights_bhts = ops.softmax((q_bhtd * scale) @ k_bhtd.swapaxes(-1, -2) + future_ts)
+        return self.attn_dropout(weights_bhts) @ v_bhtd
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a block, four times as wide inside."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def __call__(self, x_btc: mx.array) -> mx.array:
+        return self.dropout(self.c_proj(ops.gelu(self.c_fc(x_btc))))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to what came in."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def __call__(self, x_btc: mx.array, cache: Cache | None = None) -> mx.array:
+        x_btc = x_btc + self.attn(self.ln_1(x_btc), cache)
+        return x_btc + self.mlp(self.ln_2(x_btc))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019) with its head tied to the token embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = [Block(config) for _ in range(config.n_layer)]
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def __call__(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """Logits (B, T, V) of the token after each of `ids_bt`, integers in [0, V): others index garbage."""
+        return self.head(self.hidden(ids_bt, cache))
+
+    def hidden(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        """The last block's normalised output, (B, T, C)."""
+        start = cache[0].offset if cache else 0
+        positions_t = mx.arange(start, start + ids_bt.shape[1])
+        x_btc = self.drop(self.wte(ids_bt) + self.wpe(positions_t))
+        for i, block in enumerate(self.h):
+            x_btc = block(x_btc, cache[i] if cache else None)
+        return self.ln_f(x_btc)
+
+    def head(self, x_btc: mx.array) -> mx.array:
+        """Logits (B, T, V) from hidden states (B, T, C)."""
+        return self.wte.as_linear(x_btc)
+
+    def init_weights(self, seed: int) -> "GPT":
+        """Draw fresh weights as GPT-2 does: normal with deviation 0.02, biases 0, norms 1.
+
+        The two projections of each block that feed the residual stream get 0.02 / sqrt(2 n_layer), so that the stream
+        does not grow with depth (Radford et al. 2019, section 2.3).
+        """
+        key = mx.random.key(seed)
+        fresh = []
+        for name, weight in tree_flatten(self.parameters()):
+            if weight.ndim == 2:
+                scale = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                key, subkey = mx.random.split(key)
+                fresh.append((name, scale * mx.random.normal(weight.shape, key=subkey)))
+            else:
+                fresh.append((name, mx.ones_like(weight) if _is_norm_gain(name) else mx.zeros_like(weight)))
+        self.update(tree_unflatten(fresh))
+        return self
+
+    def n_params(self) -> int:
+        """Number of parameters, the tied head counted once."""
+        return sum(weight.size for _, weight in tree_flatten(self.parameters()))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations to train on one token in a window of `seq_len`, forward and backward.
+
+        6 per parameter that multiplies something (all but the positions) and 12 C `seq_len` per block for attention
+        (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B).
+        """
+        products = self.n_params() - self.wpe.weight.size
+        return 6 * products + 12 * self.config.n_layer * self.config.n_embd * seq_len
+
+
+def _is_norm_gain(name: str) -> bool:
+    return name.split(".")[-2].startswith("ln_") and name.endswith("weight")

@@ -1,0 +1,108 @@
+"""GELU, softmax and cross-entropy, each with its gradient.
+
+GPUs have fast exponentials and fused kernels, and there these are MLX's own. On the CPU MLX calls the C library's
+`exp` once per element, forward and backward again, which is more than a third of a training step. There they are built
+on an exponential that compiles to vector instructions, and keep what the backward pass would compute again.
+"""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# exp(r) on [-ln 2 / 2, ln 2 / 2] to float32 rounding: the polynomial through its Chebyshev nodes, lowest power first.
+EXP = (1.0, 1.0, 0.5, 0.16666415, 0.04166635, 0.0083751325, 0.0013941117)
+# ln 2 in two parts: times a small whole number the first is exact in float32.
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+LOWEST = -87.0  # exp of less is no normal float32: it is taken for this
+
+GELU_SLOPE, GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
+
+
+def exp_nonpositive(x: mx.array) -> mx.array:
+    """exp(x) for x <= 0 in float32, within 2e-7 of its value; exp(-87) for anything lower. It has no gradient.
+
+    exp(n ln 2 + r) is exp(r) with n added to the exponent's bits.
+    """
+    x = mx.maximum(x, LOWEST)
+    n = (x * (1 / math.log(2)) - 0.5).astype(mx.int32)  # rounds to the nearest, since x is not positive
+    whole = n.astype(mx.float32)
+    r = (x - whole * LN2_HIGH) - whole * LN2_LOW
+    power = EXP[-1] * r + EXP[-2]
+    for coefficient in EXP[-3::-1]:
+        power = power * r + coefficient
+    return (power.view(mx.int32) + n * 2**23).view(mx.float32)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """GELU in GPT-2's tanh form (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    return _gelu(x)[0] if _slow_exp(x) else nn.gelu_approx(x)
+
+
+def softmax(scores: mx.array) -> mx.array:
+    """Softmax over the last axis."""
+    return _softmax(scores) if _slow_exp(scores) else mx.softmax(scores, axis=-1, precise=True)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropy (...) in nats and float32 of logits (..., V) against ids (...)."""
+    logits = logits.astype(mx.float32)
+    return _cross_entropy(logits, targets)[0] if _slow_exp(logits) else mx.fast.cross_entropy(logits, targets)
+
+
+def has_fused_attention() -> bool:
+    """Whether `mx.fast.scaled_dot_product_attention` is faster than its parts in training."""
+    return mx.default_device().type != mx.DeviceType.cpu
+
+
+def _slow_exp(x: mx.array) -> bool:
+    return not has_fused_attention() and x.dtype == mx.float32
+
+
+@mx.custom_function
+def _gelu(x: mx.array) -> tuple[mx.array, mx.array]:
+    # x (1 + tanh(u / 2)) / 2 is x sigmoid(u); the sigmoid is returned for the gradient.
+    u = GELU_SLOPE * (x + GELU_CUBE * (x * x * x))
+    small = exp_nonpositive(-mx.abs(u))
+    sigmoid = mx.where(u >= 0, 1.0, small) / (1 + small)
+    return x * sigmoid, sigmoid
+
+
+@_gelu.vjp
+def _gelu_vjp(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+    sigmoid = outputs[1]
+    slope_of_u = GELU_SLOPE * (1 + 3 * GELU_CUBE * (x * x))
+    return cotangents[0] * (sigmoid + x * sigmoid * (1 - sigmoid) * slope_of_u)
+
+
+@mx.custom_function
+def _softmax(scores: mx.array) -> mx.array:
+    weights = exp_nonpositive(scores - scores.max(axis=-1, keepdims=True))
+    return weights * (1 / weights.sum(axis=-1, keepdims=True))
+
+
+@_softmax.vjp
+def _softmax_vjp(scores: mx.array, cotangent: mx.array, weights: mx.array) -> mx.array:
+    product = weights * cotangent
+    return product - weights * product.sum(axis=-1, keepdims=True)
+
+
+@mx.custom_function
+def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    # The exponentials and their sum are returned for the gradient.
+    highest = logits.max(axis=-1, keepdims=True)
+    exps = exp_nonpositive(logits - highest)
+    total = exps.sum(axis=-1, keepdims=True)
+    hit = mx.take_along_axis(logits, targets[..., None], axis=-1)
+    return (mx.log(total) + highest - hit).squeeze(-1), exps, total
+
+
+@_cross_entropy.vjp
+def _cross_entropy_vjp(
+    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    logits, targets = primals
+    weight = cotangents[0][..., None]
+    _, exps, total = outputs
+    hit = mx.arange(logits.shape[-1]) == targets[..., None]
+    return exps * (weight / total) - mx.where(hit, weight, 0.0), mx.zeros_like(targets)
