@@ -1,0 +1,88 @@
+"""Loss, perplexity and bits per byte on fixed windows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_gpt import ops
+from mlx_gpt.data.batches import validation_batches
+from mlx_gpt.model import GPT
+
+
+def token_losses(model: GPT, windows_bt: mx.array) -> mx.array:
+    """Cross-entropy (B, T - 1), in nats and float32, of each token of (B, T) windows but the first."""
+    return ops.cross_entropy(model(windows_bt[:, :-1]), windows_bt[:, 1:])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a text.
+
+    Attributes:
+        loss: mean cross-entropy per token, in nats.
+        tokens: how many were predicted.
+        text_bytes: UTF-8 bytes of their text.
+    """
+
+    loss: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), or infinity beyond what a float holds."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs per byte of text: unlike the loss, comparable between tokenizers."""
+        return self.loss * self.tokens / math.log(2) / max(1, self.text_bytes)
+
+
+class Evaluator:
+    """Evaluates a model on the same windows each time, without dropout and without drawing a random number.
+
+    Args:
+        tokens: (tokens,) ids of the text.
+        byte_lengths: (vocab_size,) UTF-8 bytes of each id.
+        limit: take only this many windows, spread evenly; 0 takes all.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokens: np.ndarray,
+        byte_lengths: np.ndarray,
+        *,
+        seq_len: int,
+        batch_size: int,
+        limit: int = 0,
+        dtype: mx.Dtype = mx.float32,
+    ) -> None:
+        self._model, self._tokens, self._byte_lengths = model, tokens, byte_lengths
+        self._seq_len, self._batch_size, self._limit, self._dtype = seq_len, batch_size, limit, dtype
+        self._loss = mx.compile(self._summed_loss)
+
+    def __call__(self, progress: Callable[[int], None] = lambda windows: None) -> Evaluation:
+        """Evaluate the model as it is now; `progress` is told the windows done since the last call."""
+        parameters = self._model.parameters()
+        nats, count, text_bytes = 0.0, 0, 0
+        for windows, weights in validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit):
+            nats += self._loss(parameters, mx.array(windows), mx.array(weights)).item()
+            count += int(weights.sum())
+            text_bytes += int(self._byte_lengths[windows[:, 1:]][weights > 0].sum())
+            progress(len(windows))
+        self._model.update(parameters)
+        return Evaluation(nats / count, count, text_bytes)
+
+    def _summed_loss(self, parameters: dict, windows_bt: mx.array, weights_bt: mx.array) -> mx.array:
+        was_training = self._model.training
+        self._model.eval()
+        self._model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
+        loss = (token_losses(self._model, windows_bt) * weights_bt).sum()
+        self._model.train(was_training)
+        return loss

@@ -1,0 +1,122 @@
+"""Checkpoints: a model directory that can also be trained on.
+
+`step-00001000/` holds a model directory, `optimizer.safetensors` and `training.json`. It is filled under another name
+and renamed when everything is on the disk, so a folder of that name is always whole; `training.json` is written last
+and has the checksum of every other file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_gpt.errors import UserError
+from mlx_gpt.files import sync, write_text_whole, write_whole
+from mlx_gpt.model import GPT
+from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training.optimizer import Tree
+from mlx_gpt.weights import save_model
+
+MARKER = "training.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: with its settings, all that steers the rest of it.
+
+    Attributes:
+        step: updates made.
+        seconds: time used, across resumes.
+        best_loss: lowest validation loss so far.
+        fingerprint: of the token files that it trains on.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    fingerprint: str = ""
+
+
+def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, progress: Progress, keep: int) -> Path:
+    """Write a checkpoint of `progress.step` and remove all but the newest `keep`."""
+    folder = run / "checkpoints" / f"step-{progress.step:08d}"
+    part = folder.with_name(f".{folder.name}.part")
+    _remove(part)
+    save_model(part, model, tokenizer)
+    arrays = dict(tree_flatten(optimizer_state))
+    write_whole(part / "optimizer.safetensors", lambda path: mx.save_safetensors(str(path), arrays))
+    checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
+    write_text_whole(part / MARKER, json.dumps(dataclasses.asdict(progress) | {"files": checksums}, indent=2) + "\n")
+    _remove(folder)  # there only when a resume went back behind it
+    part.rename(folder)
+    sync(folder.parent)
+    for old in all_checkpoints(run)[:-keep]:
+        _remove(old)
+    return folder
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted(folder for folder in (run / "checkpoints").glob("step-*") if (folder / MARKER).is_file())
+
+
+def newest_sound(run: Path, echo: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files have their checksums; `echo` is told of each that is passed over."""
+    for folder in reversed(all_checkpoints(run)):
+        try:
+            read_progress(folder)
+        except UserError as error:
+            echo(f"{error} Trying the one before it.")
+        else:
+            return folder
+    return None
+
+
+def read_progress(folder: Path) -> Progress:
+    """Check a checkpoint's files against their checksums and return how far it is.
+
+    Raises:
+        UserError: it is no checkpoint, or damaged.
+    """
+    try:
+        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        checksums = record.pop("files")
+        progress = Progress(**record)
+    except OSError:
+        raise UserError(f"{folder} is no checkpoint: it has no {MARKER}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"The checkpoint {folder} is damaged: {MARKER} is not as it was written.") from None
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file() or _checksum(folder / name) != checksum:
+            raise UserError(f"The checkpoint {folder} is damaged: {name} is not as it was written.")
+    return progress
+
+
+def load_optimizer(folder: Path, fresh: Tree) -> Tree:
+    """AdamW's state from a checkpoint whose files have been checked, with the structure of `fresh`.
+
+    Raises:
+        UserError: it belongs to a network of another shape.
+    """
+    arrays = mx.load(str(folder / "optimizer.safetensors"))
+    if {name: array.shape for name, array in arrays.items()} != {name: a.shape for name, a in tree_flatten(fresh)}:
+        raise UserError(f"{folder}: the optimizer's state belongs to another network than the settings describe.")
+    mx.eval(arrays)
+    return tree_map_with_path(lambda name, _: arrays[name], fresh)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    # The marker first: what is left after a crash in between is no checkpoint.
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

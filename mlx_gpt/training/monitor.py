@@ -1,0 +1,149 @@
+"""What a run tells: lines for people, records for plots."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_gpt.backend import GIB
+from mlx_gpt.evaluation import Evaluation
+
+
+class Bar(Protocol):
+    """A progress bar."""
+
+    def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
+        """Move on, and show these facts beside the bar."""
+        ...
+
+    def close(self) -> None:
+        """Take the bar away."""
+        ...
+
+
+class Display(Protocol):
+    """Where a run is watched."""
+
+    def line(self, text: str) -> None:
+        """Show a line of the log."""
+        ...
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """Something to call with (bytes done, bytes in all), which shows a bar while there is work."""
+        ...
+
+    def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> Bar:
+        """Show a progress bar until it is closed."""
+        ...
+
+
+class Monitor:
+    """Writes `training.log` and `metrics.jsonl` and keeps the time.
+
+    Args:
+        folder: of the run.
+        seconds: that the run had used before.
+        resumed_at: the step of the checkpoint that it goes on from; later records are taken back.
+    """
+
+    def __init__(self, folder: Path, display: Display, seconds: float = 0.0, resumed_at: int | None = None) -> None:
+        self._display = display
+        self._log = (folder / "training.log").open("a", encoding="utf-8")
+        metrics = folder / "metrics.jsonl"
+        if resumed_at is not None:
+            _drop_records_after(metrics, resumed_at)
+        self._metrics = metrics.open("a", encoding="utf-8")
+        self._used_before, self._start = seconds, time.perf_counter()
+        self._mark, self._tokens, self._aside = self._start, 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time that the run has used, across resumes."""
+        return self._used_before + time.perf_counter() - self._start
+
+    def line(self, text: str) -> None:
+        """Add a line to the log and show it."""
+        self._log.write(text + "\n")
+        self._log.flush()
+        self._display.line(text)
+
+    def count(self, tokens: int) -> None:
+        """Count trained tokens, for the speed of the next record."""
+        self._tokens += tokens
+
+    def aside(self, started: float) -> None:
+        """Leave the time since `started` (perf_counter) out of the speed: it went into evaluating or saving."""
+        self._aside += time.perf_counter() - started
+
+    def facts(self, loss: float, learning_rate: float) -> dict[str, str]:
+        """What stands beside the progress bar."""
+        return {
+            "loss": f"{loss:.3f}",
+            "lr": f"{learning_rate:.1e}",
+            "tok/s": f"{self._speed():,.0f}",
+            "mem": f"{mx.get_peak_memory() / GIB:.1f}G",
+        }
+
+    def _speed(self) -> float:
+        """Tokens trained per second since the last record."""
+        return self._tokens / max(1e-9, time.perf_counter() - self._mark - self._aside)
+
+    def log_step(self, step: int, epoch: int, tokens: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log a step: `tokens` trained so far, `loss` in nats."""
+        speed = self._speed()
+        self._mark, self._tokens, self._aside = time.perf_counter(), 0, 0.0
+        self.line(f"Step {step}, Epoch {epoch}, Loss: {loss:.4f}, LR: {learning_rate:.6f}")
+        self._record(
+            step=step,
+            epoch=epoch,
+            tokens=tokens,
+            train_loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_second=round(speed, 1),
+            peak_memory_gb=round(mx.get_peak_memory() / GIB, 3),
+        )
+
+    def log_validation(self, step: int, epoch: int, tokens: int, evaluation: Evaluation, is_best: bool) -> None:
+        """Log an evaluation."""
+        self.line(
+            f"Validation Loss: {evaluation.loss:.4f} (perplexity {evaluation.perplexity:,.2f}, "
+            f"{evaluation.bits_per_byte:.3f} bits per byte){', the best so far' if is_best else ''}"
+        )
+        self._record(
+            step=step,
+            epoch=epoch,
+            tokens=tokens,
+            val_loss=evaluation.loss,
+            val_bits_per_byte=evaluation.bits_per_byte,
+        )
+
+    def close(self) -> None:
+        """Close both files."""
+        self._log.close()
+        self._metrics.close()
+
+    def _record(self, **facts: Any) -> None:
+        self._metrics.write(json.dumps(facts | {"seconds": round(self.seconds, 3)}) + "\n")
+        self._metrics.flush()
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Cut off the records of steps that will be made again, and a last line that a crash left unfinished."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        kept = 0
+        for line in file:
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept += len(line)
+        file.truncate(kept)
+        os.fsync(file.fileno())

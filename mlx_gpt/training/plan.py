@@ -1,0 +1,96 @@
+"""What a run is about to do, before it does it."""
+
+import math
+from dataclasses import dataclass
+
+from mlx_gpt.backend import GIB, Device
+from mlx_gpt.config import Config
+from mlx_gpt.data.batches import windows_per_epoch
+from mlx_gpt.data.tokens import Tokens
+from mlx_gpt.model import GPT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run.
+
+    Attributes:
+        windows_per_step: training windows that make one step.
+        windows_per_epoch: training windows in one pass over the text.
+        total_steps: where it ends at the latest.
+        memory: bytes expected at the peak.
+    """
+
+    config: Config
+    device: Device
+    n_params: int
+    train_tokens: int
+    val_tokens: int
+    windows_per_step: int
+    windows_per_epoch: int
+    total_steps: int
+    memory: int
+
+    def epoch(self, step: int) -> int:
+        """Whole passes over the text that `step` steps have made."""
+        return step * self.windows_per_step // self.windows_per_epoch
+
+    def tokens(self, step: int) -> int:
+        """Tokens that `step` steps have trained on."""
+        return step * self.windows_per_step * self.config.training.seq_len
+
+    def lines(self) -> list[str]:
+        """The plan as a person reads it."""
+        training, model = self.config.training, self.config.model
+        per_step = self.tokens(1)
+        steps = f"{self.total_steps:,} of {per_step:,} tokens ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
+        if training.max_minutes:
+            steps += f", or {training.max_minutes:g} minutes"
+        return [
+            f"Run          {self.config.out}",
+            f"Device       {self.device}",
+            f"Model        {self.n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
+            f"{model.n_embd} wide, {model.vocab_size:,} tokens known",
+            f"Text         {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate",
+            f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
+            f"{self.tokens(self.total_steps) / self.n_params:.3g} with all epochs",
+            f"Steps        {steps}",
+            f"Memory       about {self.memory / GIB:.1f} GiB expected of {self.device.usable / GIB:.1f} GiB usable",
+        ]
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in one pass over the text."""
+        return self.windows_per_epoch / self.windows_per_step
+
+
+def make_plan(config: Config, model: GPT, tokens: Tokens, device: Device) -> Plan:
+    """Work out a run's size."""
+    training = config.training
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    per_epoch = windows_per_epoch(tokens.train, training.seq_len)
+    total_steps = math.ceil(training.max_epochs * per_epoch / per_step)
+    return Plan(
+        config=config,
+        device=device,
+        n_params=model.n_params(),
+        train_tokens=len(tokens.train),
+        val_tokens=len(tokens.val),
+        windows_per_step=per_step,
+        windows_per_epoch=per_epoch,
+        total_steps=min(total_steps, training.max_steps or total_steps),
+        memory=peak_memory(config, model.n_params()),
+    )
+
+
+def peak_memory(config: Config, n_params: int) -> int:
+    """Bytes that training is expected to hold at its peak, from the sizes of what stands at once."""
+    model, training = config.model, config.training
+    # Weights, gradients and AdamW's two means in float32, and the new weights and means while they are made.
+    fixed = 4 * n_params * 7
+    tokens = training.batch_size * training.seq_len
+    # What a block keeps for the backward pass, in floats per token: about 34 of its width (GELU keeps most), and its
+    # attention scores and weights.
+    per_block = 34 * model.n_embd + 2 * model.n_head * training.seq_len
+    logits = 3 * model.vocab_size
+    return fixed + 4 * tokens * (model.n_layer * per_block + logits)

@@ -1,0 +1,127 @@
+"""A run's folder: taken, refused, gone on with."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_gpt.config import Config, flat, read_toml, resolve
+from mlx_gpt.errors import UserError
+from mlx_gpt.training import checkpoint
+
+SETTINGS = "run.toml"
+CONTENTS = (SETTINGS, "training.log", "metrics.jsonl", "best", "final", "checkpoints")
+# What may differ when a run goes on. Anything else would silently make it another run.
+MAY_CHANGE = {
+    "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
+    "log_every", "eval_every", "save_every", "keep_checkpoints", "out", "preset",
+}  # fmt: skip
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Make sure that a new run may be written into `folder`.
+
+    Raises:
+        UserError: it holds another run and `overwrite` is not set, or something that is no run.
+    """
+    if (folder / SETTINGS).exists():
+        if not overwrite:
+            raise UserError(
+                f"{folder} already holds a run: go on with it (--resume), replace it (--overwrite) "
+                "or choose another --out."
+            )
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there and is no run: choose another --out.")
+
+
+def clear(folder: Path) -> None:
+    """Make `folder` and empty it of an old run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CONTENTS:
+        target = folder / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+
+
+def find_resumable(resume: str, flags: Mapping[str, Any], echo: Callable[[str], None]) -> tuple[Path, Path]:
+    """The folder of the run to go on with and its checkpoint.
+
+    Args:
+        resume: a checkpoint or run folder, or "newest" for the run that the flags name, else the newest under weights/.
+
+    Raises:
+        UserError: there is no run, or no sound checkpoint in it.
+    """
+    if resume != "newest":
+        path = Path(resume)
+        if (path / checkpoint.MARKER).is_file():
+            return path.resolve().parent.parent, path
+        run = path
+    elif {"out", "data", "preset"} & flags.keys():
+        run = Path(resolve(flags).out)
+    else:
+        run = newest_run(Path("weights"))
+    if not (run / SETTINGS).is_file():
+        raise UserError(f"There is no run in {run}: leave --resume out to start one.")
+    found = checkpoint.newest_sound(run, echo)
+    if found is None:
+        raise UserError(f"{run} has no checkpoint to go on from yet: start it again with --overwrite.")
+    return run, found
+
+
+def newest_run(weights: Path) -> Path:
+    """The run under `weights` that was worked on last.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = [path.parent for path in weights.glob(f"*/{SETTINGS}")]
+    if not runs:
+        raise UserError(f"There is no run in {weights}/ yet: train one with `mlx-gpt train`, or name one.")
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def config_of(path: Path) -> Config | None:
+    """The settings of the run at `path`, or of the run that the model directory at `path` is part of."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / SETTINGS).is_file():
+            return resolve(read_toml(folder / SETTINGS))
+    return None
+
+
+def resumed_config(run: Path, flags: Mapping[str, Any], file: str | Path | None) -> Config:
+    """The settings of a run with those changed that may change.
+
+    Raises:
+        UserError: a setting was given that would make it another run; names all of them.
+    """
+    saved = read_toml(run / SETTINGS)
+    given = (read_toml(file) if file else {}) | dict(flags)
+    config = resolve(saved | given | {"out": str(run)})
+    resolved = flat(config)
+    changed = [name for name in given if name not in MAY_CHANGE and resolved.get(name) != saved.get(name)]
+    if changed:
+        raise UserError(
+            "\n".join(
+                f"`{name}` was {saved.get(name)!r} when {run} began and can't become {given[name]!r}: "
+                "start another run with another --out."
+                for name in changed
+            )
+        )
+    return config
+
+
+def model_directory(path: Path) -> Path:
+    """The model directory that `path` means: itself, or a run's best, final or newest checkpoint.
+
+    Raises:
+        UserError: there is no such folder, or no model in it.
+    """
+    if not path.exists():
+        raise UserError(f"There is no {path}: name a run or a model directory.")
+    candidates: Iterable[Path] = (path, path / "best", path / "final", *reversed(checkpoint.all_checkpoints(path)))
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    if (path / SETTINGS).is_file():
+        raise UserError(f"{path} has no weights yet: its first evaluation or checkpoint writes them.")
+    raise UserError(f"{path} is no run and no model directory: it has neither config.json nor best/config.json.")

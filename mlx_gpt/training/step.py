@@ -1,0 +1,94 @@
+"""One step of training: losses and gradients of the micro-batches, clipping, one update."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map, tree_reduce
+
+from mlx_gpt.backend import seed_for
+from mlx_gpt.config import TrainingConfig
+from mlx_gpt.evaluation import token_losses
+from mlx_gpt.model import GPT
+from mlx_gpt.training.optimizer import AdamW, Tree
+
+
+class StepResult(NamedTuple):
+    """Scalars that MLX may still be computing: `.item()` waits for them.
+
+    Attributes:
+        loss: mean cross-entropy over every token of the step, in nats.
+        grad_norm: global norm of the gradients before clipping.
+    """
+
+    loss: mx.array
+    grad_norm: mx.array
+
+
+class TrainingStep:
+    """Trains `model` in place. The parameters and AdamW's state are float32; `dtype` is what it computes in."""
+
+    def __init__(self, model: GPT, training: TrainingConfig, dtype: mx.Dtype = mx.float32) -> None:
+        self.model = model
+        self.optimizer = AdamW(training)
+        self.optimizer_state = self.optimizer.init(model.trainable_parameters())
+        self._training = training
+        self._dtype = dtype
+        # Dropout draws from MLX's generator, so its state goes through the compiled function.
+        random = mx.random.state if model.config.dropout > 0 else []
+        self._first = mx.compile(self._loss_and_gradients, inputs=random, outputs=random)
+        self._next = mx.compile(self._add_loss_and_gradients, inputs=random, outputs=random)
+        self._update = mx.compile(self._clip_and_update)
+
+    def __call__(self, step: int, learning_rate: float, micro_batches: Sequence[np.ndarray]) -> StepResult:
+        """Make step number `step` on micro-batches (B, T) of one shape, and start computing it."""
+        parameters = self.model.trainable_parameters()
+        for i, windows in enumerate(micro_batches):
+            mx.random.seed(seed_for(self._training.seed, step, i))  # dropout is a function of (seed, step)
+            windows_bt = mx.array(windows)
+            if i == 0:
+                loss, gradients = self._first(parameters, windows_bt)
+            else:
+                loss, gradients = self._next(parameters, windows_bt, loss, gradients)
+            if i < len(micro_batches) - 1:
+                mx.eval(loss, gradients)  # or the activations of all micro-steps would stand at once
+        count = mx.array(len(micro_batches), mx.float32)
+        parameters, self.optimizer_state, result = self._update(
+            parameters, gradients, self.optimizer_state, loss, count, mx.array(learning_rate)
+        )
+        del gradients
+        self.model.update(parameters)
+        mx.async_eval(parameters, self.optimizer_state, result)
+        return StepResult(*result)
+
+    def _loss_and_gradients(self, parameters: Tree, windows_bt: mx.array) -> tuple[mx.array, Tree]:
+        def loss(parameters: Tree) -> mx.array:
+            # Cast inside, so that the gradients come back in the parameters' float32.
+            self.model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
+            return token_losses(self.model, windows_bt).mean()
+
+        self.model.train()
+        return mx.value_and_grad(loss)(parameters)
+
+    def _add_loss_and_gradients(
+        self, parameters: Tree, windows_bt: mx.array, loss: mx.array, gradients: Tree
+    ) -> tuple[mx.array, Tree]:
+        next_loss, next_gradients = self._loss_and_gradients(parameters, windows_bt)
+        return loss + next_loss, tree_map(mx.add, gradients, next_gradients)
+
+    def _clip_and_update(
+        self, parameters: Tree, gradients: Tree, state: Tree, loss: mx.array, count: mx.array, learning_rate: mx.array
+    ) -> tuple[Tree, Tree, tuple[mx.array, mx.array]]:
+        # Sums over the micro-steps become means. All windows have the same length, so every token weighs the same.
+        loss = loss / count
+        squares = tree_reduce(lambda total, g: total + (g * g).sum(), gradients, mx.array(0.0))
+        norm = mx.sqrt(squares) / count
+        scale = 1 / count
+        if self._training.max_grad_norm > 0:
+            scale = scale * mx.minimum(1.0, self._training.max_grad_norm / (norm + 1e-6))
+        sound = mx.isfinite(norm) & mx.isfinite(loss)  # one bad step must not poison the weights for good
+        parameters, state = self.optimizer.update(
+            parameters, tree_map(lambda g: g * scale, gradients), state, learning_rate, sound
+        )
+        return parameters, state, (loss, norm)
