@@ -1,0 +1,101 @@
+"""What `import mlx_gpt` offers: the commands as functions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_map
+
+from mlx_gpt import backend
+from mlx_gpt.config import GenerationConfig, build
+from mlx_gpt.errors import UserError
+from mlx_gpt.generation import engine
+from mlx_gpt.generation.engine import Piece
+from mlx_gpt.model import GPT
+from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training.run import model_directory
+from mlx_gpt.weights import load_model, load_tokenizer
+
+
+def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:
+    """Open a model directory, or the best model of a run.
+
+    Args:
+        precision: "float32", "bfloat16", or "auto" for bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        UserError: there is none, or it is damaged or no GPT-2.
+    """
+    folder = model_directory(Path(path))
+    model = load_model(folder)
+    dtype = backend.compute_dtype(precision, backend.device())
+    model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
+    model.eval()
+    return model, load_tokenizer(folder, model)
+
+
+def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Iterator[Piece]:
+    """Continue `prompt`, yielding pieces of text as they are made.
+
+    Args:
+        settings: those of `GenerationConfig`: `max_tokens`, `temperature`, `seed`, ...
+
+    Raises:
+        UserError: a setting is unknown or out of its bounds, or the prompt is empty or too long.
+    """
+    return engine.stream(model, tokenizer, prompt, build(GenerationConfig, settings))
+
+
+def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> str:
+    """Continue `prompt` and return the new text; settings and errors as in `stream`."""
+    if settings.get("num_samples", 1) != 1:
+        raise UserError("generate() returns one text: for several samples iterate over stream().")
+    return "".join(piece.text for piece in stream(model, tokenizer, prompt, **settings))
+
+
+def train(
+    *,
+    config: str | Path | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    echo: Callable[[str], None] | None = print,
+    **settings: Any,
+) -> Path:
+    """Train as `mlx-gpt train` does and return the run's folder, which `load` opens.
+
+    Args:
+        config: a TOML file of settings.
+        resume: a run or checkpoint to go on with, or "newest".
+        overwrite: replace the run that is there.
+        echo: called with each line of the log.
+        settings: those of `Config` by name: `data`, `preset`, `out`, `max_steps`, ...
+
+    Raises:
+        UserError: a setting, the data or a folder is not fit for it; nothing has been changed then.
+    """
+    from mlx_gpt.training.loop import train as run_training
+
+    return run_training(settings, _Lines(echo), file=config, resume=resume, overwrite=overwrite).folder
+
+
+class _Lines:
+    """A display of lines only."""
+
+    def __init__(self, echo: Callable[[str], None] | None) -> None:
+        self._echo = echo
+
+    def line(self, text: str) -> None:
+        if self._echo:
+            self._echo(text)
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
+
+    def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "_Lines":
+        return self
+
+    def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

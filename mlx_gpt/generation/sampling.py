@@ -1,0 +1,62 @@
+"""Logits to the next token. Meaning and order of the settings are Hugging Face's.
+
+Shapes: B texts, V entries of the vocabulary, N candidates among them.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlx_gpt.config import GenerationConfig
+
+
+def penalise_repetition(logits_bv: mx.array, seen_bv: mx.array, penalty: float) -> mx.array:
+    """Make tokens that were seen less likely (Keskar et al. 2019, CTRL, arXiv:1909.05858).
+
+    A positive logit is divided by the penalty and a negative one multiplied, where the boolean `seen_bv` is true.
+    """
+    if penalty == 1:
+        return logits_bv
+    return mx.where(seen_bv, mx.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty), logits_bv)
+
+
+def sample(logits_bv: mx.array, config: GenerationConfig, keys: Sequence[mx.array]) -> mx.array:
+    """Draw one token per row, (B,) ids; each row by its own key, so that a text is the same alone and in company."""
+    if config.temperature == 0:
+        return mx.argmax(logits_bv, axis=-1)
+    # From the highest down, so that a tiny temperature gives -inf and never inf.
+    logits_bn = (logits_bv - logits_bv.max(axis=-1, keepdims=True)) / config.temperature
+    ids_bn = None
+    if 0 < config.top_k < logits_bn.shape[-1]:
+        logits_bn, ids_bn = keep_top_k(logits_bn, config.top_k)
+    if config.top_p < 1:
+        logits_bn = keep_top_p(logits_bn, config.top_p)
+    if config.min_p > 0:
+        logits_bn = keep_min_p(logits_bn, config.min_p)
+    # The largest of logits plus Gumbel noise is a draw from their softmax (Gumbel 1954).
+    noise_bn = mx.stack([mx.random.gumbel(logits_bn.shape[1:], key=key) for key in keys])
+    choice_b1 = mx.argmax(logits_bn + noise_bn, axis=-1, keepdims=True)
+    return (choice_b1 if ids_bn is None else mx.take_along_axis(ids_bn, choice_b1, axis=-1)).squeeze(-1)
+
+
+def keep_top_k(logits_bn: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """The `k` highest logits of each row and their indices, (B, k) both, without sorting the rest."""
+    ids_bk = mx.argpartition(-logits_bn, kth=k - 1, axis=-1)[:, :k]
+    return mx.take_along_axis(logits_bn, ids_bk, axis=-1), ids_bk
+
+
+def keep_top_p(logits_bn: mx.array, p: float) -> mx.array:
+    """-inf for all but the likeliest tokens that together have probability `p` (Holtzman et al. 2020)."""
+    order_bn = mx.argsort(-logits_bn, axis=-1)
+    probabilities_bn = mx.softmax(mx.take_along_axis(logits_bn, order_bn, axis=-1), axis=-1)
+    likelier_bn = mx.cumsum(probabilities_bn, axis=-1) - probabilities_bn
+    # The likeliest always stays, whatever rounding makes of its zero.
+    outside_bn = (likelier_bn >= p) & (mx.arange(logits_bn.shape[-1]) > 0)
+    outside_bn = mx.put_along_axis(mx.zeros_like(outside_bn), order_bn, outside_bn, axis=-1)
+    return mx.where(outside_bn, -mx.inf, logits_bn)
+
+
+def keep_min_p(logits_bn: mx.array, p: float) -> mx.array:
+    """-inf for tokens less likely than `p` times the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    relative_bn = mx.exp(logits_bn - logits_bn.max(axis=-1, keepdims=True))
+    return mx.where(relative_bn < p, -mx.inf, logits_bn)
