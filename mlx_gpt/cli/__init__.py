@@ -1,0 +1,92 @@
+"""The command line: one file per command, each of which parses, calls and prints."""
+
+import importlib
+import os
+import sys
+
+import click
+
+from mlx_gpt.errors import UserError
+
+# Loaded when they are used: `mlx-gpt --help` needs no arrays. The sentences are what it shows.
+COMMANDS = {
+    "download": "Get a dataset from Kaggle, or one fetched by hand, and prepare it.",
+    "prepare": "Turn CSV, TSV, JSONL, Parquet and text files into a corpus to train on.",
+    "train": "Train a model, or go on with a run.",
+    "generate": "Continue a prompt, or talk to a model.",
+    "eval": "Loss, perplexity and bits per byte of a model on a text.",
+    "doctor": "Is this machine ready? Versions, device, speed, credentials.",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands that are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mlx_gpt.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup,
+    # --max_length is --max-length
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+@click.version_option(package_name="mlx-gpt")
+def cli() -> None:
+    """Train a GPT from scratch on your own text, and talk to it."""
+
+
+def main() -> None:
+    """Run a command: 0 when it went well, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command and return its exit code; what goes wrong is told in a sentence on stderr."""
+    try:
+        code = cli.main(arguments, prog_name="mlx-gpt", standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        return _tell(str(error), 2)
+    except click.ClickException as error:
+        return _tell(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _tell("Interrupted.", 130)
+    except BrokenPipeError:
+        # Who was reading has left, as `head` does. Nothing more can be written, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PermissionError as error:
+        return _tell(f"{error.filename}: no permission; choose another folder or change its permissions.", 2)
+    except OSError as error:
+        return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.", 1)
+    except Exception as error:
+        if "MLX_GPT_TRACEBACK" in os.environ:
+            raise
+        return _tell(
+            f"Something unforeseen went wrong ({type(error).__name__}: {error}). "
+            "MLX_GPT_TRACEBACK=1 shows where; please report it.",
+            1,
+        )
+    return code if isinstance(code, int) else 0
+
+
+def _tell(message: str, code: int) -> int:
+    click.echo(f"Error: {message}" if code != 130 else message, err=True)
+    return code

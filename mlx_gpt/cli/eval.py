@@ -1,0 +1,56 @@
+"""`mlx-gpt eval`."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+
+from mlx_gpt.cli.options import SettingsCommand, given, settings_options
+from mlx_gpt.cli.terminal import Terminal
+from mlx_gpt.config import DataConfig, build
+from mlx_gpt.errors import UserError
+
+
+@click.command("eval", cls=SettingsCommand)
+@click.argument("file", required=False)
+@click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
+@click.option("--seq-len", type=int, metavar="N", help="Tokens per window.  [default: as trained, or all positions]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
+@settings_options(DataConfig, only=("documents", "column"))
+def command(file: str | None, model: str | None, seq_len: int | None, batch_size: int, **settings: str) -> None:
+    """Loss, perplexity and bits per byte of a model on FILE, or on the whole validation text of its run.
+
+    The text is read in windows that do not overlap; each document ends with the end-of-text token, which counts.
+    """
+    from mlx_gpt.api import load
+    from mlx_gpt.data.tokens import encode_file, tokenize
+    from mlx_gpt.evaluation import Evaluator
+    from mlx_gpt.training import run as run_folder
+    from mlx_gpt.training.loop import open_data
+
+    display = Terminal()
+    path = Path(model) if model else run_folder.newest_run(Path("weights"))
+    network, tokenizer = load(path)
+    config = run_folder.config_of(path)
+    positions = network.config.n_positions
+    seq_len = seq_len or (config.training.seq_len if config else positions)
+    if not 1 <= seq_len <= positions:
+        raise UserError(f"--seq-len must be from 1 to the model's {positions} positions, not {seq_len}.")
+    with TemporaryDirectory() as folder:
+        if file:
+            data = build(DataConfig, given(settings))
+            tokens = encode_file(Path(file), tokenizer, Path(folder), column=data.column, documents=data.documents)
+        elif config:
+            tokens = tokenize(open_data(config.data, display), tokenizer, display.progress("Encoding")).val
+        else:
+            raise UserError(f"{path} is no run, so it has no validation text: name a FILE to evaluate on.")
+        if len(tokens) < 2:
+            raise UserError(f"{file} has {len(tokens)} tokens: there is nothing to predict.")
+        evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
+        bar = display.bar("Evaluating", -(-(len(tokens) - 1) // seq_len), unit="window")
+        evaluation = evaluate(bar.advance)
+        bar.close()
+    display.line(f"Tokens         {evaluation.tokens:,} ({evaluation.text_bytes:,} bytes of text)")
+    display.line(f"Loss           {evaluation.loss:.4f} nats per token")
+    display.line(f"Perplexity     {evaluation.perplexity:,.2f}")
+    display.line(f"Bits per byte  {evaluation.bits_per_byte:.4f}")

@@ -1,0 +1,69 @@
+"""Flags made from the settings of config.py."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from mlx_gpt.config import DataConfig, ModelConfig, Setting, TrainingConfig, settings_of
+
+SECTIONS = {DataConfig: "Text", ModelConfig: "Model", TrainingConfig: "Training"}
+
+
+class SettingOption(click.Option):
+    """A flag that stands for a setting; its value is None when it was not given."""
+
+    def __init__(self, *args: Any, section: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.section = section
+
+
+class SettingsCommand(click.Command):
+    """A command whose `--help` shows the flags in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show the flags by section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def settings_options(config_class: type, only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Give a command a flag for each setting of a dataclass, or for those named in `only`."""
+
+    def decorate(function: Callable) -> Callable:
+        for setting in reversed(list(settings_of(config_class))):  # decorators apply from the last to the first
+            if not only or setting.name in only:
+                function = _option(setting)(function)
+        return function
+
+    return decorate
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's settings that were given on the command line."""
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+def _option(setting: Setting) -> Callable[[Callable], Callable]:
+    help_text = setting.metadata["help"]
+    if setting.default not in ("", None, ()):
+        help_text += f"  [default: {setting.default}]"
+    choices = setting.metadata["choices"]
+    repeated = setting.kind is tuple
+    return click.option(
+        *(f"--{word.replace('_', '-')}" for word in (setting.name, *setting.metadata["aliases"])),
+        setting.name,
+        cls=SettingOption,
+        section=SECTIONS.get(setting.owner, "Options"),
+        type=click.Choice(choices) if choices else str if repeated else setting.kind,
+        multiple=repeated,
+        default=None,
+        help=help_text,
+        metavar=None if choices else {int: "N", float: "X"}.get(setting.kind, "TEXT"),
+    )

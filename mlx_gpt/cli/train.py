@@ -1,0 +1,67 @@
+"""`mlx-gpt train`."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import click
+
+from mlx_gpt.cli.options import SettingsCommand, given, settings_options
+from mlx_gpt.cli.terminal import Terminal
+from mlx_gpt.config import Config
+
+
+@click.command("train", cls=SettingsCommand)
+@click.option("--config", "file", metavar="FILE", help="TOML file of settings, such as a run's run.toml.")
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="newest",
+    metavar="[PATH]",
+    help="Go on with the run that the flags name, with the newest, or with the run or checkpoint at PATH.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the run that is in --out.")
+@settings_options(Config)
+def command(file: str | None, resume: str | None, overwrite: bool, **settings: Any) -> int:
+    """Train a model, or go on with a run.
+
+    A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
+    preset tiny on the text that is built in.
+    """
+    from mlx_gpt.training import loop
+
+    display = Terminal()
+    run = loop.set_up(given(settings), display, file, resume, overwrite)
+    with StopSignals() as stop:
+        outcome = loop.fit(run, display, stop.requested)
+    if stop.received:
+        click.echo(f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}")
+        return 128 + stop.received
+    click.echo(f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive")
+    return 0
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP, so that training can stop between two steps; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.received != 0
+
+    def __enter__(self) -> "StopSignals":
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # A closed terminal counts as SIGTERM.
+        self.received = signal.SIGTERM if number == signal.SIGHUP else number
