@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_gpt import ops
-from mlx_gpt.data.batches import validation_batches
+from mlx_gpt.data.batches import validation_batches, validation_windows
 from mlx_gpt.model import GPT
 
 
@@ -67,6 +67,11 @@ class Evaluator:
         self._seq_len, self._batch_size, self._limit, self._dtype = seq_len, batch_size, limit, dtype
         self._loss = mx.compile(self._summed_loss)
 
+    @property
+    def windows(self) -> int:
+        """How many windows one evaluation takes."""
+        return len(validation_windows(self._tokens, self._seq_len, self._limit))
+
     def __call__(self, progress: Callable[[int], None] = lambda windows: None) -> Evaluation:
         """Evaluate the model as it is now; `progress` is told the windows done since the last call."""
         parameters = self._model.parameters()
@@ -75,7 +80,7 @@ class Evaluator:
             nats += self._loss(parameters, mx.array(windows), mx.array(weights)).item()
             count += int(weights.sum())
             text_bytes += int(self._byte_lengths[windows[:, 1:]][weights > 0].sum())
-            progress(len(windows))
+            progress(int(weights.any(axis=1).sum()))
         self._model.update(parameters)
         return Evaluation(nats / count, count, text_bytes)
 

@@ -47,7 +47,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
         if len(tokens) < 2:
             raise UserError(f"{file} has {len(tokens)} tokens: there is nothing to predict.")
         evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
-        bar = display.bar("Evaluating", -(-(len(tokens) - 1) // seq_len), unit="window")
+        bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)
         bar.close()
     display.line(f"Tokens         {evaluation.tokens:,} ({evaluation.text_bytes:,} bytes of text)")

@@ -44,6 +44,12 @@ def training_batches(
         yield sample["window"]
 
 
+def validation_windows(tokens: np.ndarray, seq_len: int, limit: int = 0) -> np.ndarray:
+    """The numbers of the windows to validate on: all of them, or `limit` that are spread evenly over the text."""
+    count = -(-(len(tokens) - 1) // seq_len)
+    return np.arange(count) if not limit or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
+
+
 def validation_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, limit: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -56,8 +62,7 @@ def validation_batches(
         Windows (batch_size, seq_len + 1) int32 and the weight (batch_size, seq_len) float32 of each target: 0 where
         the text had ended and the window is filled up.
     """
-    count = -(-(len(tokens) - 1) // seq_len)
-    chosen = np.arange(count) if not limit or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
+    chosen = validation_windows(tokens, seq_len, limit)
     for first in range(0, len(chosen), batch_size):
         windows = np.zeros((batch_size, seq_len + 1), np.int32)
         weights = np.zeros((batch_size, seq_len), np.float32)

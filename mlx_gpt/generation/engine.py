@@ -8,7 +8,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_gpt.backend import GIB, seed_for
+from mlx_gpt.backend import seed_for
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.sampling import penalise_repetition, sample
@@ -55,7 +55,7 @@ class Stats:
         return (
             f"Prompt: {self.prompt_tokens:,} tokens, {prompt_speed:,.1f} tokens/s. "
             f"Generation: {self.new_tokens:,} tokens, {speed:,.1f} tokens/s. "
-            f"Peak memory: {self.peak_memory / GIB:.2f} GiB."
+            f"Peak memory: {self.peak_memory / 1e9:.3f} GB."
         )
 
 

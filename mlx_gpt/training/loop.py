@@ -178,7 +178,7 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
 
     bar = display.bar("Training", plan.total_steps, done=step)
     if step == 0:
-        validate(run, step)
+        validate(run, step, display)
     over, stopping, running = is_over(), False, None
     while not (over or stopping):
         rate = learning_rate(step, plan.total_steps, training)
@@ -195,7 +195,7 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
             loss, norm = result.loss.item(), result.grad_norm.item()
             monitor.log_step(step, plan.epoch(step), plan.tokens(step), loss, rate, norm)
         if step % training.eval_every == 0 or over:
-            validate(run, step)
+            validate(run, step, display)
         if step % training.save_every == 0 or over or stopping:
             save_checkpoint(run, step)
     bar.close()
@@ -205,10 +205,12 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
     return Outcome(run.folder, over, step, run.progress.best_loss)
 
 
-def validate(run: Run, step: int) -> None:
+def validate(run: Run, step: int, display: Display) -> None:
     """Evaluate, log it, and keep the weights if they are the best so far."""
     started = time.perf_counter()
-    evaluation = run.evaluate()
+    bar = display.bar("Evaluating", run.evaluate.windows, unit="window")
+    evaluation = run.evaluate(bar.advance)
+    bar.close()
     best = run.progress.best_loss
     is_best = best is None or evaluation.loss < best
     run.monitor.log_validation(step, run.plan.epoch(step), run.plan.tokens(step), evaluation, is_best)
