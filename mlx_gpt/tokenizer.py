@@ -26,7 +26,10 @@ class Tokenizer:
         # What a file brings along to shorten or pad a text would lose some of it.
         backend.no_truncation()
         backend.no_padding()
-        if end_of_text is None or backend.id_to_token(end_of_text) is None:
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        if max(ids, default=0) > 2 * len(ids) + 1000:  # a table of them all would not fit into memory
+            raise UserError(f"a tokenizer of {len(ids):,} entries has none with id {max(ids)}")
+        if end_of_text is None or end_of_text not in ids:
             backend.add_special_tokens([END_OF_TEXT])  # leaves it as it is when it is there
             end_of_text = backend.get_vocab()[END_OF_TEXT]
         # Not saved in tokenizer.json: a text that merely contains "<|endoftext|>" is encoded as those 13 characters.
@@ -84,10 +87,9 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from None
         try:
-            backend = HFTokenizer.from_str(text)
+            return cls(HFTokenizer.from_str(text), end_of_text)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
-        return cls(backend, end_of_text)
 
     def to_json(self) -> str:
         """The text of its `tokenizer.json`."""
@@ -112,7 +114,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, ends of documents left out."""
-        return self.backend.decode(ids, skip_special_tokens=True)
+        if self.token_bytes is None:
+            return self.backend.decode(ids, skip_special_tokens=True)
+        return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for the end of a document."""
@@ -128,9 +132,9 @@ class Tokenizer:
         pieces = [b""] * self.vocab_size
         added = self.backend.get_added_tokens_decoder()
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i not in added:
+            if i not in added and all(character in BYTE_OF for character in token):
                 pieces[i] = bytes(BYTE_OF[character] for character in token)
-            elif not added[i].special:
+            elif i not in added or not added[i].special:
                 pieces[i] = token.encode()
         return pieces
 
@@ -142,16 +146,23 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stream = decoders.DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._told = 0
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         pieces = self._tokenizer.token_bytes
         if pieces is None:
-            return self._stream.step(self._tokenizer.backend, token) or ""
+            self._ids.append(token)
+            text = self._stream.step(self._tokenizer.backend, token) or ""
+            self._told += len(text)
+            return text
         return self._utf8.decode(pieces[token] if token < len(pieces) else b"")
 
     def finish(self) -> str:
         """What is left: U+FFFD where the last character will never be whole."""
+        if self._tokenizer.token_bytes is None:
+            return self._tokenizer.decode(self._ids)[self._told :]
         return self._utf8.decode(b"", final=True)
 
 

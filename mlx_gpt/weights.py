@@ -128,13 +128,13 @@ def read_config(folder: Path) -> ModelConfig:
     values = {name: config[name] for name in names} | {"dropout": config.get("resid_pdrop", 0.0)}
     try:
         model_config: ModelConfig = build(ModelConfig, values)
-        epsilon = float(config.get("layer_norm_epsilon", ModelConfig.layer_norm_epsilon))
-    except (UserError, TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    epsilon = config.get("layer_norm_epsilon", ModelConfig.layer_norm_epsilon)
     if model_config.n_embd % model_config.n_head:
         raise UserError(f"{path}: `n_embd` {model_config.n_embd} can't be shared by `n_head` {model_config.n_head}.")
-    if not 0 < epsilon < 1:
-        raise UserError(f"{path}: `layer_norm_epsilon` must be between 0 and 1, not {epsilon}.")
+    if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+        raise UserError(f"{path}: `layer_norm_epsilon` must be between 0 and 1, not {epsilon!r}.")
     return dataclasses.replace(model_config, layer_norm_epsilon=epsilon)
 
 
@@ -181,6 +181,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
+                if name.endswith(MASKS):
+                    continue
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in FLOATS:
                     raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; weights are one of {FLOATS}.")
@@ -191,14 +193,16 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short ({error}): fetch it again.") from None
-    return {name: shape for name, shape in shapes.items() if not name.endswith(MASKS)}
+    return shapes
 
 
 def _check_dimensions(path: Path, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a config whose sizes are not the file's, before anything of those sizes is made."""
     asked = {"wte.weight": (config.vocab_size, config.n_embd), "wpe.weight": (config.n_positions, config.n_embd)}
     for name, shape in asked.items():
-        if name in stored and stored[name] != shape:
+        if name not in stored:
+            raise UserError(f"{path} has no tensor {name}, which config.json asks for: fetch the directory again.")
+        if stored[name] != shape:
             raise UserError(f"{path}: tensor {name} has shape {stored[name]}, config.json asks for {shape}.")
     if config.n_layer > len(stored):
         raise UserError(f"{path} holds {len(stored)} tensors, too few for the {config.n_layer} layers of config.json.")

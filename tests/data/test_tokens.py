@@ -143,7 +143,8 @@ def test_progress_goes_up_to_the_whole(bpe, make_corpus, sentences, monkeypatch)
 
 
 def test_the_corpus_keeps_the_tokenizer_that_was_trained_on_it(make_corpus, sentences):
-    corpus, said = make_corpus(sentences), []
+    corpus = make_corpus(sentences)
+    said: list[str] = []
     first = get_tokenizer("bpe", 280, corpus, said.append)
     second = get_tokenizer("bpe", 280, corpus, said.append)
     assert first.to_json() == second.to_json() == Tokenizer.train(sentences, 280).to_json()

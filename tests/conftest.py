@@ -1,0 +1,132 @@
+"""Every model, tokenizer and text that the tests need: made here, small, and the same each time."""
+
+import json
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a network
+
+import mlx_gpt  # noqa: F401, I001 - before mlx, so that a tuned BLAS serves it
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from mlx_gpt.config import ModelConfig
+from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.model import GPT
+from mlx_gpt.tokenizer import Tokenizer
+
+mx.set_default_device(mx.cpu)  # where equal means equal to the bit: a GPU adds up in any order
+
+TEXT = "the duck swims in a pond and dives for plants or snails while naïve geese — 鳥 — look on 🦆 don't they"
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """300 short documents of the same few words."""
+    words, draw = TEXT.split(), random.Random(0)
+    return [" ".join(draw.choices(words, k=draw.randint(5, 15))).capitalize() + ".\n" for _ in range(300)]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    return Tokenizer.of_bytes()
+
+
+@pytest.fixture(scope="session")
+def bpe(sentences):
+    """A byte-level BPE of 300 entries."""
+    return Tokenizer.train(sentences, 300)
+
+
+@pytest.fixture(scope="session")
+def foreign(sentences):
+    """A GPT-2-like tokenizer from elsewhere, with what such files bring along and without an end of text."""
+    backend = HFTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<s>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(sentences, trainer)
+    backend.add_tokens([AddedToken("the duck"), AddedToken("鳥"), AddedToken("naïve")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.enable_truncation(8)
+    backend.enable_padding(length=8, pad_id=1, pad_token="<pad>")
+    return Tokenizer(HFTokenizer.from_str(backend.to_str()))
+
+
+@pytest.fixture(params=["bytes", "bpe", "foreign"])
+def tokenizer(request, byte_tokenizer, bpe, foreign):
+    """Each kind of tokenizer in turn."""
+    return {"bytes": byte_tokenizer, "bpe": bpe, "foreign": foreign}[request.param]
+
+
+@pytest.fixture(scope="session")
+def make_model(bpe):
+    """Make a fresh tiny GPT: 2 layers, 2 heads, 32 wide, 32 positions, the vocabulary of `bpe`.
+
+    No weight is near where training starts, so that each part of the network shows in what comes out.
+    """
+
+    def make(seed=0, dropout=0.0, vocab_size=bpe.vocab_size):
+        model = GPT(ModelConfig(vocab_size, n_layer=2, n_head=2, n_embd=32, n_positions=32, dropout=dropout))
+        draw = np.random.default_rng(seed)
+        weights = []
+        for name, weight in tree_flatten(model.parameters()):
+            # Positions and blocks must be heard over the token itself, or the likeliest next token is always the last.
+            spread = {"wpe": 0.5, "h": 0.3}.get(name.split(".")[0], 0.2)
+            mean = 1 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0
+            weights.append((name, mx.array(draw.normal(mean, spread, weight.shape).astype(np.float32))))
+        model.update(tree_unflatten(weights))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
+    """A tiny GPT to look at, as it is for use: a test that trains makes its own."""
+    return make_model().eval()
+
+
+@pytest.fixture(scope="session")
+def ids(bpe):
+    """Token ids, (4, 17): the one shape that training is compiled for."""
+    return np.random.default_rng(0).integers(0, bpe.vocab_size, (4, 17)).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def weights_of():
+    """The parameters of a model by name, as a copy in numpy."""
+
+    def weights_of(model):
+        return {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+
+    return weights_of
+
+
+@pytest.fixture
+def eager():
+    """Nothing is compiled, which is the quicker way to try what need not be."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def make_corpus(tmp_path):
+    """Write documents to a folder that `open_corpus` takes as it is."""
+
+    def make(train, val=("What nobody has seen.\n",)):
+        for side, documents in (("train", train), ("val", val)):
+            lines = [json.dumps({"text": document}) + "\n" for document in documents]
+            (tmp_path / f"{side}.jsonl").write_text("".join(lines), encoding="utf-8")
+        return open_corpus(tmp_path)
+
+    return make

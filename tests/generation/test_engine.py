@@ -1,0 +1,222 @@
+"""Prompt to text: the tokens that the model means, in whole characters, up to the right place."""
+
+from itertools import takewhile
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mlx_gpt.config import GenerationConfig, ModelConfig
+from mlx_gpt.errors import UserError
+from mlx_gpt.generation.engine import Stats, decode, stream
+from mlx_gpt.weights import save_model
+
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
+PROMPT = "The duck swims"
+
+
+def texts(model, tokenizer, prompt, **settings):
+    """The text of each sample."""
+    config = GenerationConfig(**settings)
+    made = [""] * config.num_samples
+    for piece in stream(model, tokenizer, prompt, config):
+        made[piece.sample] += piece.text
+    return made
+
+
+def tokens(model, tokenizer, prompt, **settings):
+    """The ids of the first sample."""
+    return [row[0] for row in decode(model, tokenizer, prompt, GenerationConfig(**settings))]
+
+
+class Script:
+    """Stands in for a model: says the given ids one after the other, whatever it reads."""
+
+    def __init__(self, tokenizer, ids):
+        self.config = ModelConfig(tokenizer.vocab_size, n_positions=1000)
+        self.h = [None]
+        self._ids = mx.array([*ids, *[tokenizer.end_of_text] * 100])
+
+    def eval(self):
+        pass
+
+    def hidden(self, ids_bt, cache):
+        first = cache[0].offset
+        cache[0].update(*[mx.zeros((*ids_bt.shape[:1], 1, ids_bt.shape[1], 1))] * 2)
+        said = self._ids[first : first + ids_bt.shape[1]]
+        return (said[:, None] == mx.arange(self.config.vocab_size))[None].astype(mx.float32)
+
+    def head(self, x_btv):
+        return x_btv
+
+
+@pytest.fixture
+def say(byte_tokenizer):
+    """The pieces of a text that a model says byte by byte after a prompt of one."""
+
+    def say(text, **settings):
+        ids = text if isinstance(text, list) else list(text.encode())
+        model: Any = Script(byte_tokenizer, ids)
+        return list(stream(model, byte_tokenizer, ">", GenerationConfig(**GREEDY | settings)))
+
+    return say
+
+
+# ---- the tokens -----------------------------------------------------------------------------------------------------
+
+
+def without_cache(model, ids, count):
+    """The likeliest tokens, all read anew for each; past the last position from the second half on."""
+    positions, ids, start = model.config.n_positions, list(ids), 0
+    for _ in range(count):
+        if len(ids) - start > positions:
+            start = len(ids) - positions // 2
+        ids.append(int(np.array(model(mx.array([ids[start:]])))[0, -1].argmax()))
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("length", [1, 9, 31, 32])
+def test_the_cache_changes_no_token_even_past_the_last_position(model, bpe, ids, length):
+    prompt = ids.ravel()[:length].tolist()
+    assert tokens(model, bpe, prompt, max_tokens=60, **GREEDY) == without_cache(model, prompt, 60)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_transformers_greedy(model, bpe, tmp_path, penalty):
+    save_model(tmp_path, model, bpe)
+    theirs: Any = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    prompt = bpe.encode(PROMPT)
+    options = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": penalty, "eos_token_id": None}
+    expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+    ours = tokens(model, bpe, prompt, max_tokens=20, temperature=0, repetition_penalty=penalty)
+    assert ours == expected[0, len(prompt) :].tolist()
+    assert len(set(ours)) > 3  # a model that says but one thing would show nothing
+
+
+def test_entries_that_the_tokenizer_lacks_are_never_made(make_model, bpe):
+    padded = make_model(vocab_size=bpe.vocab_size + 100)
+    made = tokens(padded, bpe, bpe.encode(PROMPT), max_tokens=100, temperature=5.0, top_k=0, top_p=1.0, seed=0)
+    assert max(made) < bpe.vocab_size
+
+
+# ---- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(model, bpe):
+    once, again, other, never, nor = (
+        texts(model, bpe, PROMPT, max_tokens=20, seed=seed) for seed in (5, 5, 6, None, None)
+    )
+    assert once == again
+    assert len({*once, *other, *never, *nor}) == 4
+
+
+def test_samples_are_what_each_is_alone(model, bpe):
+    together = texts(model, bpe, PROMPT, max_tokens=40, seed=5, num_samples=2)  # 40 go past the last position
+    alone = [texts(model, bpe, PROMPT, max_tokens=40, seed=seed)[0] for seed in (5, 6)]
+    assert together == alone
+
+
+def test_one_sample_may_end_before_the_other(model, bpe):
+    whole = texts(model, bpe, PROMPT, max_tokens=20, seed=5, num_samples=2)
+    stop = whole[0][10:14]
+    assert stop not in whole[1]
+    made = texts(model, bpe, PROMPT, max_tokens=20, seed=5, num_samples=2, stop=(stop,))
+    assert made == [whole[0][: whole[0].index(stop)], whole[1]]
+
+
+# ---- the text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_the_text_is_that_of_the_tokens(make_model, byte_tokenizer, bpe, name):
+    tokenizer = {"bytes": byte_tokenizer, "bpe": bpe}[name]
+    model = make_model(vocab_size=tokenizer.vocab_size)
+    settings = {"max_tokens": 50, "seed": 5}
+    made = list(takewhile(tokenizer.end_of_text.__ne__, tokens(model, tokenizer, tokenizer.encode(PROMPT), **settings)))
+    assert len(made) > 5
+    assert texts(model, tokenizer, PROMPT, **settings) == [tokenizer.decode(made)]
+
+
+def test_characters_come_whole_and_at_once(say):
+    assert [piece.text for piece in say("aé🦆b")] == ["a", "é", "🦆", "b", ""]
+
+
+def test_a_character_that_is_cut_off_shows_as_such_at_the_end_only(say):
+    assert [piece.text for piece in say("a🦆", max_tokens=4)] == ["a", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "made", "reason"),
+    [
+        ("abcdef", {"max_tokens": 4}, "abcd", "length"),
+        ("abcdef", {"max_tokens": 1}, "a", "length"),
+        ("abcdef", {}, "abcdef", "end"),
+        ("", {}, "", "end"),
+        ("abcdef", {"stop": ("cde",)}, "ab", "stop"),  # over three tokens
+        ("abcdef", {"stop": ("zz", "ef", "cd")}, "ab", "stop"),  # the first to come
+        ("abcdef", {"stop": ("de", "bcde")}, "a", "stop"),  # the longest where two come at once
+        ("ababac", {"stop": ("abac",)}, "ab", "stop"),  # which seemed to begin before
+        ("a🦆é!", {"stop": ("🦆é",)}, "a", "stop"),
+        ("abc", {"stop": ("abc",)}, "", "stop"),
+        ("abcdef", {"stop": ("efg",)}, "abcdef", "end"),  # what was held back comes after all
+        ("abcdef", {"stop": ("efg",), "max_tokens": 6}, "abcdef", "length"),
+        ("abcdef", {"stop": ("def",), "max_tokens": 6}, "abc", "stop"),
+    ],
+)
+def test_a_text_ends_where_it_should_and_says_why(say, text, settings, made, reason):
+    pieces = say(text, **settings)
+    assert "".join(piece.text for piece in pieces) == made
+    assert [piece.reason for piece in pieces] == [""] * (len(pieces) - 1) + [reason]
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back(say):
+    pieces = say("xaay", stop=("ab",))
+    assert [piece.text for piece in pieces] == ["x", "a", "ay", ""]
+
+
+def test_an_end_of_text_ends_even_amid_the_vocabulary(say):
+    assert "".join(piece.text for piece in say([*b"ab", 256, *b"cd"])) == "ab"
+
+
+def test_stop_strings_end_a_real_text_wherever_they_lie(model, bpe):
+    whole = texts(model, bpe, PROMPT, max_tokens=20, seed=5)[0]
+    for at in range(0, len(whole) - 3, 5):
+        stop = whole[at : at + 3]
+        assert texts(model, bpe, PROMPT, max_tokens=20, seed=5, stop=(stop,)) == [whole[: whole.index(stop)]]
+
+
+# ---- around it ------------------------------------------------------------------------------------------------------
+
+
+def test_stats_count_what_was_read_and_made(model, bpe):
+    stats = Stats()
+    config = GenerationConfig(max_tokens=7, num_samples=3, seed=0)
+    for _ in stream(model, bpe, PROMPT, config, stats):
+        pass
+    assert stats.prompt_tokens == len(bpe.encode(PROMPT))
+    assert stats.new_tokens == 21
+    assert stats.seconds > 0
+    assert stats.prompt_seconds > 0
+    assert stats.peak_memory > 0
+    assert "21 tokens" in str(stats)
+
+
+def test_dropout_is_off(make_model, model, bpe):
+    dropping = make_model(dropout=0.5)
+    dropping.train()
+    assert texts(dropping, bpe, PROMPT, max_tokens=10, **GREEDY) == texts(model, bpe, PROMPT, max_tokens=10, **GREEDY)
+
+
+def test_an_empty_prompt_is_refused(model, bpe):
+    with pytest.raises(UserError, match="prompt is empty"):
+        texts(model, bpe, "")
+
+
+def test_a_prompt_may_fill_the_context_but_no_more(make_model, byte_tokenizer):
+    model = make_model(vocab_size=257)
+    assert texts(model, byte_tokenizer, "x" * 32, max_tokens=9, **GREEDY)[0]
+    with pytest.raises(UserError, match="33 tokens, more than the model's context of 32"):
+        texts(model, byte_tokenizer, "x" * 33)

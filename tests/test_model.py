@@ -1,0 +1,125 @@
+"""The network: its size, its first weights, and what it may see."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_gpt.config import ModelConfig
+from mlx_gpt.generation.engine import make_cache
+from mlx_gpt.model import GPT
+
+PLACES_OF_DROPOUT = {
+    "embeddings": lambda model: model.drop,
+    "attention": lambda model: model.h[1].attn.attn_dropout,
+    "attention's residual": lambda model: model.h[1].attn.resid_dropout,
+    "feed-forward's residual": lambda model: model.h[1].mlp.dropout,
+}
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return GPT(ModelConfig(512, n_layer=4, n_head=2, n_embd=64, n_positions=32)).init_weights(seed=7)
+
+
+def is_random(model, ids):
+    return not np.array_equal(np.array(model(mx.array(ids))), np.array(model(mx.array(ids))))
+
+
+# ---- size -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_embd", "published"),
+    [(12, 768, 124_439_808), (24, 1024, 354_823_168), (36, 1280, 774_030_080), (48, 1600, 1_557_611_200)],
+)
+def test_has_as_many_parameters_as_gpt2(n_layer, n_embd, published):
+    assert GPT(ModelConfig(50257, n_layer, n_embd // 64, n_embd)).n_params() == published
+
+
+# ---- first weights --------------------------------------------------------------------------------------------------
+
+
+def test_first_weights_have_gpt2s_spread(fresh, weights_of):
+    for name, weight in weights_of(fresh).items():
+        if weight.ndim == 2:
+            spread = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
+            assert weight.std() == pytest.approx(spread, rel=0.06), name
+            assert abs(weight.mean()) < 5 * spread / math.sqrt(weight.size), name
+        else:
+            assert np.all(weight == (1 if "ln_" in name and name.endswith("weight") else 0)), name
+
+
+def test_no_two_matrices_start_equal(fresh, weights_of):
+    matrices = [weight.ravel()[:32] for weight in weights_of(fresh).values() if weight.ndim == 2]
+    assert len({row.tobytes() for row in matrices}) == len(matrices)
+
+
+def test_first_weights_are_a_function_of_the_seed(fresh, weights_of):
+    def drawn(seed, elsewhere):
+        mx.random.seed(elsewhere)
+        return weights_of(GPT(fresh.config).init_weights(seed))
+
+    once, again, other = drawn(7, elsewhere=0), drawn(7, elsewhere=1), drawn(8, elsewhere=0)
+    assert all(np.array_equal(once[name], again[name]) for name in once)
+    assert all(not np.array_equal(once[name], other[name]) for name in once if once[name].ndim == 2)
+
+
+# ---- what a token sees ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["generating", "training with dropout"])
+def test_a_later_token_never_changes_what_came_before(make_model, ids, dropout):
+    model = make_model(dropout=dropout)
+    model.train(dropout > 0)
+    changed = ids.copy()
+    changed[:, 9] = (changed[:, 9] + 1) % model.config.vocab_size
+    mx.random.seed(0)
+    before = np.array(model(mx.array(ids)))
+    mx.random.seed(0)
+    after = np.array(model(mx.array(changed)))
+    np.testing.assert_allclose(after[:, :9], before[:, :9], atol=1e-6)
+    assert np.all(np.abs(after[:, 9:] - before[:, 9:]).max(axis=(0, 2)) > 1e-3)  # and each later one feels it
+
+
+@pytest.mark.parametrize("pieces", [[17], [1] * 17, [5, 3, 1, 7, 1]], ids=str)
+def test_reading_in_pieces_gives_the_logits_of_the_whole(model, ids, pieces):
+    cache, parts, start = make_cache(model, capacity=32), [], 0
+    for length in pieces:
+        parts.append(model(mx.array(ids[:, start : start + length]), cache))
+        start += length
+    np.testing.assert_allclose(np.array(mx.concatenate(parts, axis=1)), np.array(model(mx.array(ids))), atol=1e-5)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_off_outside_training(make_model, model, ids):
+    dropping = make_model(dropout=0.5)
+    dropping.eval()
+    assert np.array_equal(np.array(dropping(mx.array(ids))), np.array(model(mx.array(ids))))
+
+
+@pytest.mark.parametrize("place", PLACES_OF_DROPOUT)
+def test_training_drops_out_in_each_place(make_model, ids, place):
+    model = make_model(dropout=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert not is_random(model, ids)
+    PLACES_OF_DROPOUT[place](model).train()
+    assert is_random(model, ids)
+
+
+def test_dropout_in_attention_leaves_the_mean_as_it_is(make_model):
+    attention = make_model(dropout=0.5).h[0].attn
+    attention.resid_dropout.eval()
+    x_btc = mx.broadcast_to(mx.random.normal((1, 6, 32), key=mx.random.key(0)), (4000, 6, 32))
+    mx.random.seed(0)
+    dropped = np.array(attention(x_btc))
+    attention.eval()
+    whole = np.array(attention(x_btc[:1]))[0]
+    error = dropped.std(axis=0) / math.sqrt(4000)
+    assert np.all(np.abs(dropped.mean(axis=0) - whole) < 5 * error + 1e-5)

@@ -1,0 +1,193 @@
+"""Text to ids and back: nothing is lost, nothing comes out in halves."""
+
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models
+
+from mlx_gpt.errors import UserError
+from mlx_gpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer
+
+NASTY = [
+    "",
+    " ",
+    "\n\n\n",
+    "emoji 🦆 👩‍👩‍👧 🇫🇮",
+    "漢字かな交じり文 한국어 العربية",
+    "NUL \0, \x01\x1b\x7f\x85\u2028\ufeff and a\u0301 and \U0010ffff",
+    " leading,  double  and trailing spaces  ",
+    "tabs\tand\r\nline ends\r",
+    f"{END_OF_TEXT} <s> <pad> {END_OF_TEXT}{END_OF_TEXT}",
+    "the duck 鳥 naïve",
+]
+
+
+def random_texts():
+    """Texts of every kind of character, surrogates apart."""
+    draw = random.Random(0)
+    kinds = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000), (0x20, 0x7F)]
+    return ["".join(chr(draw.randrange(*draw.choice(kinds))) for _ in range(draw.randint(1, 40))) for _ in range(300)]
+
+
+def random_ids(tokenizer):
+    """Lists of ids that hardly ever make whole characters."""
+    draw = random.Random(0)
+    return [[draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(0, 12))] for _ in range(1000)]
+
+
+def detokenized(tokenizer, ids):
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.add(i) for i in ids), detokenizer.finish()]
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+
+def test_any_text_comes_back_as_it_went_in(tokenizer):
+    texts = NASTY + random_texts()
+    batch = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in batch] == texts
+    assert batch == [tokenizer.encode(text) for text in texts]
+    assert max(max(ids, default=0) for ids in batch) < tokenizer.vocab_size
+
+
+def test_text_never_ends_a_document(tokenizer):
+    assert not any(tokenizer.end_of_text in ids for ids in tokenizer.encode_batch(NASTY))
+
+
+def test_nothing_is_added_to_a_text(tokenizer):
+    assert tokenizer.encode("") == []
+    assert tokenizer.encode("a🐘") == [*tokenizer.encode("a"), *tokenizer.encode("🐘")]
+
+
+def test_an_end_of_text_has_no_text(tokenizer):
+    ids = tokenizer.encode("duck")
+    end = tokenizer.end_of_text
+    assert (
+        tokenizer.decode([end, *ids, end, *ids])
+        == "".join(detokenized(tokenizer, [end, *ids, end, *ids]))
+        == "duckduck"
+    )
+
+
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(UserError, match="lone surrogate"):
+        tokenizer.encode("duck \ud83e")
+
+
+def test_bytes_are_their_own_ids(byte_tokenizer):
+    assert byte_tokenizer.encode("né") == list("né".encode())
+    assert (byte_tokenizer.end_of_text, byte_tokenizer.vocab_size) == (256, 257)
+
+
+# ---- streaming ------------------------------------------------------------------------------------------------------
+
+
+def test_streaming_adds_up_to_the_whole(tokenizer):
+    for ids in [tokenizer.encode(text) for text in NASTY] + random_ids(tokenizer):
+        assert "".join(detokenized(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_streaming_never_yields_half_a_character(tokenizer):
+    for text in NASTY:
+        pieces = detokenized(tokenizer, tokenizer.encode(text))
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streaming_holds_back_no_whole_character(byte_tokenizer):
+    assert detokenized(byte_tokenizer, "aé🦆".encode()) == ["a", "", "é", "", "", "", "🦆", ""]
+
+
+def test_streaming_ends_with_what_is_left_of_a_character(tokenizer):
+    unfinished = tokenizer.encode("a🐘")[:-1]
+    assert "".join(detokenized(tokenizer, unfinished)) == "a\ufffd"
+
+
+def test_streaming_a_tokenizer_that_is_not_of_bytes_adds_up_too():
+    bytes_in_hex = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = HFTokenizer(models.BPE(bytes_in_hex | {"a": 256, "▁": 257}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(backend)
+    for ids in [tokenizer.encode("a▁a🦆")[:cut] for cut in range(8)]:
+        assert "".join(detokenized(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_byte_lengths_add_up_to_the_texts(tokenizer):
+    lengths = tokenizer.byte_lengths()
+    assert lengths.shape == (tokenizer.vocab_size,)
+    assert lengths[tokenizer.end_of_text] == 0
+    for text in NASTY + random_texts():
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("vocab_size", [257, 280, 300])
+def test_training_fills_the_vocabulary_and_no_more(sentences, vocab_size):
+    assert Tokenizer.train(sentences, vocab_size).vocab_size == vocab_size
+
+
+def test_a_text_with_few_pairs_gives_a_smaller_vocabulary():
+    assert Tokenizer.train(["abab"], 1000).vocab_size == 258  # the bytes, the end of text and "ab"
+
+
+def test_training_is_a_function_of_the_text(sentences, bpe):
+    assert Tokenizer.train(iter(sentences), 300).to_json() == bpe.to_json()
+    assert Tokenizer.train(sentences[:100], 300).to_json() != bpe.to_json()
+
+
+def test_training_learns_words(bpe):
+    assert len(bpe.encode("the duck swims")) < len("the duck swims") / 2
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_or_its_folder_loads_as_the_same_tokenizer(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    for loaded in (Tokenizer.load(path), Tokenizer.load(str(tmp_path))):
+        assert loaded.to_json() == tokenizer.to_json()
+        assert (loaded.end_of_text, loaded.vocab_size) == (tokenizer.end_of_text, tokenizer.vocab_size)
+        assert [loaded.encode(text) for text in NASTY] == [tokenizer.encode(text) for text in NASTY]
+
+
+def with_entry(tokenizer, entry, i):
+    content = json.loads(tokenizer.to_json())
+    content["model"]["vocab"][entry] = i
+    return json.dumps(content)
+
+
+def test_an_entry_that_is_no_run_of_bytes_stands_for_itself(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(with_entry(bpe, "鳥 ", 300))
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.decode([300]) == "".join(detokenized(tokenizer, [300])) == "鳥 "
+    assert tokenizer.byte_lengths()[300] == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(lambda bpe: b"", id="empty"),
+        pytest.param(lambda bpe: b"{}", id="an empty object"),
+        pytest.param(lambda bpe: bpe.to_json().encode()[:-9], id="cut short"),
+        pytest.param(lambda bpe: b"\xff\xfe", id="no text"),
+        pytest.param(lambda bpe: b"[" * 100_000, id="deeply nested"),
+        pytest.param(lambda bpe: with_entry(bpe, "duckling", 10**8).encode(), id="an absurd id"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(bpe, tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content(bpe))
+    with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
+        Tokenizer.load(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"There is no .*nowhere\.json"):
+        Tokenizer.load(tmp_path / "nowhere.json")
