@@ -30,7 +30,6 @@ def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:
     model = load_model(folder)
     dtype = backend.compute_dtype(precision, backend.device())
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
-    model.eval()
     return model, load_tokenizer(folder, model)
 
 

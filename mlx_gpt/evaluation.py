@@ -13,9 +13,12 @@ from mlx_gpt.data.batches import validation_batches, validation_windows
 from mlx_gpt.model import GPT
 
 
-def token_losses(model: GPT, windows_bt: mx.array) -> mx.array:
-    """Cross-entropy (B, T - 1), in nats and float32, of each token of (B, T) windows but the first."""
-    return ops.cross_entropy(model(windows_bt[:, :-1]), windows_bt[:, 1:])
+def token_losses(model: GPT, windows_bt: mx.array, key: mx.array | None = None) -> mx.array:
+    """Cross-entropy (B, T - 1), in nats and float32, of each token of (B, T) windows but the first.
+
+    `key` is for dropout, as in `GPT`.
+    """
+    return ops.cross_entropy(model(windows_bt[:, :-1], key=key), windows_bt[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,5 @@ class Evaluator:
         return Evaluation(nats / count, count, text_bytes)
 
     def _summed_loss(self, parameters: dict, windows_bt: mx.array, weights_bt: mx.array) -> mx.array:
-        was_training = self._model.training
-        self._model.eval()
         self._model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
-        loss = (token_losses(self._model, windows_bt) * weights_bt).sum()
-        self._model.train(was_training)
-        return loss
+        return (token_losses(self._model, windows_bt) * weights_bt).sum()

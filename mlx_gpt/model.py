@@ -32,13 +32,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.dropout_rate = config.dropout
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.attn_dropout = nn.Dropout(config.dropout)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
-    def __call__(self, x_btc: mx.array, cache: Cache | None = None) -> mx.array:
+    def __call__(self, x_btc: mx.array, cache: Cache | None = None, key: mx.array | None = None) -> mx.array:
         B, T, C = x_btc.shape
         q_bhtd, k_bhtd, v_bhtd = (
             part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3)
@@ -46,20 +44,22 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k_bhtd, v_bhtd = cache.update(k_bhtd, v_bhtd)
-        y_bhtd = self._attend(q_bhtd, k_bhtd, v_bhtd, 1 / math.sqrt(C // self.n_head))
+        weights_key, output_key = ops.split(key, 2)
+        y_bhtd = self._attend(q_bhtd, k_bhtd, v_bhtd, 1 / math.sqrt(C // self.n_head), weights_key)
         y_btc = y_bhtd.transpose(0, 2, 1, 3).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y_btc))
+        return ops.dropout(self.c_proj(y_btc), self.dropout, output_key)
 
-    def _attend(self, q_bhtd: mx.array, k_bhtd: mx.array, v_bhtd: mx.array, scale: float) -> mx.array:
+    def _attend(
+        self, q_bhtd: mx.array, k_bhtd: mx.array, v_bhtd: mx.array, scale: float, key: mx.array | None
+    ) -> mx.array:
         T, S = q_bhtd.shape[2], k_bhtd.shape[2]
-        drops = self.training and self.dropout_rate > 0
-        if T == 1 or (ops.has_fused_attention() and not drops):
+        if T == 1 or (ops.has_fused_attention() and key is None):
             mask = "causal" if T > 1 else None  # a single query may see all that is there
             return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhtd, v_bhtd, scale=scale, mask=mask)
         # The fused kernel has no dropout. The T queries are the last of S tokens.
         future_ts = mx.triu(mx.full((T, S), -mx.inf, dtype=q_bhtd.dtype), k=S - T + 1)
         weights_bhts = ops.softmax((q_bhtd * scale) @ k_bhtd.swapaxes(-1, -2) + future_ts)
-        return self.attn_dropout(weights_bhts) @ v_bhtd
+        return ops.dropout(weights_bhts, self.dropout, key) @ v_bhtd
 
 
 class MLP(nn.Module):
@@ -69,10 +69,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def __call__(self, x_btc: mx.array) -> mx.array:
-        return self.dropout(self.c_proj(ops.gelu(self.c_fc(x_btc))))
+    def __call__(self, x_btc: mx.array, key: mx.array | None = None) -> mx.array:
+        return ops.dropout(self.c_proj(ops.gelu(self.c_fc(x_btc))), self.dropout, key)
 
 
 class Block(nn.Module):
@@ -85,9 +85,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def __call__(self, x_btc: mx.array, cache: Cache | None = None) -> mx.array:
-        x_btc = x_btc + self.attn(self.ln_1(x_btc), cache)
-        return x_btc + self.mlp(self.ln_2(x_btc))
+    def __call__(self, x_btc: mx.array, cache: Cache | None = None, key: mx.array | None = None) -> mx.array:
+        attn_key, mlp_key = ops.split(key, 2)
+        x_btc = x_btc + self.attn(self.ln_1(x_btc), cache, attn_key)
+        return x_btc + self.mlp(self.ln_2(x_btc), mlp_key)
 
 
 class GPT(nn.Module):
@@ -98,21 +99,26 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def __call__(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
-        """Logits (B, T, V) of the token after each of `ids_bt`, integers in [0, V): others index garbage."""
-        return self.head(self.hidden(ids_bt, cache))
+    def __call__(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None, key: mx.array | None = None) -> mx.array:
+        """Logits (B, T, V) of the token after each of `ids_bt`, integers in [0, V): others index garbage.
 
-    def hidden(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
+        Args:
+            cache: one per block, of the tokens before; they are added to it.
+            key: of the random numbers for dropout; without one nothing is dropped.
+        """
+        return self.head(self.hidden(ids_bt, cache, key))
+
+    def hidden(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None, key: mx.array | None = None) -> mx.array:
         """The last block's normalised output, (B, T, C)."""
         start = cache[0].offset if cache else 0
         positions_t = mx.arange(start, start + ids_bt.shape[1])
-        x_btc = self.drop(self.wte(ids_bt) + self.wpe(positions_t))
+        embedding_key, *block_keys = ops.split(key, 1 + len(self.h))
+        x_btc = ops.dropout(self.wte(ids_bt) + self.wpe(positions_t), self.config.dropout, embedding_key)
         for i, block in enumerate(self.h):
-            x_btc = block(x_btc, cache[i] if cache else None)
+            x_btc = block(x_btc, cache[i] if cache else None, block_keys[i])
         return self.ln_f(x_btc)
 
     def head(self, x_btc: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""GELU, softmax and cross-entropy, each with its gradient.
+"""Dropout, GELU, softmax and cross-entropy.
 
 GPUs have fast exponentials and fused kernels, and there these are MLX's own. On the CPU MLX calls the C library's
 `exp` once per element, forward and backward again, which is more than a third of a training step. There they are built
@@ -6,6 +6,7 @@ on an exponential that compiles to vector instructions, and keep what the backwa
 """
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,6 +49,21 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Cross-entropy (...) in nats and float32 of logits (..., V) against ids (...)."""
     logits = logits.astype(mx.float32)
     return _cross_entropy(logits, targets)[0] if _slow_exp(logits) else mx.fast.cross_entropy(logits, targets)
+
+
+def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
+    """Drop a share `rate` of `x` and scale up the rest (Srivastava et al. 2014); without a key, return `x`.
+
+    The key is given, not drawn, so that a block that is computed again drops the same.
+    """
+    if key is None or rate == 0:
+        return x
+    return mx.where(mx.random.bernoulli(1 - rate, x.shape, key=key), x * (1 / (1 - rate)), 0)
+
+
+def split(key: mx.array | None, count: int) -> Sequence[mx.array | None]:
+    """As many keys from one, or as many times none."""
+    return [None] * count if key is None else list(mx.random.split(key, count))
 
 
 def has_fused_attention() -> bool:

@@ -134,7 +134,6 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
 
     The device computes the tokens after those that the caller is working on.
     """
-    model.eval()
     seed = random.SystemRandom().randrange(2**62) if config.seed is None else config.seed
     samples, entries, positions = config.num_samples, model.config.vocab_size, model.config.n_positions
     texts = [list(prompt) for _ in range(samples)]

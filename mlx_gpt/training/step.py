@@ -35,22 +35,21 @@ class TrainingStep:
         self.optimizer_state = self.optimizer.init(model.trainable_parameters())
         self._training = training
         self._dtype = dtype
-        # Dropout draws from MLX's generator, so its state goes through the compiled function.
-        random = mx.random.state if model.config.dropout > 0 else []
-        self._first = mx.compile(self._loss_and_gradients, inputs=random, outputs=random)
-        self._next = mx.compile(self._add_loss_and_gradients, inputs=random, outputs=random)
+        self._first = mx.compile(self._loss_and_gradients)
+        self._next = mx.compile(self._add_loss_and_gradients)
         self._update = mx.compile(self._clip_and_update)
 
     def __call__(self, step: int, learning_rate: float, micro_batches: Sequence[np.ndarray]) -> StepResult:
         """Make step number `step` on micro-batches (B, T) of one shape, and start computing it."""
         parameters = self.model.trainable_parameters()
         for i, windows in enumerate(micro_batches):
-            mx.random.seed(seed_for(self._training.seed, step, i))  # dropout is a function of (seed, step)
             windows_bt = mx.array(windows)
+            # What dropout drops is a function of (seed, step), so a resume needs no saved generator.
+            key = mx.random.key(seed_for(self._training.seed, step, i)) if self.model.config.dropout > 0 else None
             if i == 0:
-                loss, gradients = self._first(parameters, windows_bt)
+                loss, gradients = self._first(parameters, windows_bt, key)
             else:
-                loss, gradients = self._next(parameters, windows_bt, loss, gradients)
+                loss, gradients = self._next(parameters, windows_bt, key, loss, gradients)
             if i < len(micro_batches) - 1:
                 mx.eval(loss, gradients)  # or the activations of all micro-steps would stand at once
         count = mx.array(len(micro_batches), mx.float32)
@@ -62,19 +61,20 @@ class TrainingStep:
         mx.async_eval(parameters, self.optimizer_state, result)
         return StepResult(*result)
 
-    def _loss_and_gradients(self, parameters: Tree, windows_bt: mx.array) -> tuple[mx.array, Tree]:
+    def _loss_and_gradients(
+        self, parameters: Tree, windows_bt: mx.array, key: mx.array | None
+    ) -> tuple[mx.array, Tree]:
         def loss(parameters: Tree) -> mx.array:
             # Cast inside, so that the gradients come back in the parameters' float32.
             self.model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
-            return token_losses(self.model, windows_bt).mean()
+            return token_losses(self.model, windows_bt, key).mean()
 
-        self.model.train()
         return mx.value_and_grad(loss)(parameters)
 
     def _add_loss_and_gradients(
-        self, parameters: Tree, windows_bt: mx.array, loss: mx.array, gradients: Tree
+        self, parameters: Tree, windows_bt: mx.array, key: mx.array | None, loss: mx.array, gradients: Tree
     ) -> tuple[mx.array, Tree]:
-        next_loss, next_gradients = self._loss_and_gradients(parameters, windows_bt)
+        next_loss, next_gradients = self._loss_and_gradients(parameters, windows_bt, key)
         return loss + next_loss, tree_map(mx.add, gradients, next_gradients)
 
     def _clip_and_update(
