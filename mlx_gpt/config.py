@@ -6,8 +6,8 @@ Where a value comes from, the first that has it: flag, file, preset, default.
 
 import dataclasses
 import difflib
-import math
 import operator
+import sys
 import tomllib
 import types
 import typing
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from mlx_gpt.errors import UserError
+from mlx_gpt.files import write_text_whole
 
 
 def setting(
@@ -81,6 +82,9 @@ class TrainingConfig:
     seq_len: int = setting(512, "Tokens per training window.", at_least=1)
     batch_size: int = setting(16, "Windows per micro-step; lower it when memory is short.", at_least=1)
     gradient_accumulation_steps: int = setting(4, "Micro-steps whose gradients make one step.", at_least=1)
+    grad_checkpoint: bool = setting(
+        False, "Compute the activations of each block twice instead of keeping them: less memory, more time."
+    )
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
     max_epochs: float = setting(10.0, "Stop after this many passes over the training text.", above=0)
     max_minutes: float | None = setting(None, "Stop after this many minutes of training.", above=0)
@@ -97,6 +101,7 @@ class TrainingConfig:
     eval_windows: int = setting(1024, "Validation windows per evaluation, always the same; 0 takes all.", at_least=0)
     save_every: int = setting(1000, "Steps between two checkpoints.", at_least=1)
     keep_checkpoints: int = setting(3, "Newest checkpoints to keep, beside best and final.", at_least=1)
+    max_bad_steps: int = setting(10, "End the run after this many steps in a row without a finite loss.", at_least=1)
     precision: str = setting(
         "auto",
         "Numbers of the forward and backward pass; auto: bfloat16 on a GPU, float32 on the CPU.",
@@ -204,9 +209,8 @@ def build(config_class: type, values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: names every unknown setting and every value out of its bounds, all at once.
     """
-    problems = list(_problems(config_class, values))
-    if problems:
-        raise UserError("\n".join(problems))
+    if problems := _problems(config_class, values):
+        raise UserError("\n".join(problems.values()))
     return _fill(config_class, values)
 
 
@@ -225,14 +229,18 @@ def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
     if not given.get("preset"):
         given["preset"] = "tiny" if given["data"] == "builtin" else "medium"
     if not given.get("out"):
-        given["out"] = f"weights/{given['preset']}-{Path(str(given['data'])).stem}"
+        name = Path(str(given["data"])).resolve().stem  # resolved, since "." has no name
+        given["out"] = f"weights/{given['preset']}-{name}"
     values = PRESETS.get(str(given["preset"]), {}) | given
-    config: Config = build(Config, values)
-    if config.training.min_lr is None:
-        config = build(Config, values | {"min_lr": config.training.learning_rate / 10})
-    if problems := list(_conflicts(config)):
-        raise UserError("\n".join(problems))
-    return config
+    problems = _problems(Config, values)
+    sound: Config = _fill(Config, {name: value for name, value in values.items() if name not in problems})
+    # Of two settings that don't go together, neither must be wrong by itself.
+    clashes = [sentence for names, sentence in _conflicts(sound) if not problems.keys() & names]
+    if problems or clashes:
+        raise UserError("\n".join([*problems.values(), *clashes]))
+    if sound.training.min_lr is None:
+        return build(Config, values | {"min_lr": sound.training.learning_rate / 10})
+    return sound
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -251,7 +259,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def write_toml(config: Config, path: Path) -> None:
     """Write every setting, so that the file is itself a valid `--config`."""
-    path.write_text(tomli_w.dumps(flat(config)), encoding="utf-8")
+    write_text_whole(path, tomli_w.dumps(flat(config)))
 
 
 def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
@@ -266,22 +274,27 @@ def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
     return config_class(**arguments)
 
 
-def _problems(config_class: type, values: Mapping[str, Any]) -> Iterator[str]:
+def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence for each name that is no setting, or whose value is not fit for it."""
+    problems = {}
     known = {setting.name: setting for setting in settings_of(config_class)}
     for name, value in values.items():
         if name not in known:
             nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
             hint = f"did you mean `{nearest[0]}`?" if nearest else "see --help for those there are."
-            yield f"There is no setting `{name}`: {hint}"
-        else:
-            wrong = _wrong(value, known[name])
-            if wrong and value != known[name].default:
-                yield f"`{name}` must be {wrong}, not {value!r}."
+            problems[name] = f"There is no setting `{name}`: {hint}"
+        elif wrong := _wrong(value, known[name]):
+            problems[name] = f"`{name}` must be {wrong}, not {value!r}."
+    return problems
 
 
 def _wrong(value: Any, setting: Setting) -> str:
     """What the value should have been; empty when it is fine."""
     kind, metadata = setting.kind, setting.metadata
+    if (value is None and setting.default is None) or value == "" == setting.default:
+        return ""
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
     if kind is tuple:
         return "" if not isinstance(value, str) and all(isinstance(v, str) and v for v in value) else "texts"
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
@@ -292,10 +305,10 @@ def _wrong(value: Any, setting: Setting) -> str:
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     if kind is str:
         return ""
+    if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:
+        return "a finite number"
     fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())
-    if fits_bounds and (kind is int or math.isfinite(value)):
-        return ""
-    return " and ".join(f"{words} {bound:g}" for words, bound in metadata["bounds"].items()) or "a finite number"
+    return "" if fits_bounds else " and ".join(f"{words} {bound:g}" for words, bound in metadata["bounds"].items())
 
 
 def kind_of(annotation: Any) -> type:
@@ -305,21 +318,30 @@ def kind_of(annotation: Any) -> type:
     return typing.get_origin(annotation) or annotation
 
 
-def _conflicts(config: Config) -> Iterator[str]:
+def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
+    """Settings that don't go together, and the sentence that says so."""
     model, training = config.model, config.training
     if model.n_embd % model.n_head:
         fitting = [n for n in range(1, model.n_embd + 1) if model.n_embd % n == 0]
         nearest = min(fitting, key=lambda n: abs(n - model.n_head))
-        yield f"`n_embd` {model.n_embd} can't be shared evenly by `n_head` {model.n_head}: try `n_head` {nearest}."
+        yield (
+            {"n_embd", "n_head"},
+            f"`n_embd` {model.n_embd} can't be shared evenly by `n_head` {model.n_head}: try `n_head` {nearest}.",
+        )
     if config.data.tokenizer == "bpe" and model.vocab_size < 257:
         yield (
+            {"vocab_size", "tokenizer"},
             f"`vocab_size` {model.vocab_size} is too small: 256 bytes and the end of a document are 257 entries, "
-            "and what a tokenizer learns comes on top."
+            "and what a tokenizer learns comes on top.",
         )
     if training.seq_len > model.n_positions:
         yield (
+            {"seq_len", "n_positions"},
             f"`seq_len` {training.seq_len} is longer than the model's `n_positions` {model.n_positions}: "
-            "raise the one or lower the other."
+            "raise the one or lower the other.",
         )
     if training.min_lr is not None and training.min_lr > training.learning_rate:
-        yield f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower it."
+        yield (
+            {"min_lr", "learning_rate"},
+            f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower it.",
+        )

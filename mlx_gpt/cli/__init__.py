@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import RunError, UserError
 
 # Loaded when they are used: `mlx-gpt --help` needs no arrays. The sentences are what it shows.
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "Train a model, or go on with a run.",
     "generate": "Continue a prompt, or talk to a model.",
     "eval": "Loss, perplexity and bits per byte of a model on a text.",
+    "plot": "Draw the curves of a run, or of several.",
     "doctor": "Is this machine ready? Versions, device, speed, credentials.",
 }
 
@@ -64,6 +65,11 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _tell(str(error), 2)
+    except RunError as error:
+        return _tell(str(error), 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.ClickException as error:
         return _tell(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
@@ -74,6 +80,8 @@ def run(arguments: list[str]) -> int:
         return 1
     except PermissionError as error:
         return _tell(f"{error.filename}: no permission; choose another folder or change its permissions.", 2)
+    except (NotADirectoryError, FileExistsError) as error:
+        return _tell(f"{error.filename} can't be a folder, since a file is in its way: choose another.", 2)
     except OSError as error:
         return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.", 1)
     except Exception as error:

@@ -55,9 +55,12 @@ def _option(setting: Setting) -> Callable[[Callable], Callable]:
     if setting.default not in ("", None, ()):
         help_text += f"  [default: {setting.default}]"
     choices = setting.metadata["choices"]
+    flags = [f"--{word.replace('_', '-')}" for word in (setting.name, *setting.metadata["aliases"])]
+    if setting.kind is bool:
+        flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
     repeated = setting.kind is tuple
     return click.option(
-        *(f"--{word.replace('_', '-')}" for word in (setting.name, *setting.metadata["aliases"])),
+        *flags,
         setting.name,
         cls=SettingOption,
         section=SECTIONS.get(setting.owner, "Options"),
@@ -65,5 +68,5 @@ def _option(setting: Setting) -> Callable[[Callable], Callable]:
         multiple=repeated,
         default=None,
         help=help_text,
-        metavar=None if choices else {int: "N", float: "X"}.get(setting.kind, "TEXT"),
+        metavar=None if choices or setting.kind is bool else {int: "N", float: "X"}.get(setting.kind, "TEXT"),
     )

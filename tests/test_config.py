@@ -1,0 +1,277 @@
+"""Settings: where a value comes from, and what is refused."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from mlx_gpt.config import (
+    COMPARE,
+    PRESETS,
+    Config,
+    GenerationConfig,
+    ModelConfig,
+    build,
+    flat,
+    read_toml,
+    resolve,
+    settings_of,
+    write_toml,
+)
+from mlx_gpt.errors import UserError
+
+SETTINGS = [*settings_of(Config), *settings_of(GenerationConfig)]
+NUMBERS = [(Config, s) for s in settings_of(Config) if s.kind in (int, float)] + [
+    (GenerationConfig, s) for s in settings_of(GenerationConfig) if s.kind in (int, float)
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Where no data is prepared."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """Write a TOML file."""
+
+    def write(text):
+        path = tmp_path / "my.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(action):
+    """The sentences that it is refused with."""
+    with pytest.raises(UserError) as refusal:
+        action()
+    return str(refusal.value).splitlines()
+
+
+def name_of(case):
+    return getattr(case, "name", getattr(case, "__name__", None))
+
+
+# ---- where a value comes from ---------------------------------------------------------------------------------------
+
+
+def test_a_flag_wins_over_the_file_the_file_over_the_preset_the_preset_over_the_default(toml):
+    file = toml('preset = "small"\nn_layer = 3\nn_embd = 64\n')
+    config = resolve({"n_layer": 1}, file)
+    assert config.model.n_layer == 1  # the flag; 3 in the file, 6 in the preset, 12 by default
+    assert config.model.n_embd == 64  # the file; 512 in the preset, 768 by default
+    assert config.model.n_head == 8  # the preset; 12 by default
+    assert config.training.seq_len == 512  # the default
+    assert config.preset == "small"
+
+
+def test_a_preset_named_by_a_flag_is_below_the_file_that_names_another(toml):
+    config = resolve({"preset": "large"}, toml('preset = "tiny"\nn_embd = 64\n'))
+    assert (config.preset, config.model.n_layer, config.model.n_embd) == ("large", 24, 64)
+
+
+def test_without_data_it_is_the_built_in_text_and_tiny():
+    config = resolve({})
+    assert (config.data.data, config.preset, config.out) == ("builtin", "tiny", "weights/tiny-builtin")
+    assert config.model.n_layer == PRESETS["tiny"]["n_layer"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.txt"])
+def test_prepared_data_is_taken_and_gets_medium(name):
+    prepared = Path("data/processed")
+    prepared.mkdir(parents=True)
+    (prepared / name).write_text("Text.\n")
+    config = resolve({})
+    assert (config.data.data, config.preset, config.out) == ("data/processed", "medium", "weights/medium-processed")
+
+
+def test_the_built_in_text_may_have_another_preset_and_a_person_s_text_tiny():
+    assert resolve({"preset": "small"}).out == "weights/small-builtin"
+    assert resolve({"preset": "tiny", "data": "my/essays.csv"}).out == "weights/tiny-essays"
+
+
+@pytest.mark.parametrize("data", [".", "folder/.."])
+def test_the_run_is_named_even_after_a_folder_that_has_no_name_of_its_own(data, tmp_path):
+    assert resolve({"data": data}).out == f"weights/medium-{tmp_path.name}"
+
+
+def test_the_lowest_rate_is_a_tenth_of_the_highest_unless_given():
+    assert resolve({"learning_rate": 0.5}).training.min_lr == pytest.approx(0.05)
+    assert resolve({"learning_rate": 0.5, "min_lr": 0.0}).training.min_lr == 0.0
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant():
+    rate = resolve({"learning_rate": 1}).training.learning_rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+def test_paths_may_be_paths():
+    config = resolve({"data": Path("a/b.csv"), "out": Path("c")})
+    assert (config.data.data, config.out) == ("a/b.csv", "c")
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_saved_settings_are_a_config_that_means_the_same(preset, tmp_path):
+    config = resolve({"preset": preset, "data": 'C:\\"naïve" 鳥\n.csv', "max_minutes": 1.5})
+    write_toml(config, tmp_path / "run.toml")
+    assert resolve({}, tmp_path / "run.toml") == config
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(toml):
+    assert resolve({}, toml("\ufeffn_layer = 2\n")).model.n_layer == 2
+
+
+def test_a_file_that_is_not_there_a_folder_or_no_toml_is_refused(toml, tmp_path):
+    (missing,) = problems(lambda: read_toml(tmp_path / "none.toml"))
+    assert "none.toml" in missing
+    (folder,) = problems(lambda: read_toml(tmp_path))
+    assert str(tmp_path) in folder
+    (broken,) = problems(lambda: read_toml(toml("n_layer = = 2")))
+    assert "my.toml is not valid TOML" in broken
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    (binary,) = problems(lambda: read_toml(tmp_path / "binary.toml"))
+    assert "not valid TOML" in binary
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("learning_rat", "learning_rate"), ("n-layers", "n_layer"), ("lr_min", "min_lr"), ("batchsize", "batch_size")],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest_name(name, nearest, toml):
+    (sentence,) = problems(lambda: resolve({}, toml(f"{name} = 1\n")))
+    assert f"`{name}`" in sentence
+    assert f"did you mean `{nearest}`?" in sentence
+
+
+def test_an_unknown_setting_that_is_near_to_none_leads_to_the_help():
+    (sentence,) = problems(lambda: resolve({"zzz": 1}))
+    assert "`zzz`" in sentence
+    assert "--help" in sentence
+
+
+def test_a_table_is_no_setting(toml):
+    assert "`model`" in problems(lambda: resolve({}, toml("[model]\nn_layer = 2\n")))[0]
+
+
+def test_all_that_is_wrong_is_told_at_once(toml):
+    file = toml('n_layer = 0\ndrop_out = 0.1\nlearning_rate = nan\nschedule = "cosin"\n')
+    sentences = problems(lambda: resolve({"batch_size": -1}, file))
+    assert len(sentences) == 5
+    for name in ("n_layer", "drop_out", "learning_rate", "schedule", "batch_size"):
+        assert any(f"`{name}`" in sentence for sentence in sentences)
+    assert any("did you mean cosine?" in sentence for sentence in sentences)
+
+
+CONFLICTS = [
+    ({"n_embd": 30, "n_head": 4}, ["`n_embd` 30", "`n_head` 4", "try `n_head` 3"]),
+    ({"seq_len": 65, "n_positions": 64}, ["`seq_len` 65", "`n_positions` 64"]),
+    ({"min_lr": 0.2, "learning_rate": 0.1}, ["`min_lr` 0.2", "`learning_rate` 0.1"]),
+    ({"vocab_size": 256, "tokenizer": "bpe"}, ["`vocab_size` 256", "257"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), CONFLICTS)
+def test_an_impossible_combination_is_refused(settings, told):
+    (sentence,) = problems(lambda: resolve(settings))
+    assert all(words in sentence for words in told)
+
+
+def test_what_is_just_possible_is_not_refused():
+    resolve({"n_embd": 30, "n_head": 3, "seq_len": 64, "n_positions": 64, "min_lr": 0.1, "learning_rate": 0.1})
+    resolve({"vocab_size": 257})
+    resolve({"vocab_size": 1, "tokenizer": "bytes"})  # it brings its own
+
+
+def test_impossible_combinations_are_told_at_once_and_together_with_unknown_names():
+    everything = {name: value for settings, _ in CONFLICTS for name, value in settings.items()}
+    assert len(problems(lambda: resolve(everything))) == len(CONFLICTS)
+    sentences = problems(lambda: resolve(everything | {"n_layr": 1}))
+    assert any("`n_layer`" in sentence for sentence in sentences)
+    assert len(sentences) == len(CONFLICTS) + 1
+
+
+@pytest.mark.parametrize(("config_class", "setting"), NUMBERS, ids=name_of)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, False, "1", [1], {}], ids=repr)
+def test_a_number_is_a_finite_number(config_class, setting, value):
+    (sentence,) = problems(lambda: build(config_class, {setting.name: value}))
+    assert f"`{setting.name}` must be" in sentence
+    assert repr(value) in sentence
+
+
+@pytest.mark.parametrize("setting", [s for s in settings_of(Config) if s.kind is int], ids=name_of)
+def test_a_whole_number_has_no_fraction(setting):
+    (sentence,) = problems(lambda: build(Config, {setting.name: 2.5}))
+    assert "a whole number" in sentence
+
+
+@pytest.mark.parametrize(("config_class", "setting"), NUMBERS, ids=name_of)
+def test_a_number_stays_inside_its_bounds(config_class, setting):
+    """Each bound, and the nearest value beyond it."""
+    step = 1 if setting.kind is int else 1e-9
+    for words, bound in setting.metadata["bounds"].items():
+        outside = {"at least": bound - step, "above": bound, "at most": bound + step, "below": bound}[words]
+        inside = {"at least": bound, "above": bound + step, "at most": bound, "below": bound - step}[words]
+        (sentence,) = problems(lambda value=outside: build(config_class, {setting.name: value}))
+        assert f"{words} {bound:g}" in sentence
+        assert flat(build(config_class, {setting.name: inside}))[setting.name] == inside
+
+
+def test_a_number_too_large_for_a_float_is_refused():
+    assert "`learning_rate`" in problems(lambda: resolve({"learning_rate": 10**400}))[0]
+
+
+def test_an_infinite_number_is_not_said_to_be_too_small():
+    (sentence,) = problems(lambda: resolve({"learning_rate": math.inf}))
+    assert "finite" in sentence
+
+
+@pytest.mark.parametrize("value", ["END", [1], ("",)], ids=repr)
+def test_stop_strings_are_several_texts(value):
+    (sentence,) = problems(lambda: build(GenerationConfig, {"stop": value}))
+    assert "`stop`" in sentence
+    assert build(GenerationConfig, {"stop": ["a", "b"]}).stop == ("a", "b")
+
+
+# ---- every setting --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+def test_every_setting_is_explained_and_has_a_default_that_fits(setting):
+    explanation = setting.metadata["help"]
+    assert explanation[0].isupper() or explanation[0] == "`"
+    assert explanation.endswith((".", "]"))
+    if setting.default in (None, "", ()):
+        return
+    assert type(setting.default) is setting.kind
+    assert not setting.metadata["choices"] or setting.default in setting.metadata["choices"]
+    for words, bound in setting.metadata["bounds"].items():
+        assert COMPARE[words](setting.default, bound)
+
+
+def test_every_name_is_unique():
+    names = [setting.name for setting in settings_of(Config)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_names_settings_only_and_fits(preset):
+    names = {setting.name for setting in settings_of(Config)}
+    assert PRESETS[preset].keys() <= names
+    assert flat(resolve({"preset": preset})).items() >= PRESETS[preset].items()
+
+
+def test_flat_and_build_are_inverse():
+    config = resolve({"preset": "small", "data": "x.csv", "max_steps": 5})
+    assert build(Config, flat(config)) == config
+    model = dataclasses.replace(ModelConfig(), n_layer=3)
+    assert build(ModelConfig, flat(model)) == model
