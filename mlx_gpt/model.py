@@ -4,6 +4,7 @@ Shapes: B sequences of T tokens, C = n_embd, H heads of width D = C / H, V = voc
 GPT-2's published weights.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -97,6 +98,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # the activations inside each block, in the backward pass, instead of keeping them
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = [Block(config) for _ in range(config.n_layer)]
@@ -118,7 +120,9 @@ class GPT(nn.Module):
         embedding_key, *block_keys = ops.split(key, 1 + len(self.h))
         x_btc = ops.dropout(self.wte(ids_bt) + self.wpe(positions_t), self.config.dropout, embedding_key)
         for i, block in enumerate(self.h):
-            x_btc = block(x_btc, cache[i] if cache else None, block_keys[i])
+            # Bound here, the key is a constant of the block, not an input that would want a gradient.
+            call = functools.partial(block, cache=cache[i] if cache else None, key=block_keys[i])
+            x_btc = nn.utils.checkpoint(block, call)(x_btc) if self.recompute else call(x_btc)
         return self.ln_f(x_btc)
 
     def head(self, x_btc: mx.array) -> mx.array:

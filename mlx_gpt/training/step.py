@@ -25,12 +25,17 @@ class StepResult(NamedTuple):
     loss: mx.array
     grad_norm: mx.array
 
+    def numbers(self) -> tuple[float, float]:
+        """Loss and norm, waited for."""
+        return self.loss.item(), self.grad_norm.item()
+
 
 class TrainingStep:
     """Trains `model` in place. The parameters and AdamW's state are float32; `dtype` is what it computes in."""
 
     def __init__(self, model: GPT, training: TrainingConfig, dtype: mx.Dtype = mx.float32) -> None:
         self.model = model
+        self.model.recompute = training.grad_checkpoint
         self.optimizer = AdamW(training)
         self.optimizer_state = self.optimizer.init(model.trainable_parameters())
         self._training = training
