@@ -1,8 +1,15 @@
-"""The one exception that a person's mistake raises."""
+"""What goes wrong, in sentences."""
 
 
 class UserError(ValueError):
     """Something the user can mend: the message is one clear sentence that says what to do.
 
     The command line prints it without a traceback and ends with exit code 2. In Python it is an ordinary `ValueError`.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that could not go on: the message is one sentence that says why, and how to go on.
+
+    The command line prints it without a traceback and ends with exit code 1.
     """

@@ -5,6 +5,7 @@ names and the projections as (in, out), and the tokenizer's files.
 """
 
 import dataclasses
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,9 +49,21 @@ def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
     weights = {name: _turn(name, weight) for name, weight in tree_flatten(model.parameters())}
     # Without this metadata transformers refuses the file.
-    write_whole(
-        folder / "model.safetensors", lambda part: mx.save_safetensors(str(part), weights, metadata={"format": "pt"})
-    )
+    write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, {"format": "pt"}))
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """Write arrays to a safetensors file.
+
+    Raises:
+        OSError: not all of it could be written.
+    """
+    try:
+        mx.save_safetensors(str(path), arrays, metadata=metadata or {})
+        with safe_open(path, framework="np"):
+            pass  # the header is right and the file as long as it says: MLX's writer does not tell of a full disk
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(errno.EIO, f"the disk did not take it: {error}") from None
 
 
 def load_model(folder: str | Path) -> GPT:

@@ -32,8 +32,11 @@ def command(file: str | None, resume: str | None, overwrite: bool, **settings: A
 
     display = Terminal()
     run = loop.set_up(given(settings), display, file, resume, overwrite)
-    with StopSignals() as stop:
-        outcome = loop.fit(run, display, stop.requested)
+    try:
+        with StopSignals() as stop:
+            outcome = loop.fit(run, display, stop.requested)
+    finally:
+        run.close()
     if stop.received:
         click.echo(f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}")
         return 128 + stop.received

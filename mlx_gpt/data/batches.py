@@ -19,17 +19,27 @@ def windows_per_epoch(tokens: np.ndarray, seq_len: int) -> int:
     return len(tokens) // seq_len
 
 
+def window_numbers(tokens: np.ndarray, seq_len: int, seed: int, start: int, count: int) -> list[int]:
+    """Where the windows number `start` to `start + count - 1` begin in the text, in tokens."""
+    return [begin for begin, _ in zip(_beginnings(len(tokens), seq_len, seed, start), range(count), strict=False)]
+
+
 def training_windows(tokens: np.ndarray, seq_len: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
     """Windows (seq_len + 1,) int32 without end, from window number `start` on."""
-    per_epoch = windows_per_epoch(tokens, seq_len)
+    for begin in _beginnings(len(tokens), seq_len, seed, start):
+        yield _cut(tokens, begin, begin + seq_len + 1)
+
+
+def _beginnings(length: int, seq_len: int, seed: int, start: int) -> Iterator[int]:
+    """Where each window begins in a text of `length` tokens, from window number `start` on."""
+    per_epoch = length // seq_len
     epoch, first = divmod(start, per_epoch)
     while True:
         # Philox is counter-based: its key alone, (seed, epoch), decides what it draws (Salmon et al. 2011).
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
         offset = int(generator.integers(seq_len))
         for index in generator.permutation(per_epoch)[first:]:
-            begin = offset + int(index) * seq_len
-            yield _cut(tokens, begin, begin + seq_len + 1)
+            yield offset + int(index) * seq_len
         epoch, first = epoch + 1, 0
 
 

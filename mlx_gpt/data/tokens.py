@@ -89,8 +89,12 @@ def encode_file(
     files, _ = find_files([path])
     texts = (text for file in files for text in read_documents(file, column=column, documents=documents))
     target = folder / "tokens.npy"
-    _encode((normalise(text) for text in texts if isinstance(text, str)), tokenizer, lambda encoded: None, target)
-    return np.load(target, mmap_mode="r")
+    kept = (normalise(text) for text in texts if isinstance(text, str) and text.strip())
+    _encode(kept, tokenizer, lambda encoded: None, target)
+    tokens = np.load(target, mmap_mode="r")
+    if len(tokens) < 2:
+        raise UserError(f"{path} holds no text: name another file.")
+    return tokens
 
 
 def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None], path: Path) -> None:

@@ -6,6 +6,7 @@ and has the checksum of every other file.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -21,7 +22,7 @@ from mlx_gpt.files import sync, write_text_whole, write_whole
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.optimizer import Tree
-from mlx_gpt.weights import save_model
+from mlx_gpt.weights import save_arrays, save_model
 
 MARKER = "training.json"
 
@@ -34,23 +35,33 @@ class Progress:
         step: updates made.
         seconds: time used, across resumes.
         best_loss: lowest validation loss so far.
+        loss_average: running average of the training loss.
+        bad_steps: how many of the last steps in a row had no finite loss.
         fingerprint: of the token files that it trains on.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_loss: float | None = None
+    loss_average: float | None = None
+    bad_steps: int = 0
     fingerprint: str = ""
 
 
 def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, progress: Progress, keep: int) -> Path:
-    """Write a checkpoint of `progress.step` and remove all but the newest `keep`."""
+    """Write a checkpoint of `progress.step` and then remove all but the newest `keep`.
+
+    Raises:
+        OSError: it could not be written, for example since the disk is full; the ones before are as they were.
+    """
+    arrays = dict(tree_flatten(optimizer_state))
+    mx.eval(model.parameters(), arrays)
+    check_room(run, 2 * sum(array.nbytes for array in arrays.values()))
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
     _remove(part)
     save_model(part, model, tokenizer)
-    arrays = dict(tree_flatten(optimizer_state))
-    write_whole(part / "optimizer.safetensors", lambda path: mx.save_safetensors(str(path), arrays))
+    write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
     checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
     write_text_whole(part / MARKER, json.dumps(dataclasses.asdict(progress) | {"files": checksums}, indent=2) + "\n")
     _remove(folder)  # there only when a resume went back behind it
@@ -61,18 +72,37 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     return folder
 
 
+def check_room(folder: Path, needed: int) -> None:
+    """Make sure that `needed` bytes fit on the disk of `folder`.
+
+    Raises:
+        OSError: they don't; ENOSPC.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left")
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def all_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     return sorted(folder for folder in (run / "checkpoints").glob("step-*") if (folder / MARKER).is_file())
 
 
 def newest_sound(run: Path, echo: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files have their checksums; `echo` is told of each that is passed over."""
+    """The newest checkpoint whose files have their checksums; a damaged one is set aside, and `echo` is told."""
     for folder in reversed(all_checkpoints(run)):
         try:
             read_progress(folder)
         except UserError as error:
-            echo(f"{error} Trying the one before it.")
+            aside = folder.with_name(f"damaged-{folder.name}")
+            _remove(aside)
+            folder.rename(aside)
+            echo(f"{error} It is set aside as {aside.name}; the one before it is tried.")
         else:
             return folder
     return None

@@ -1,21 +1,22 @@
 """Training from settings to weights. Read `fit` for what happens in what order."""
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_gpt import backend
-from mlx_gpt.config import Config, DataConfig, resolve, write_toml
-from mlx_gpt.data.batches import training_batches
+from mlx_gpt.config import Config, DataConfig, ModelConfig, read_toml, resolve, write_toml
+from mlx_gpt.data.batches import training_batches, window_numbers
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import check_windows, get_tokenizer, tokenize
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
@@ -25,8 +26,13 @@ from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.monitor import Display, Monitor
 from mlx_gpt.training.optimizer import learning_rate
 from mlx_gpt.training.plan import Plan, make_plan
-from mlx_gpt.training.step import TrainingStep
+from mlx_gpt.training.run import Lock
+from mlx_gpt.training.step import StepResult, TrainingStep
 from mlx_gpt.weights import load_model, save_model
+
+MAX_FAILED_SAVES = 3
+AVERAGE_DECAY = 0.95  # of the running average that a loss is compared with
+SPIKE = 1.0  # nats above that average make a spike
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,21 @@ class Run:
     step: TrainingStep
     evaluate: Evaluator
     batches: Iterator[np.ndarray]
+    window_numbers: Callable[[int, int], list[int]]
     monitor: Monitor
+    lock: Lock
     progress: Progress
+    failed_saves: int = 0
 
     @property
     def folder(self) -> Path:
         """Where it is written."""
         return Path(self.config.out)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.monitor.close()
+        self.lock.release()
 
 
 def train(
@@ -87,20 +101,26 @@ def train(
     try:
         return fit(run, display, stop_requested)
     finally:
-        run.monitor.close()
+        run.close()
 
 
 def set_up(
-    settings: Mapping[str, Any], display: Display, file: str | Path | None, resume: str | None, overwrite: bool
+    settings: Mapping[str, Any],
+    display: Display,
+    file: str | Path | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    network: Callable[[ModelConfig], GPT] = GPT,
 ) -> Run:
     """Check everything, and only then touch the run's folder."""
     if resume:
-        folder, source = run_folder.find_resumable(resume, settings, display.line)
-        config = run_folder.resumed_config(folder, settings, file)
-        progress = checkpoint.read_progress(source)
+        given = (read_toml(file) if file else {}) | dict(settings)
+        folder, source = run_folder.find_resumable(resume, given, display.line)
+        config = run_folder.resumed_config(folder, given)
     else:
-        config, source, progress = resolve(settings, file), None, Progress()
+        config, source = resolve(settings, file), None
         run_folder.check_free(Path(config.out), overwrite)
+    progress = checkpoint.read_progress(source) if source else Progress()
     training = config.training
 
     device = backend.device()
@@ -116,17 +136,22 @@ def set_up(
     if source and progress.fingerprint != tokens.fingerprint:
         raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
     progress = dataclasses.replace(progress, fingerprint=tokens.fingerprint)
+    # The tokenizer may be smaller than was asked for; run.toml keeps what was asked.
+    asked = config
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
 
-    model = load_model(source) if source else GPT(config.model).init_weights(training.seed)
+    model = network(config.model).init_weights(training.seed)
+    if source:
+        model.update(load_model(source).parameters())
     step = TrainingStep(model, training, dtype)
     if source:
         step.optimizer_state = checkpoint.load_optimizer(source, step.optimizer_state)
     plan = make_plan(config, model, tokens, device)
 
+    lock = Lock(Path(config.out))
     if not source:
         run_folder.clear(Path(config.out))
-    write_toml(config, Path(config.out) / run_folder.SETTINGS)
+    write_toml(asked, Path(config.out) / run_folder.SETTINGS)
     monitor = Monitor(Path(config.out), display, progress.seconds, progress.step if source else None)
     if source:
         monitor.line(f"Going on from {source}, after step {progress.step}.")
@@ -148,7 +173,8 @@ def set_up(
         training.seed,
         start=progress.step * plan.windows_per_step,
     )
-    return Run(config, plan, model, tokenizer, step, evaluate, batches, monitor, progress)
+    numbers = functools.partial(window_numbers, tokens.train, training.seq_len, training.seed)
+    return Run(config, plan, model, tokenizer, step, evaluate, batches, numbers, monitor, lock, progress)
 
 
 def open_data(data: DataConfig, display: Display) -> Corpus:
@@ -168,7 +194,11 @@ def open_data(data: DataConfig, display: Display) -> Corpus:
 
 
 def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outcome:
-    """Step, log, evaluate, save, until the steps or the minutes are used up or a stop is asked for."""
+    """Step, log, evaluate, save, until the steps or the minutes are used up or a stop is asked for.
+
+    Raises:
+        RunError: too many steps in a row had no finite loss, or a checkpoint could not be saved for the third time.
+    """
     training, plan, monitor = run.config.training, run.plan, run.monitor
     step = run.progress.step
 
@@ -179,30 +209,64 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
     bar = display.bar("Training", plan.total_steps, done=step)
     if step == 0:
         validate(run, step, display)
-    over, stopping, running = is_over(), False, None
+    over, stopping = is_over(), False
+    unread: tuple[int, StepResult] | None = None
     while not (over or stopping):
         rate = learning_rate(step, plan.total_steps, training)
         result = run.step(step, rate, [next(run.batches) for _ in range(training.gradient_accumulation_steps)])
-        if running:
-            # Wait for the step before, not for this one: the device always has its next step.
-            bar.advance(1, monitor.facts(running.loss.item(), rate))
-        running = result
-        step += 1
+        if unread:
+            review(run, *unread)  # the step before is done by now: the device never waits for this
+        step, unread = step + 1, (step + 1, result)
         monitor.count(plan.tokens(1))
 
         over, stopping = is_over(), stop_requested()
-        if step % training.log_every == 0 or over:
-            loss, norm = result.loss.item(), result.grad_norm.item()
-            monitor.log_step(step, plan.epoch(step), plan.tokens(step), loss, rate, norm)
-        if step % training.eval_every == 0 or over:
+        logs, validates = step % training.log_every == 0 or over, step % training.eval_every == 0 or over
+        saves = step % training.save_every == 0 or over or stopping
+        if logs or validates or saves:
+            review(run, *unread)
+            unread = None
+        if logs:
+            monitor.log_step(step, plan.epoch(step), plan.tokens(step), *result.numbers(), rate)
+        if validates:
             validate(run, step, display)
-        if step % training.save_every == 0 or over or stopping:
+        if saves:
             save_checkpoint(run, step)
+        bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
     if over:
-        save_model(run.folder / "final", run.model, run.tokenizer)
+        guarded(run, f"{run.folder}/final", lambda: save_model(run.folder / "final", run.model, run.tokenizer))
         monitor.line(f"Done: {step:,} steps in {monitor.seconds / 60:.1f} minutes.")
     return Outcome(run.folder, over, step, run.progress.best_loss)
+
+
+def review(run: Run, step: int, result: StepResult) -> None:
+    """Look at a step's numbers: note one that was skipped or that jumped, and end a run that learns nothing.
+
+    Raises:
+        RunError: `max_bad_steps` in a row had no finite loss or gradient.
+    """
+    progress, training = run.progress, run.config.training
+    loss, norm = result.numbers()
+    if math.isfinite(loss) and math.isfinite(norm):
+        average = progress.loss_average
+        if average is not None and loss > average + SPIKE:
+            run.monitor.log_spike(step, loss, average)
+        average = loss if average is None else AVERAGE_DECAY * average + (1 - AVERAGE_DECAY) * loss
+        run.progress = dataclasses.replace(progress, bad_steps=0, loss_average=average)
+        return
+    bad_steps = progress.bad_steps + 1
+    run.progress = dataclasses.replace(progress, bad_steps=bad_steps)
+    per_step = run.plan.windows_per_step
+    run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
+    if bad_steps > training.max_bad_steps:
+        before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
+        way_back = f"mlx-gpt train --resume {before[-1]}" if before else "mlx-gpt train --overwrite"
+        raise RunError(
+            f"{bad_steps} steps in a row had no finite loss or gradient, and changed nothing. Likely causes: a "
+            f"learning rate that is too high (it was {training.learning_rate:g}), bfloat16 (try --precision float32), "
+            "or weights that had grown too large before. Go back with: "
+            f"{way_back} --learning-rate {training.learning_rate / 3:.1g}"
+        )
 
 
 def validate(run: Run, step: int, display: Display) -> None:
@@ -216,7 +280,7 @@ def validate(run: Run, step: int, display: Display) -> None:
     run.monitor.log_validation(step, run.plan.epoch(step), run.plan.tokens(step), evaluation, is_best)
     if is_best:
         run.progress = dataclasses.replace(run.progress, best_loss=evaluation.loss)
-        save_model(run.folder / "best", run.model, run.tokenizer)
+        guarded(run, f"{run.folder}/best", lambda: save_model(run.folder / "best", run.model, run.tokenizer))
     run.monitor.aside(started)
 
 
@@ -224,7 +288,36 @@ def save_checkpoint(run: Run, step: int) -> None:
     """Save all that is needed to go on from `step`."""
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
-    state = run.step.optimizer_state
-    mx.eval(state)
-    checkpoint.save(run.folder, run.model, run.tokenizer, state, run.progress, run.config.training.keep_checkpoints)
+    keep = run.config.training.keep_checkpoints
+    guarded(
+        run,
+        f"the checkpoint of step {step:,}",
+        lambda: checkpoint.save(run.folder, run.model, run.tokenizer, run.step.optimizer_state, run.progress, keep),
+    )
     run.monitor.aside(started)
+
+
+def guarded(run: Run, what: str, save: Callable[[], object]) -> None:
+    """Save, and train on if that fails, as it does on a full disk: what was saved before is still there.
+
+    Raises:
+        RunError: it has failed for the third time in a row.
+    """
+    try:
+        save()
+    except OSError as error:
+        run.failed_saves += 1
+        why = error.strerror or str(error)
+        sound = checkpoint.all_checkpoints(run.folder)
+        newest = f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"
+        if run.failed_saves >= MAX_FAILED_SAVES:
+            raise RunError(
+                f"{what} could not be saved ({why}), the third failure in a row, so training ends; {newest}. "
+                f"Make room, then go on with: mlx-gpt train --resume {run.folder}"
+            ) from None
+        run.monitor.line(
+            f"WARNING: {what} could not be saved ({why}); {newest}. Training goes on: make room, for after "
+            f"{MAX_FAILED_SAVES} failures in a row it ends."
+        )
+    else:
+        run.failed_saves = 0

@@ -1,11 +1,13 @@
 """What a run tells: lines for people, records for plots."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import mlx.core as mx
 
@@ -57,6 +59,7 @@ class Monitor:
         if resumed_at is not None:
             _drop_records_after(metrics, resumed_at)
         self._metrics = metrics.open("a", encoding="utf-8")
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._used_before, self._start = seconds, time.perf_counter()
         self._mark, self._tokens, self._aside = self._start, 0, 0.0
 
@@ -67,8 +70,7 @@ class Monitor:
 
     def line(self, text: str) -> None:
         """Add a line to the log and show it."""
-        self._log.write(text + "\n")
-        self._log.flush()
+        self._write(self._log, text)
         self._display.line(text)
 
     def count(self, tokens: int) -> None:
@@ -79,10 +81,10 @@ class Monitor:
         """Leave the time since `started` (perf_counter) out of the speed: it went into evaluating or saving."""
         self._aside += time.perf_counter() - started
 
-    def facts(self, loss: float, learning_rate: float) -> dict[str, str]:
+    def facts(self, loss: float | None, learning_rate: float) -> dict[str, str]:
         """What stands beside the progress bar."""
         return {
-            "loss": f"{loss:.3f}",
+            "loss": f"{loss:.3f}" if loss is not None else "-",
             "lr": f"{learning_rate:.1e}",
             "tok/s": f"{self._speed():,.0f}",
             "mem": f"{mx.get_peak_memory() / GIB:.1f}G",
@@ -92,7 +94,17 @@ class Monitor:
         """Tokens trained per second since the last record."""
         return self._tokens / max(1e-9, time.perf_counter() - self._mark - self._aside)
 
-    def log_step(self, step: int, epoch: int, tokens: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+    def log_skipped(self, step: int, loss: float, grad_norm: float, windows: list[int]) -> None:
+        """Log a step that changed nothing, with the numbers of its windows in the text."""
+        self.line(f"Step {step} skipped: loss {loss}, gradient norm {grad_norm}; windows {windows}")
+        self._record(step=step, event="skipped", windows=windows)
+
+    def log_spike(self, step: int, loss: float, average: float) -> None:
+        """Log a loss far above its average."""
+        self.line(f"Loss spike at step {step}: {loss:.4f}, against {average:.4f} on average before")
+        self._record(step=step, event="spike", train_loss=loss)
+
+    def log_step(self, step: int, epoch: int, tokens: int, loss: float, grad_norm: float, learning_rate: float) -> None:
         """Log a step: `tokens` trained so far, `loss` in nats."""
         speed = self._speed()
         self._mark, self._tokens, self._aside = time.perf_counter(), 0, 0.0
@@ -101,9 +113,9 @@ class Monitor:
             step=step,
             epoch=epoch,
             tokens=tokens,
-            train_loss=loss,
+            train_loss=finite(loss),
             learning_rate=learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=finite(grad_norm),
             tokens_per_second=round(speed, 1),
             peak_memory_gb=round(mx.get_peak_memory() / GIB, 3),
         )
@@ -128,8 +140,20 @@ class Monitor:
         self._metrics.close()
 
     def _record(self, **facts: Any) -> None:
-        self._metrics.write(json.dumps(facts | {"seconds": round(self.seconds, 3)}) + "\n")
-        self._metrics.flush()
+        self._write(self._metrics, json.dumps(facts | {"seconds": round(self.seconds, 3), "started": self._started}))
+
+    def _write(self, file: TextIO, line: str) -> None:
+        try:
+            file.write(line + "\n")
+            file.flush()
+        except OSError as error:
+            # A full disk must not end the training; saving a checkpoint will tell more.
+            self._display.line(f"WARNING: {file.name} could not be written: {error.strerror}.")
+
+
+def finite(number: float) -> float | None:
+    """The number, or None for what JSON has no word for."""
+    return number if math.isfinite(number) else None
 
 
 def _drop_records_after(path: Path, step: int) -> None:

@@ -1,5 +1,7 @@
 """A run's folder: taken, refused, gone on with."""
 
+import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,11 +12,12 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.training import checkpoint
 
 SETTINGS = "run.toml"
+LOCK = ".lock"
 CONTENTS = (SETTINGS, "training.log", "metrics.jsonl", "best", "final", "checkpoints")
 # What may differ when a run goes on. Anything else would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
-    "log_every", "eval_every", "save_every", "keep_checkpoints", "out", "preset",
+    "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "out", "preset",
 }  # fmt: skip
 
 
@@ -30,7 +33,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
                 f"{folder} already holds a run: go on with it (--resume), replace it (--overwrite) "
                 "or choose another --out."
             )
-    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    elif folder.is_file() or (folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())):
         raise UserError(f"{folder} is there and is no run: choose another --out.")
 
 
@@ -42,29 +45,62 @@ def clear(folder: Path) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
 
-def find_resumable(resume: str, flags: Mapping[str, Any], echo: Callable[[str], None]) -> tuple[Path, Path]:
-    """The folder of the run to go on with and its checkpoint.
-
-    Args:
-        resume: a checkpoint or run folder, or "newest" for the run that the flags name, else the newest under weights/.
+class Lock:
+    """Keeps a second process out of a run. The system releases it when the process ends, however it ends.
 
     Raises:
-        UserError: there is no run, or no sound checkpoint in it.
+        UserError: another process holds it; the sentence names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise UserError(
+                f"Process {holder} is training into {folder}: wait for it, stop it, or choose another --out."
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others in."""
+        self._file.close()
+
+
+def find_resumable(resume: str, given: Mapping[str, Any], echo: Callable[[str], None]) -> tuple[Path, Path | None]:
+    """The folder of the run to go on with and its checkpoint; None when it was stopped before its first.
+
+    Args:
+        resume: a checkpoint or run folder, or "newest" for the run that the settings given name, else the newest under
+            weights/.
+
+    Raises:
+        UserError: there is no such run, or none of its checkpoints is sound.
     """
     if resume != "newest":
         path = Path(resume)
         if (path / checkpoint.MARKER).is_file():
             return path.resolve().parent.parent, path
         run = path
-    elif {"out", "data", "preset"} & flags.keys():
-        run = Path(resolve(flags).out)
+    elif {"out", "data", "preset"} & given.keys():
+        run = Path(resolve(given).out)
     else:
         run = newest_run(Path("weights"))
     if not (run / SETTINGS).is_file():
         raise UserError(f"There is no run in {run}: leave --resume out to start one.")
+    Lock(run).release()  # a checkpoint must not be judged while another process writes it
+    if not checkpoint.all_checkpoints(run):
+        echo(f"{run} has no checkpoint yet: it starts from the beginning.")
+        return run, None
     found = checkpoint.newest_sound(run, echo)
     if found is None:
-        raise UserError(f"{run} has no checkpoint to go on from yet: start it again with --overwrite.")
+        raise UserError(f"None of the checkpoints in {run} is sound: start it again with --overwrite.")
     return run, found
 
 
@@ -88,15 +124,14 @@ def config_of(path: Path) -> Config | None:
     return None
 
 
-def resumed_config(run: Path, flags: Mapping[str, Any], file: str | Path | None) -> Config:
+def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
     """The settings of a run with those changed that may change.
 
     Raises:
         UserError: a setting was given that would make it another run; names all of them.
     """
     saved = read_toml(run / SETTINGS)
-    given = (read_toml(file) if file else {}) | dict(flags)
-    config = resolve(saved | given | {"out": str(run)})
+    config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
     changed = [name for name in given if name not in MAY_CHANGE and resolved.get(name) != saved.get(name)]
     if changed:

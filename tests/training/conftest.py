@@ -1,0 +1,100 @@
+"""A tiny run on a tiny text, and what it leaves behind."""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_gpt.training import loop
+
+# The sizes and constants of test_step.py, so that nothing more has to be compiled. 128 tokens make a step.
+TINY = {
+    "tokenizer": "bytes",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "n_positions": 32,
+    "dropout": 0.1,
+    "seq_len": 16,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 8,
+    "learning_rate": 0.01,
+    "warmup_steps": 2,
+    "max_grad_norm": 0.5,
+    "log_every": 2,
+    "eval_every": 4,
+    "eval_windows": 16,
+    "save_every": 3,
+    "seed": 1,
+}
+
+
+class Silent:
+    """A display that only remembers its lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def line(self, text):
+        self.lines.append(text)
+
+    def progress(self, what):
+        return lambda done, total: None
+
+    def bar(self, what, total, done=0, unit="step"):
+        return self
+
+    def advance(self, amount, facts=None):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, sentences):
+    """A folder with 270 documents to train on and 30 to validate."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, documents in (("train", sentences[:270]), ("val", sentences[270:])):
+        lines = [json.dumps({"text": document}) + "\n" for document in documents]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(corpus):
+    """Train in the current folder: the outcome, with the lines that were shown."""
+
+    def train(out, *, file=None, resume=None, overwrite=False, stop_after=None, tick=None, only=None, **changes):
+        """`only` is what is set instead of `TINY`; `stop_after` so many steps a stop is asked for, as by Ctrl-C."""
+        display, made = Silent(), 0
+
+        def stop_requested():
+            nonlocal made
+            made += 1
+            if tick:
+                tick()
+            return made == stop_after
+
+        settings = only if only is not None else {"data": str(corpus), "out": str(out), **TINY}
+        outcome = loop.train(
+            {**settings, **changes},
+            display,
+            file=file,
+            resume=str(resume) if resume else None,
+            overwrite=overwrite,
+            stop_requested=stop_requested,
+        )
+        return SimpleNamespace(**vars(outcome), lines=display.lines)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def whole(train, tmp_path_factory):
+    """A run of eight steps from beginning to end. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with contextlib.chdir(folder):
+        return train(folder / "run")

@@ -1,0 +1,102 @@
+"""Kill training at random moments, go on, and compare with a run that was left alone.
+
+    python -m tests.training.killing --runs 50
+
+Each run is killed with SIGKILL several times, inside saves and evaluations too, and resumed. It has to end with the
+same bytes of weights and optimizer as the straight run, and with the same metrics apart from the clock's.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COMMAND = [
+    sys.executable, "-c", "import sys; from mlx_gpt.cli import run; sys.exit(run(sys.argv[1:]))", "train",
+]  # fmt: skip
+SETTINGS = {
+    "tokenizer": "bytes", "preset": "tiny", "n-layer": 1, "n-head": 2, "n-embd": 32, "n-positions": 16, "seq-len": 16,
+    "batch-size": 4, "gradient-accumulation-steps": 2, "dropout": 0.1, "max-steps": 30, "max-minutes": 60,
+    "warmup-steps": 5, "log-every": 1, "eval-every": 3, "save-every": 2, "eval-windows": 8,
+}  # fmt: skip
+CLOCK = ("seconds", "started", "tokens_per_second", "peak_memory_gb")
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """All that has to be the same: bytes of the weights and of the optimizer, and the metrics without the clock's."""
+    files = [run / "final/model.safetensors", run / "best/model.safetensors"]
+    files += sorted((run / "checkpoints").glob("*/*.safetensors"))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {
+        "metrics": [{name: value for name, value in record.items() if name not in CLOCK} for record in metrics]
+    }
+
+
+def train(folder: Path, run: str, seconds: float | None = None) -> tuple[bool, float]:
+    """Begin a run or go on with it, and kill it after so many seconds.
+
+    Returns whether it ended by itself, and how long it took.
+    """
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    arguments = (
+        ["--resume", run] if (folder / run / "run.toml").exists() else ["--data", "text.txt", "--out", run, *flags]
+    )
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return False, time.perf_counter() - started
+    if process.returncode:
+        raise AssertionError(f"{run} ended with {process.returncode}:\n{output[-2000:]}")
+    return True, time.perf_counter() - started
+
+
+def compare(folder: Path, runs: int, kills: int, seed: int) -> list[str]:
+    """Make one straight run and `runs` that are killed `kills` times each; a line for each that differs."""
+    draw = random.Random(seed)
+    words = [f"word{n} " for n in range(400)]
+    (folder / "text.txt").write_text("".join(draw.choices(words, k=3000)))
+    train(folder, "warm")  # fills the cache of compiled kernels
+    _, duration = train(folder, "straight")
+    expected = outcome(folder / "straight")
+    differing = []
+    for i in range(runs):
+        name, killed = f"run{i}", 0
+        while killed < kills:
+            ended, _ = train(folder, name, seconds=draw.uniform(0.2, duration))
+            if ended:
+                break
+            killed += 1
+        train(folder, name)
+        same = outcome(folder / name) == expected
+        print(f"{name}: killed {killed} times, {'the same' if same else 'DIFFERENT'}", flush=True)
+        if not same:
+            differing.append(name)
+    return differing
+
+
+def main() -> int:
+    """Run as a script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        differing = compare(Path(folder), arguments.runs, arguments.kills, arguments.seed)
+    print(f"{arguments.runs - len(differing)} of {arguments.runs} runs ended as the straight one.")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""A run that is killed anywhere ends as if it had not been. `killing.py` does this at length."""
+
+from .killing import compare
+
+
+def test_a_killed_run_ends_as_the_straight_one(tmp_path):
+    assert compare(tmp_path, runs=1, kills=3, seed=1) == []

@@ -1,0 +1,415 @@
+"""Training from settings to weights: what it leaves, where it ends, how it goes on, and what it refuses."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from mlx_gpt.api import load
+from mlx_gpt.config import resolve
+from mlx_gpt.errors import UserError
+from mlx_gpt.tokenizer import Tokenizer
+
+WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
+MODEL_DIRECTORY = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No run finds what another left in data/ or weights/."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when it is told to."""
+
+    class Clock:
+        now = 0.0
+
+        def pass_a_minute(self):
+            self.now += 60
+
+    clock = Clock()
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    return clock
+
+
+def records(run, *, timeless=False):
+    """The lines of metrics.jsonl, `timeless` without what the clock decides."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    without = WALL_CLOCK if timeless else set()
+    return [{name: value for name, value in json.loads(line).items() if name not in without} for line in lines]
+
+
+def column(run, name):
+    return [record[name] for record in records(run) if name in record]
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def contents(folder):
+    """Every file with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def refusal(action):
+    with pytest.raises(UserError) as refused:
+        action()
+    return str(refused.value)
+
+
+def copy_of(run, folder):
+    shutil.copytree(run, folder)
+    return folder
+
+
+# ---- what it leaves -------------------------------------------------------------------------------------------------
+
+
+def test_the_validation_loss_falls(whole):
+    losses = column(whole.folder, "val_loss")
+    assert losses[-1] < losses[0] - 1
+    assert whole.best_loss == min(losses)
+    assert (whole.finished, whole.step) == (True, 8)
+
+
+def test_the_folder_holds_what_the_design_says_and_nothing_else(whole):
+    run = whole.folder
+    inside = {path.name for path in run.iterdir()}
+    assert inside == {".lock", "run.toml", "training.log", "metrics.jsonl", "best", "final", "checkpoints"}
+    for folder in (run / "best", run / "final"):
+        assert {path.name for path in folder.iterdir()} == MODEL_DIRECTORY
+    assert checkpoints(run) == ["step-00000003", "step-00000006", "step-00000008"]
+    for folder in (run / "checkpoints").iterdir():
+        assert {path.name for path in folder.iterdir()} == MODEL_DIRECTORY | {"optimizer.safetensors", "training.json"}
+    assert weights(run / "checkpoints/step-00000008") == weights(run / "final")
+
+
+def test_every_folder_of_weights_opens(whole):
+    for part in ("", "best", "final", "checkpoints/step-00000003"):
+        model, tokenizer = load(whole.folder / part)
+        assert model.config.n_layer == 2
+        assert tokenizer.is_bytes
+
+
+def test_the_saved_settings_are_those_of_the_run(whole, corpus):
+    config = resolve({}, whole.folder / "run.toml")
+    assert (config.data.data, config.out) == (str(corpus), str(whole.folder))
+    assert (config.training.max_steps, config.model.dropout, config.training.min_lr) == (8, 0.1, 0.001)
+
+
+def test_the_log_is_what_was_shown(whole):
+    shown = whole.lines[[line.startswith("Run ") for line in whole.lines].index(True) :]
+    assert (whole.folder / "training.log").read_text().splitlines() == shown
+
+
+def test_the_log_has_the_lines_that_scripts_read(whole):
+    log = (whole.folder / "training.log").read_text().splitlines()
+    steps = [line for line in log if line.startswith("Step ")]
+    assert all(re.fullmatch(r"Step \d+, Epoch \d+, Loss: \d+\.\d{4}, LR: \d\.\d{6}", line) for line in steps)
+    assert [re.match(r"Step (\d+)", line)[1] for line in steps] == ["2", "4", "6", "8"]
+    assert [line[-12:] for line in steps[::3]] == ["LR: 0.006667", "LR: 0.001000"]  # second of the warm-up, and last
+    losses = [re.match(r"Validation Loss: (\d+\.\d{4})\b", line)[1] for line in log if line.startswith("Validation")]
+    assert losses == [f"{loss:.4f}" for loss in column(whole.folder, "val_loss")]
+
+
+def test_before_it_starts_it_says_what_it_will_do(whole):
+    log = (whole.folder / "training.log").read_text()
+    plan = log[: log.index("Validation Loss")]
+    for words in ("Device", "parameters", "tokens to train on", "8 of 128 tokens", "tokens per parameter", "Memory"):
+        assert words in plan
+
+
+def test_each_record_has_what_it_measured(whole):
+    common = {"step", "epoch", "tokens", "seconds", "started"}
+    trained = common | {"train_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"}
+    validated = common | {"val_loss", "val_bits_per_byte"}
+    found = [(record["step"], set(record)) for record in records(whole.folder)]
+    assert found == [
+        (0, validated),
+        (2, trained),
+        (4, trained),
+        (4, validated),
+        (6, trained),
+        (8, trained),
+        (8, validated),
+    ]
+    assert column(whole.folder, "tokens") == [step * 128 for step, _ in found]
+    seconds = column(whole.folder, "seconds")
+    assert seconds == sorted(seconds)
+
+
+def test_only_the_newest_checkpoints_are_kept(train, tmp_path, eager):
+    train(tmp_path / "run", max_steps=4, save_every=1, keep_checkpoints=2)
+    assert checkpoints(tmp_path / "run") == ["step-00000003", "step-00000004"]
+
+
+def test_best_keeps_the_weights_of_the_lowest_validation_loss(train, tmp_path, eager):
+    run = tmp_path / "run"
+    # A rate that ruins the weights: nothing is better than the beginning.
+    outcome = train(run, max_steps=2, learning_rate=50.0, warmup_steps=0, eval_every=1)
+    first, *later = column(run, "val_loss")
+    assert outcome.best_loss == first < min(later)
+    assert weights(run / "best") != weights(run / "final")
+    assert "the best so far" not in (run / "training.log").read_text().split("Step 2")[1]
+
+
+# ---- where it ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps": 3, "max_epochs": 1.0}, 3),
+        # An epoch is 13,743 // 16 windows, 8 of which make a step.
+        ({"max_steps": 9, "max_epochs": 0.04}, 5),
+        ({"max_steps": None, "max_epochs": 0.02}, 3),
+        # A minute passes between two steps.
+        ({"max_steps": 9, "max_minutes": 3.5}, 5),
+        ({"max_steps": 2, "max_minutes": 3.5}, 2),
+    ],
+)
+def test_it_ends_at_the_limit_that_comes_first(train, tmp_path, clock, eager, limits, steps):
+    outcome = train(tmp_path / "run", tick=clock.pass_a_minute, **limits)
+    assert (outcome.finished, outcome.step) == (True, steps)
+    assert max(column(tmp_path / "run", "step")) == steps
+
+
+def test_time_goes_on_counting_after_a_resume(train, tmp_path, clock, eager):
+    limits = {"max_minutes": 5.0, "max_steps": 20}
+    assert train("run", **limits, tick=clock.pass_a_minute, stop_after=3).step == 3
+    outcome = train("run", **limits, resume="run", tick=clock.pass_a_minute)
+    assert (outcome.finished, outcome.step) == (True, 6)  # three minutes, then two between 4, 5 and 6
+
+
+# ---- how it goes on -------------------------------------------------------------------------------------------------
+
+
+def test_two_half_runs_are_one_whole_run(train, whole, tmp_path):
+    run = tmp_path / "run"
+    half = train(run, stop_after=4)
+    assert (half.finished, half.step) == (False, 4)
+    assert not (run / "final").exists()
+    assert train(run, resume=run).finished
+    last = "checkpoints/step-00000008"
+    assert weights(run / "final") == weights(whole.folder / "final")
+    assert weights(run / "best") == weights(whole.folder / "best")
+    assert (run / last / "optimizer.safetensors").read_bytes() == (
+        whole.folder / last / "optimizer.safetensors"
+    ).read_bytes()
+    assert records(run, timeless=True) == records(whole.folder, timeless=True)
+
+
+def test_going_back_to_an_earlier_checkpoint_makes_the_same_steps_again(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    outcome = train(run, resume=run / "checkpoints/step-00000003", only={})
+    assert (outcome.finished, outcome.step, outcome.folder) == (True, 8, run)
+    assert weights(run / "final") == weights(whole.folder / "final")
+    assert records(run, timeless=True) == records(whole.folder, timeless=True)
+
+
+def test_a_finished_run_goes_on_when_it_may_make_more_steps(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    outcome = train(run, resume=run, max_steps=10)
+    assert (outcome.finished, outcome.step) == (True, 10)
+    assert column(run, "step")[-2:] == [10, 10]
+    assert weights(run / "final") != weights(whole.folder / "final")
+
+
+def test_a_finished_run_that_may_not_make_more_steps_stays_as_it_is(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    assert train(run, resume=run).step == 8
+    assert weights(run / "final") == weights(whole.folder / "final")
+    assert records(run) == records(whole.folder)
+
+
+def test_how_often_one_looks_saves_or_logs_never_changes_what_is_learnt(train, whole, tmp_path):
+    run = tmp_path / "run"
+    train(run, log_every=1, eval_every=1, eval_windows=3, save_every=1, keep_checkpoints=1)
+    assert len(column(run, "val_loss")) == 9
+    assert weights(run / "final") == weights(whole.folder / "final")
+
+
+def test_the_newest_run_is_the_one_to_go_on_with(train, tmp_path, eager):
+    train("weights/one", max_steps=2)
+    train("weights/two", max_steps=2)
+    outcome = train(None, resume="newest", only={"max_steps": 3})
+    assert (str(outcome.folder), outcome.step) == ("weights/two", 3)
+
+
+def test_the_flags_or_the_file_that_began_a_run_name_it_again(train, tmp_path, eager):
+    train("weights/one", max_steps=1)
+    train("weights/two", max_steps=1)
+    by_file = train(None, resume="newest", file="weights/one/run.toml", only={"max_steps": 2})
+    assert (str(by_file.folder), by_file.step) == ("weights/one", 2)
+    by_flag = train(None, resume="newest", only={"out": "weights/two", "max_steps": 2})
+    assert (str(by_flag.folder), by_flag.step) == ("weights/two", 2)
+
+
+def test_the_same_settings_that_began_a_run_go_on_with_it(train, tmp_path, eager):
+    """Also where the text was too small for all the entries that were asked for."""
+    wanted = {"tokenizer": "bpe", "vocab_size": 5000, "max_steps": 2}
+    train("run", **wanted)
+    assert load("run")[1].vocab_size < 1000
+    assert train("run", resume="run", **wanted).finished
+    assert train("run", resume="run", **(wanted | {"max_steps": 3})).step == 3
+
+
+# ---- what it refuses to go on with ----------------------------------------------------------------------------------
+
+
+def test_a_run_cannot_become_another_one(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    before = contents(run)
+    changes = {"n_layer": 3, "data": "builtin", "seed": 2, "batch_size": 8, "max_steps": 10}
+    sentences = refusal(lambda: train(run, resume=run, **changes)).splitlines()
+    assert len(sentences) == 4
+    for name, was in (("n_layer", "2"), ("data", "corpus"), ("seed", "1"), ("batch_size", "4")):
+        assert any(f"`{name}` was" in sentence and was in sentence for sentence in sentences)
+    assert contents(run) == before
+
+
+def test_a_text_that_has_changed_is_noticed(train, corpus, tmp_path, eager):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    train(run, data=str(data), max_steps=2)
+    before = contents(run)
+    with (data / "train.jsonl").open("a") as file:
+        file.write('{"text": "One more."}\n')
+    assert "start another run" in refusal(lambda: train(run, resume=run, data=str(data), max_steps=4))
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train, whole, tmp_path, file):
+    run = copy_of(whole.folder, tmp_path / "run")
+    path = run / "checkpoints/step-00000008" / file
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    outcome = train(run, resume=run)
+    assert any("step-00000008 is damaged" in line for line in outcome.lines)
+    assert any("Going on from" in line and "step-00000006" in line for line in outcome.lines)
+    assert weights(run / "final") == weights(whole.folder / "final")
+
+
+def test_a_checkpoint_that_lacks_a_file_is_passed_over(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    (run / "checkpoints/step-00000008/optimizer.safetensors").unlink()
+    assert any("step-00000006" in line for line in train(run, resume=run).lines)
+
+
+def test_a_run_without_a_sound_checkpoint_is_refused(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    for marker in run.glob("checkpoints/*/training.json"):
+        marker.write_text("{}")
+    assert "--overwrite" in refusal(lambda: train(run, resume=run))
+    assert "There is no run in" in refusal(lambda: train(run, resume=tmp_path / "none"))
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    outcome = train(run, resume=run)
+    assert any("starts from the beginning" in line for line in outcome.lines)
+    assert weights(run / "final") == weights(whole.folder / "final")
+    assert records(run, timeless=True) == records(whole.folder, timeless=True)
+
+
+# ---- a run is never lost --------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_overwritten_unless_one_says_so(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    before = contents(run)
+    assert "--overwrite" in refusal(lambda: train(run))
+    assert contents(run) == before
+
+
+def test_overwriting_replaces_the_run_and_leaves_what_is_none_of_it(train, whole, tmp_path, eager):
+    run = copy_of(whole.folder, tmp_path / "run")
+    (run / "notes.txt").write_text("mine")
+    train(run, overwrite=True, max_steps=1)
+    assert checkpoints(run) == ["step-00000001"]
+    assert column(run, "step")[-1] == 1
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"data": "none.csv"},
+        {"n_head": 3},
+        {"tokenizer": "none.json"},
+        {"seq_len": 30_000, "n_positions": 30_000},
+        {"learning_rate": -1.0},
+        {"no_such_setting": 1},
+    ],
+    ids=lambda mistake: next(iter(mistake)),
+)
+def test_a_mistake_made_while_overwriting_loses_nothing(train, whole, tmp_path, mistake):
+    run = copy_of(whole.folder, tmp_path / "run")
+    before = contents(run)
+    assert refusal(lambda: train(run, overwrite=True, **mistake))
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_taken(train, tmp_path, overwrite):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "duck.jpg").write_bytes(b"duck")
+    assert "is no run" in refusal(lambda: train(folder, overwrite=overwrite))
+    assert "is no run" in refusal(lambda: train(folder / "duck.jpg", overwrite=overwrite))
+    assert contents(folder) == {(folder / "duck.jpg").relative_to(folder): b"duck"}
+
+
+def test_a_text_shorter_than_a_window_is_refused_with_what_would_fit(train, make_corpus, tmp_path):
+    make_corpus(["A duck."])
+    sentence = refusal(lambda: train(tmp_path / "run", data=str(tmp_path)))
+    assert "has 8 tokens" in sentence
+    assert "--seq-len 7" in sentence
+    assert not (tmp_path / "run").exists()
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_trained_once_and_then_loaded(train, tmp_path, eager):
+    def is_trained(outcome):
+        return any("Training a tokenizer of 310" in line for line in outcome.lines)
+
+    bpe = {"tokenizer": "bpe", "vocab_size": 310, "max_steps": 1}
+    assert is_trained(train("one", **bpe))
+    assert not is_trained(train("two", **bpe))
+    assert load("two")[1].vocab_size == load("one")[0].config.vocab_size == 310
+    assert any("311" in line for line in train("three", **(bpe | {"vocab_size": 311})).lines)
+
+
+def test_a_tokenizer_from_elsewhere_brings_its_own_entries(train, tmp_path, foreign, eager):
+    (tmp_path / "their.json").write_text(foreign.to_json(), encoding="utf-8")
+    train("run", tokenizer="their.json", max_steps=1)
+    model, tokenizer = load("run")
+    assert model.config.vocab_size == tokenizer.vocab_size == foreign.vocab_size
+    assert tokenizer.to_json() == Tokenizer.load("their.json").to_json()
+
+
+def test_the_tokenizer_is_the_run_s_own_from_then_on(train, tmp_path, foreign, eager):
+    (tmp_path / "their.json").write_text(foreign.to_json(), encoding="utf-8")
+    train("run", tokenizer="their.json", max_steps=1)
+    (tmp_path / "their.json").unlink()
+    assert train("run", resume="run", tokenizer="their.json", max_steps=2).step == 2
