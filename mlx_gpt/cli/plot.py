@@ -1,0 +1,22 @@
+"""`mlx-gpt plot`."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command("plot")
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--out", metavar="FILE", help="The PNG to write.  [default: curves.png in the run's folder]")
+def command(runs: tuple[str, ...], out: str | None) -> None:
+    """Draw the curves of a run, or of several on one picture. Takes the newest run when none is named.
+
+    Needs the extra mlx-gpt[plot].
+    """
+    from mlx_gpt.plot import draw
+    from mlx_gpt.training.run import newest_run
+
+    folders = [Path(run) for run in runs] or [newest_run(Path("weights"))]
+    target = Path(out) if out else folders[0] / "curves.png"
+    draw(folders, target)
+    click.echo(f"Written to {target}.")

@@ -1,0 +1,115 @@
+"""Pictures of runs, drawn from their metrics.jsonl."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_gpt.errors import UserError
+
+PANELS = (
+    ("train_loss", "loss (nats per token)"),
+    ("learning_rate", "learning rate"),
+    ("grad_norm", "gradient norm"),
+    ("tokens_per_second", "tokens per second"),
+)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: distinct to most eyes
+
+Record = dict[str, Any]
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """The records of a run, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError:
+        raise UserError(f"There is no {path}: name a run.") from None
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a line that is being written
+    if not any("train_loss" in record or "val_loss" in record for record in records):
+        raise UserError(f"{path} has no losses yet: let the run log a few steps.")
+    return records
+
+
+def draw(runs: Sequence[Path], target: Path) -> None:
+    """Draw loss, learning rate, gradient norm and speed of one run, or of several on one picture, into a PNG.
+
+    Raises:
+        UserError: a run has no metrics, or matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # no window
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("Drawing takes matplotlib: pip install 'mlx-gpt[plot]'.") from None
+
+    metrics = [read_metrics(run) for run in runs]
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                            "grid.alpha": 0.25}):  # fmt: skip
+        figure, axes = pyplot.subplots(
+            len(PANELS), 1, sharex=True, figsize=(9, 9), height_ratios=(3, 1, 1, 1), layout="constrained"
+        )
+        for run, records, colour in zip(runs, metrics, COLOURS * len(runs), strict=False):
+            name = run.resolve().name
+            _draw_loss(axes[0], records, colour, name, details=len(runs) == 1)
+            for axis, (field, _) in zip(axes[1:], PANELS[1:], strict=True):
+                axis.plot(*_series(records, field), color=colour, linewidth=1)
+        for axis, (_, title) in zip(axes, PANELS, strict=True):
+            axis.set_ylabel(title)
+        for axis in axes[1:]:
+            axis.set_ylim(bottom=0)
+        axes[-1].set_xlabel("step")
+        axes[0].legend(frameon=False, loc="upper right")
+        axes[0].set_title(", ".join(run.resolve().name for run in runs), loc="left")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=150)
+        pyplot.close(figure)
+
+
+def _draw_loss(axis: Any, records: list[Record], colour: str, name: str, details: bool) -> None:
+    steps, losses = _series(records, "train_loss")
+    axis.plot(steps, losses, color=colour, linewidth=1, alpha=0.5, label=f"{name}: train" if not details else "train")
+    steps, losses = _series(records, "val_loss")
+    axis.plot(
+        steps, losses, color=colour, linewidth=1.8, marker="o", markersize=3,
+        label=f"{name}: validation" if not details else "validation",
+    )  # fmt: skip
+    if losses:
+        best = min(range(len(losses)), key=losses.__getitem__)
+        axis.plot(
+            steps[best], losses[best], marker="*", markersize=13, color=colour, linestyle="none",
+            label=f"{'' if details else name + ': '}best, {losses[best]:.3f} at step {steps[best]:,}",
+        )  # fmt: skip
+    for i, step in enumerate(_resumes(records)):
+        axis.axvline(step, color="0.5", linestyle=":", linewidth=1, label="resumed" if details and i == 0 else None)
+    for event, marker, label in (("skipped", "x", "skipped step"), ("spike", "v", "loss spike")):
+        at = [record["step"] for record in records if record.get("event") == event]
+        if at:
+            # On the upper edge: a skipped step has no loss.
+            axis.plot(
+                at, [1] * len(at), marker, color="#d00000", transform=axis.get_xaxis_transform(), clip_on=False,
+                label=label if details else None,
+            )  # fmt: skip
+
+
+def _series(records: list[Record], field: str) -> tuple[list[int], list[float]]:
+    points = [(record["step"], record[field]) for record in records if record.get(field) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _resumes(records: list[Record]) -> list[int]:
+    """The last step before each time that another process went on with the run."""
+    pairs = itertools.pairwise(records)
+    return [before["step"] for before, after in pairs if before.get("started") != after.get("started")]
