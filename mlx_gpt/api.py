@@ -7,7 +7,7 @@ from typing import Any
 from mlx.utils import tree_map
 
 from mlx_gpt import backend
-from mlx_gpt.config import GenerationConfig, build
+from mlx_gpt.config import GenerationConfig, TrainingConfig, build
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation import engine
 from mlx_gpt.generation.engine import Piece
@@ -24,8 +24,9 @@ def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:
         precision: "float32", "bfloat16", or "auto" for bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        UserError: there is none, or it is damaged or no GPT-2.
+        UserError: there is none, or it is damaged or no GPT-2, or there is no such precision.
     """
+    build(TrainingConfig, {"precision": precision})
     folder = model_directory(Path(path))
     model = load_model(folder)
     dtype = backend.compute_dtype(precision, backend.device())

@@ -92,7 +92,7 @@ def make_model(bpe):
 @pytest.fixture(scope="session")
 def model(make_model):
     """A tiny GPT to look at, as it is for use: a test that trains makes its own."""
-    return make_model().eval()
+    return make_model()
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,24 @@
 """The network: its size, its first weights, and what it may see."""
 
+import dataclasses
 import math
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.generation.engine import make_cache
 from mlx_gpt.model import GPT
 
-PLACES_OF_DROPOUT = {
-    "embeddings": lambda model: model.drop,
-    "attention": lambda model: model.h[1].attn.attn_dropout,
-    "attention's residual": lambda model: model.h[1].attn.resid_dropout,
-    "feed-forward's residual": lambda model: model.h[1].mlp.dropout,
-}
+KEY = mx.random.key(5)
 
 
 @pytest.fixture(scope="module")
 def fresh():
     return GPT(ModelConfig(512, n_layer=4, n_head=2, n_embd=64, n_positions=32)).init_weights(seed=7)
-
-
-def is_random(model, ids):
-    return not np.array_equal(np.array(model(mx.array(ids))), np.array(model(mx.array(ids))))
 
 
 # ---- size -----------------------------------------------------------------------------------------------------------
@@ -73,13 +66,11 @@ def test_first_weights_are_a_function_of_the_seed(fresh, weights_of):
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["generating", "training with dropout"])
 def test_a_later_token_never_changes_what_came_before(make_model, ids, dropout):
     model = make_model(dropout=dropout)
-    model.train(dropout > 0)
+    key = KEY if dropout else None
     changed = ids.copy()
     changed[:, 9] = (changed[:, 9] + 1) % model.config.vocab_size
-    mx.random.seed(0)
-    before = np.array(model(mx.array(ids)))
-    mx.random.seed(0)
-    after = np.array(model(mx.array(changed)))
+    before = np.array(model(mx.array(ids), key=key))
+    after = np.array(model(mx.array(changed), key=key))
     np.testing.assert_allclose(after[:, :9], before[:, :9], atol=1e-6)
     assert np.all(np.abs(after[:, 9:] - before[:, 9:]).max(axis=(0, 2)) > 1e-3)  # and each later one feels it
 
@@ -96,30 +87,68 @@ def test_reading_in_pieces_gives_the_logits_of_the_whole(model, ids, pieces):
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_is_off_outside_training(make_model, model, ids):
-    dropping = make_model(dropout=0.5)
-    dropping.eval()
-    assert np.array_equal(np.array(dropping(mx.array(ids))), np.array(model(mx.array(ids))))
+def logits(model, ids, key=None):
+    return np.array(model(mx.array(ids), key=key))
 
 
-@pytest.mark.parametrize("place", PLACES_OF_DROPOUT)
-def test_training_drops_out_in_each_place(make_model, ids, place):
+def test_without_a_key_nothing_is_dropped(make_model, model, ids):
+    assert np.array_equal(logits(make_model(dropout=0.5), ids), logits(model, ids))
+
+
+def test_what_is_dropped_is_a_function_of_the_key(make_model, ids):
     model = make_model(dropout=0.5)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    assert not is_random(model, ids)
-    PLACES_OF_DROPOUT[place](model).train()
-    assert is_random(model, ids)
+    once = logits(model, ids, KEY)
+    assert np.array_equal(once, logits(model, ids, KEY))
+    assert not np.array_equal(once, logits(model, ids, mx.random.key(6)))
+
+
+@pytest.mark.parametrize("place", ["embeddings", "attention", "feed-forward"])
+def test_each_place_drops(make_model, ids, place):
+    model = make_model(dropout=0.0)
+    if place == "embeddings":
+        model.config = dataclasses.replace(model.config, dropout=0.5)
+    else:
+        part = model.h[1].attn if place == "attention" else model.h[1].mlp
+        part.dropout = 0.5
+    assert not np.array_equal(logits(model, ids, KEY), logits(model, ids))
+
+
+def test_attention_drops_weights_and_outputs(make_model):
+    attention = make_model(dropout=0.5).h[0].attn
+    x_btc = mx.random.normal((1, 6, 32), key=mx.random.key(0))
+    whole, dropped = np.array(attention(x_btc)), np.array(attention(x_btc, key=KEY))
+    kept = dropped != 0
+    assert 0.2 < kept.mean() < 0.8  # of the outputs
+    assert not np.allclose(dropped[kept], 2 * whole[kept], rtol=1e-3)  # and of the weights that made them
 
 
 def test_dropout_in_attention_leaves_the_mean_as_it_is(make_model):
     attention = make_model(dropout=0.5).h[0].attn
-    attention.resid_dropout.eval()
     x_btc = mx.broadcast_to(mx.random.normal((1, 6, 32), key=mx.random.key(0)), (4000, 6, 32))
-    mx.random.seed(0)
-    dropped = np.array(attention(x_btc))
-    attention.eval()
-    whole = np.array(attention(x_btc[:1]))[0]
+    dropped, whole = np.array(attention(x_btc, key=KEY)), np.array(attention(x_btc[:1]))[0]
     error = dropped.std(axis=0) / math.sqrt(4000)
     assert np.all(np.abs(dropped.mean(axis=0) - whole) < 5 * error + 1e-5)
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+def test_flops_per_token_are_those_of_the_products():
+    # 6 per weight that multiplies, and 12 per block, width and position attended to: worked out by hand.
+    model = GPT(ModelConfig(100, n_layer=2, n_head=2, n_embd=8, n_positions=16))
+    assert model.flops_per_token(10) == 6 * (model.n_params() - 16 * 8) + 12 * 2 * 8 * 10
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_the_blocks_changes_no_gradient(make_model, ids, dropout):
+    def gradients(recompute):
+        model = make_model(dropout=dropout)
+        model.recompute = recompute
+        loss = nn.value_and_grad(model, lambda: model(mx.array(ids), key=KEY).square().mean())
+        value, tree = loss()
+        return value.item(), dict(tree_flatten(tree))
+
+    kept, computed = gradients(recompute=False), gradients(recompute=True)
+    assert kept[0] == computed[0]
+    for name, gradient in kept[1].items():
+        np.testing.assert_allclose(np.array(computed[1][name]), np.array(gradient), rtol=1e-5, atol=1e-7, err_msg=name)

@@ -24,7 +24,7 @@ TEXTS = [
 
 
 def logits_of(model, ids):
-    model.eval()
+
     return np.array(model(mx.array(ids)))
 
 

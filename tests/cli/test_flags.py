@@ -1,0 +1,358 @@
+"""Every flag of `train` and `generate` changes what happens.
+
+Each has the test that is named after it. What a test doesn't say comes from `TINY` in conftest.py: two steps at a rate
+of 0.01, each of two windows of 16 tokens, and one evaluation before and one after.
+"""
+
+import mlx.nn as nn
+import pytest
+
+from mlx_gpt import cli
+from mlx_gpt.cli.generate import DEMO_PROMPTS, DIVIDER
+
+from .conftest import TINY
+
+
+def flags_of(command):
+    """The names of all flags of a command."""
+    context = cli.cli.make_context("mlx-gpt", ["doctor"])
+    parameters = cli.cli.get_command(context, command).params
+    return {name for parameter in parameters for name in parameter.opts if name.startswith("--")}
+
+
+def tried(command):
+    """The flags that have a test here."""
+    beginning = f"test_{command}_"
+    tests = [name.removeprefix(beginning) for name in globals() if name.startswith(beginning)]
+    return {f"--{name.replace('_', '-')}" for name in tests}
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_data(train, base):
+    assert train("--data", "builtin").train_tokens > 10 * base.train_tokens
+
+
+def test_train_documents(train, text):
+    assert "kept     300 documents" in train("--data", text, "--documents", "line").out
+    assert "kept     1 documents" in train("--data", text, "--documents", "file", out="other").out
+
+
+def test_train_column(train, tmp_path):
+    rows = [f"{word} {i} looks on,{word} {i} dives\n" for word in ("duck", "goose") for i in range(30)]
+    (tmp_path / "two.csv").write_text("a,b\n" + "".join(rows))
+    train("--data", "two.csv", "--column", "b")
+    (prepared,) = tmp_path.glob("data/cache/*/train.jsonl")
+    assert "dives" in prepared.read_text()
+    assert "looks" not in prepared.read_text()
+
+
+def test_train_val_fraction(train, text):
+    lines = ["--data", text, "--documents", "line"]
+    tenth, half = train(*lines, "--val-fraction", "0.1"), train(*lines, "--val-fraction", "0.5", out="half")
+    assert half.train_tokens < 0.7 * tenth.train_tokens
+
+
+def test_train_tokenizer(train, base):
+    assert base.config["vocab_size"] == 257
+    learnt = train("--tokenizer", "bpe", "--vocab-size", "300")
+    assert learnt.config["vocab_size"] == 300
+    theirs = train("--tokenizer", "run/final/tokenizer.json", out="other")
+    assert theirs.config["vocab_size"] == 300
+
+
+def test_train_vocab_size(train):
+    assert train("--tokenizer", "bpe", "--vocab-size", "290").shape("wte.weight") == (290, 16)
+
+
+def test_train_preset(mlx_gpt, corpus, folder_of):
+    short = ("--tokenizer", "bytes", "--seq-len", "8", "--batch-size", "1", "--max-steps", "1", "--eval-windows", "1")
+    assert mlx_gpt("train", "--data", corpus, "--preset", "tiny", "--out", "run", *short).code == 0
+    config = folder_of("run").config
+    assert (config["n_layer"], config["n_embd"], config["n_positions"]) == (4, 128, 256)
+
+
+def test_train_config(train, base, tmp_path):
+    (tmp_path / "my.toml").write_text("seed = 5\nn_head = 8\n")
+    run = train("--config", "my.toml")
+    assert run.weights == train("--seed", "5", out="other").weights != base.weights
+    assert run.config["n_head"] == 2  # by the flag, which wins
+
+
+def test_train_out(train, tmp_path):
+    train(out="elsewhere/deep")
+    assert (tmp_path / "elsewhere/deep/final/model.safetensors").exists()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_train_resume(mlx_gpt, train, folder_of):
+    train()
+    assert mlx_gpt("train", "--resume", "run", "--max-steps", "3").code == 0
+    assert mlx_gpt("train", "--out", "run", "--resume", "--max-steps", "4").code == 0
+    assert folder_of("run").steps("train_loss") == [1, 2, 3, 4]
+
+
+def test_train_overwrite(mlx_gpt, train, corpus):
+    train("--seed", "1")
+    assert mlx_gpt("train", "--data", corpus, "--out", "run").code == 2
+    assert train("--overwrite", "--max-steps", "1").steps("train_loss") == [1]
+
+
+def test_train_n_layer(train):
+    assert train("--n-layer", "2").shape("h.1.ln_1.weight") == (16,)
+
+
+def test_train_n_head(train, base):
+    run = train("--n-head", "4")
+    assert run.config["n_head"] == 4
+    assert run.column("train_loss") != base.column("train_loss")
+
+
+def test_train_n_embd(train):
+    assert train("--n-embd", "24").shape("wte.weight") == (257, 24)
+
+
+def test_train_n_positions(train):
+    assert train("--n-positions", "20").shape("wpe.weight") == (20, 16)
+
+
+def test_train_dropout(train, base):
+    run = train("--dropout", "0.5")
+    assert run.column("val_loss")[0] == pytest.approx(base.column("val_loss")[0], rel=0.01)  # not when evaluating
+    assert run.column("train_loss") != base.column("train_loss")
+
+
+def test_train_seq_len(train):
+    assert train("--seq-len", "8").column("tokens")[1] == 2 * 8
+
+
+def test_train_batch_size(train):
+    assert train("--batch-size", "3").column("tokens")[1] == 3 * 16
+
+
+def test_train_gradient_accumulation_steps(train):
+    assert train("--gradient-accumulation-steps", "5").column("tokens")[1] == 5 * 2 * 16
+
+
+def test_train_max_steps(train):
+    assert train("--max-steps", "3").steps("train_loss") == [1, 2, 3]
+
+
+def test_train_max_epochs(train, base):
+    steps = train("--max-steps", "50", "--max-epochs", "0.01").steps("train_loss")
+    assert len(steps) == pytest.approx(0.01 * base.train_tokens / 32, abs=1)
+
+
+def test_train_max_minutes(train):
+    assert max(train("--max-steps", "50", "--max-minutes", "0.00001").steps("val_loss")) < 50
+
+
+def test_train_learning_rate(train):
+    assert train("--learning-rate", "0.02").column("learning_rate")[0] == pytest.approx(0.02)
+
+
+def test_train_min_lr(train):
+    assert train("--min-lr", "0.005").column("learning_rate")[-1] == pytest.approx(0.005)
+
+
+def test_train_warmup_steps(train):
+    rates = train("--warmup-steps", "4").column("learning_rate")
+    assert rates == pytest.approx([0.002, 0.004])
+
+
+def test_train_schedule(train):
+    def rates(schedule):
+        return train("--schedule", schedule, "--max-steps", "4", out=schedule).column("learning_rate")
+
+    assert rates("constant") == pytest.approx([0.01] * 4)
+    assert rates("linear") == pytest.approx([0.01, 0.007, 0.004, 0.001])
+    assert rates("cosine") == pytest.approx([0.01, 0.00775, 0.00325, 0.001])
+
+
+def test_train_beta1(train, base):
+    assert train("--beta1", "0.5").weights != base.weights
+
+
+def test_train_beta2(train, base):
+    assert train("--beta2", "0.5").weights != base.weights
+
+
+def test_train_weight_decay(train, base):
+    assert train("--weight-decay", "0.5").weights != base.weights
+
+
+def test_train_max_grad_norm(train, base):
+    assert max(base.column("grad_norm")) > 0.5
+    run = train("--max-grad-norm", "0.5")
+    assert run.column("grad_norm")[0] == base.column("grad_norm")[0]  # as it is before clipping
+    assert run.weights != base.weights
+
+
+def test_train_log_every(train):
+    assert train("--log-every", "2").steps("train_loss") == [2]
+
+
+def test_train_eval_every(train):
+    assert train("--eval-every", "1").steps("val_loss") == [0, 1, 2]
+
+
+def test_train_eval_windows(train, base):
+    run = train("--eval-windows", "1")
+    assert run.column("val_loss") != base.column("val_loss")
+    assert run.weights == base.weights
+
+
+def test_train_save_every(train):
+    assert train("--save-every", "1").checkpoints == ["step-00000001", "step-00000002"]
+
+
+def test_train_max_bad_steps(mlx_gpt, corpus):
+    # A rate beyond all measure spoils the weights in the first step, so that no later one has a finite loss.
+    spoilt = ("--learning-rate", "1e38", "--max-steps", "9", "--out", "run")
+    answer = mlx_gpt("train", "--data", corpus, *TINY, *spoilt, "--max-bad-steps", "2")
+    assert answer.code == 1
+    assert "3 steps in a row" in answer.err
+
+
+def test_train_grad_checkpoint(train, base, monkeypatch):
+    recomputed = []
+    original = nn.utils.checkpoint
+    monkeypatch.setattr(nn.utils, "checkpoint", lambda *call: recomputed.append(call) or original(*call))
+    run = train("--grad-checkpoint", out="recomputed")
+    assert recomputed
+    assert run.column("train_loss") == base.column("train_loss")
+
+
+def test_train_keep_checkpoints(train):
+    assert train("--save-every", "1", "--keep-checkpoints", "1").checkpoints == ["step-00000002"]
+
+
+def test_train_precision(train, base):
+    losses = train("--precision", "bfloat16").column("train_loss")
+    assert losses != base.column("train_loss")
+    assert losses == pytest.approx(base.column("train_loss"), rel=0.01)
+
+
+def test_train_seed(train, base):
+    assert train("--seed", "2").weights != base.weights
+
+
+def test_without_more_flags_training_is_the_same_again(train, base):
+    """Or a difference above would show nothing."""
+    run = train()
+    assert run.weights == base.weights
+    assert run.column("train_loss") == base.column("train_loss")
+
+
+def test_no_flag_of_train_is_left_out():
+    assert flags_of("train") == tried("train")
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generate(mlx_gpt, models):
+    """Continue a prompt by twelve tokens with seed 1, unless the flags say otherwise: stdout."""
+
+    def generate(*flags, stdin=""):
+        short = ("--model", models / "one", "--max-tokens", "12", "--seed", "1")
+        prompt = () if "--interactive" in flags else ("--prompt", "The duck swims")
+        answer = mlx_gpt("generate", *short, *prompt, *flags, stdin=stdin)
+        assert answer.code == 0, answer.err
+        return answer.out
+
+    return generate
+
+
+@pytest.fixture
+def likeliest(generate):
+    """The text of the likeliest tokens."""
+    return generate("--temperature", "0")
+
+
+def test_generate_model(generate, models):
+    assert generate("--model", models / "two") != generate()
+
+
+def test_generate_prompt(generate):
+    text = generate("--prompt", "Geese look")
+    assert text.startswith("Geese look")
+    assert text.removeprefix("Geese look") != generate().removeprefix("The duck swims")
+
+
+def test_generate_interactive(generate):
+    answer = generate("--interactive", stdin="The duck swims\n")
+    assert generate().removeprefix("The duck swims").strip() in answer
+    assert answer.startswith("> ")
+
+
+def test_generate_max_tokens(generate):
+    short = generate("--max-tokens", "4").strip()
+    assert len(short) < len(generate().strip())
+    assert generate().startswith(short)
+
+
+def test_generate_max_length(generate):
+    assert generate("--max-length", "4") == generate("--max-tokens", "4") != generate()
+
+
+def test_generate_temperature(generate, likeliest):
+    assert likeliest == generate("--temperature", "0", "--seed", "2") != generate()
+
+
+def test_generate_top_k(generate, likeliest):
+    assert generate("--top-k", "1") == likeliest != generate()
+
+
+def test_generate_top_p(generate, likeliest):
+    assert generate("--top-p", "1e-6") == likeliest != generate()
+
+
+def test_generate_min_p(generate, likeliest):
+    assert generate("--min-p", "1") == likeliest != generate()
+
+
+def test_generate_repetition_penalty(generate, likeliest):
+    assert generate("--temperature", "0", "--repetition-penalty", "1") != likeliest
+
+
+def test_generate_seed(generate):
+    assert generate("--seed", "2") == generate("--seed", "2") != generate()
+
+
+def test_generate_num_samples(generate):
+    both = generate("--num-samples", "2")
+    assert both == f"{generate()}{DIVIDER}\n{generate('--seed', '2')}"
+
+
+def test_generate_stop(generate):
+    made = generate().removeprefix("The duck swims").rstrip("\n")
+    stop = made[len(made) // 2 :][:2]
+    assert generate("--stop", stop) == f"The duck swims{made[: made.index(stop)]}\n"
+    first = min((made[3:5], made[6:8]), key=made.index)
+    assert generate("--stop", made[6:8], "--stop", made[3:5]) == f"The duck swims{made[: made.index(first)]}\n"
+
+
+def test_no_flag_of_generate_is_left_out():
+    assert flags_of("generate") == tried("generate")
+
+
+def test_without_a_prompt_it_goes_on_from_a_few(mlx_gpt, models):
+    answer = mlx_gpt("generate", "--model", models / "one", "--max-tokens", "3")
+    texts = answer.out.split(f"{DIVIDER}\n")
+    assert [text.startswith(prompt) for text, prompt in zip(texts, DEMO_PROMPTS, strict=True)] == [True] * len(texts)
+
+
+# ---- how flags are written ------------------------------------------------------------------------------------------
+
+
+def test_underscores_are_dashes(generate, train):
+    assert generate("--max_length", "4", "--top_k", "1") == generate("--max-tokens", "4", "--top-k", "1") != generate()
+    assert train("--max_steps", "1", "--save_every=1").steps("train_loss") == [1]
+
+
+def test_two_seeds_of_none_differ(mlx_gpt, models):
+    same = ("generate", "--model", models / "one", "--prompt", "The duck", "--temperature", "3")
+    assert mlx_gpt(*same).out != mlx_gpt(*same).out

@@ -1,0 +1,143 @@
+"""`import mlx_gpt`: the commands as functions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import mlx_gpt
+from mlx_gpt.weights import save_model
+
+TINY = {
+    "tokenizer": "bytes",
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "n_positions": 32,
+    "dropout": 0.0,
+    "seq_len": 16,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 2,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, eager):
+    """An empty folder, where nothing is compiled."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, make_model, bpe):
+    """A model directory."""
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, make_model(), bpe)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path, sentences):
+    """A file of text."""
+    path = tmp_path / "ducks.txt"
+    path.write_text("".join(sentences))
+    return path
+
+
+def text_of(pieces, sample=0):
+    return "".join(piece.text for piece in pieces if piece.sample == sample)
+
+
+def test_train_load_and_generate_are_all_one_needs(data, capsys):
+    run = mlx_gpt.train(data=data, out="weights/ducks", **TINY)
+    assert run == Path("weights/ducks")
+    assert "Step 2, Epoch 0, Loss: " in capsys.readouterr().out
+    model, tokenizer = mlx_gpt.load(run)
+    text = mlx_gpt.generate(model, tokenizer, "The duck", max_tokens=5, seed=1)
+    assert text
+    assert text == mlx_gpt.generate(model, tokenizer, "The duck", max_tokens=5, seed=1)
+
+
+def test_train_takes_a_file_of_settings_resumes_and_overwrites(data, tmp_path):
+    (tmp_path / "my.toml").write_text("n_layer = 2\nseed = 3\n")
+    settings = {name: value for name, value in TINY.items() if name != "n_layer"}
+    run = mlx_gpt.train(config="my.toml", data=data, out="run", echo=None, **settings)
+    assert mlx_gpt.load(run)[0].config.n_layer == 2
+    assert mlx_gpt.train(resume="run", max_steps=3, echo=None).name == "run"
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 3
+    with pytest.raises(mlx_gpt.UserError, match="--overwrite"):
+        mlx_gpt.train(data=data, out="run", echo=None, **TINY)
+    mlx_gpt.train(data=data, out="run", overwrite=True, echo=None, **TINY)
+    assert mlx_gpt.load(run)[0].config.n_layer == 1
+
+
+def test_train_tells_its_lines_to_whom_one_likes(data, capsys):
+    lines = []
+    mlx_gpt.train(data=data, out="loud", echo=lines.append, **TINY)
+    assert any(line.startswith("Validation Loss: ") for line in lines)
+    mlx_gpt.train(data=data, out="quiet", echo=None, **TINY)
+    assert capsys.readouterr().out == ""
+
+
+def test_stream_gives_the_text_of_generate_piece_by_piece(directory):
+    model, tokenizer = mlx_gpt.load(directory)
+    settings = {"max_tokens": 12, "seed": 1, "temperature": 0.9}
+    pieces = list(mlx_gpt.stream(model, tokenizer, "The duck", **settings))
+    assert len(pieces) > 3
+    assert [piece.reason for piece in pieces][:-1] == [""] * (len(pieces) - 1)
+    assert pieces[-1].reason == "length"
+    assert text_of(pieces) == mlx_gpt.generate(model, tokenizer, "The duck", **settings)
+    both = list(mlx_gpt.stream(model, tokenizer, "The duck", **settings, num_samples=2))
+    assert text_of(both, 0) == text_of(pieces)
+    assert text_of(both, 1) not in ("", text_of(both, 0))
+
+
+def test_load_opens_a_run_and_a_model_directory_in_either_precision(directory):
+    exact, _ = mlx_gpt.load(str(directory), precision="float32")
+    short, _ = mlx_gpt.load(directory, precision="bfloat16")
+    assert [str(model.wte.weight.dtype).split(".")[-1] for model in (exact, short)] == ["float32", "bfloat16"]
+    with pytest.raises(mlx_gpt.UserError, match=r"precision.*float32, bfloat16"):
+        mlx_gpt.load(directory, precision="float99")
+
+
+REFUSALS = {
+    "an unknown setting": ({"temprature": 1.0}, "The duck", "did you mean `temperature`"),
+    "a value out of bounds": ({"temperature": -1}, "The duck", "`temperature` must be at least 0, not -1"),
+    "a value of another kind": ({"max_tokens": "many"}, "The duck", "`max_tokens` must be a whole number"),
+    "an empty prompt": ({}, "", "prompt is empty"),
+    "a long prompt": ({}, "duck " * 40, "context of 32"),
+    "half a character": ({}, "\ud800", "not valid Unicode"),
+    "several samples": ({"num_samples": 2}, "The duck", "stream"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_mistake_is_a_value_error_that_says_what_to_do(directory, case):
+    settings, prompt, told = REFUSALS[case]
+    model, tokenizer = mlx_gpt.load(directory)
+    with pytest.raises(mlx_gpt.UserError) as refusal:
+        mlx_gpt.generate(model, tokenizer, prompt, **settings)
+    assert isinstance(refusal.value, ValueError)
+    assert told in str(refusal.value)
+
+
+def test_all_wrong_settings_are_told_at_once(data):
+    with pytest.raises(mlx_gpt.UserError) as refusal:
+        mlx_gpt.train(data=data, out="run", n_layr=2, seq_len=0, dropout=2)
+    assert len(str(refusal.value).splitlines()) == 3
+    assert not Path("run").exists()
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(mlx_gpt.UserError, match=r"There is no .*none"):
+        mlx_gpt.load(tmp_path / "none")
+    with pytest.raises(mlx_gpt.UserError, match="no run and no model directory"):
+        mlx_gpt.load(tmp_path)
+
+
+def test_what_is_not_offered_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="goose"):
+        mlx_gpt.goose  # noqa: B018
+    assert all(getattr(mlx_gpt, name) for name in mlx_gpt.__all__)
