@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mlx_gpt
 from mlx_gpt.weights import save_model
 
-TINY = {
+TINY: dict[str, Any] = {
     "tokenizer": "bytes",
     "n_layer": 1,
     "n_head": 2,
@@ -74,7 +75,7 @@ def test_train_takes_a_file_of_settings_resumes_and_overwrites(data, tmp_path):
 
 
 def test_train_tells_its_lines_to_whom_one_likes(data, capsys):
-    lines = []
+    lines: list[str] = []
     mlx_gpt.train(data=data, out="loud", echo=lines.append, **TINY)
     assert any(line.startswith("Validation Loss: ") for line in lines)
     mlx_gpt.train(data=data, out="quiet", echo=None, **TINY)
@@ -102,7 +103,7 @@ def test_load_opens_a_run_and_a_model_directory_in_either_precision(directory):
         mlx_gpt.load(directory, precision="float99")
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown setting": ({"temprature": 1.0}, "The duck", "did you mean `temperature`"),
     "a value out of bounds": ({"temperature": -1}, "The duck", "`temperature` must be at least 0, not -1"),
     "a value of another kind": ({"max_tokens": "many"}, "The duck", "`max_tokens` must be a whole number"),

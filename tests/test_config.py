@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,7 +173,7 @@ def test_all_that_is_wrong_is_told_at_once(toml):
     assert any("did you mean cosine?" in sentence for sentence in sentences)
 
 
-CONFLICTS = [
+CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"n_embd": 30, "n_head": 4}, ["`n_embd` 30", "`n_head` 4", "try `n_head` 3"]),
     ({"seq_len": 65, "n_positions": 64}, ["`seq_len` 65", "`n_positions` 64"]),
     ({"min_lr": 0.2, "learning_rate": 0.1}, ["`min_lr` 0.2", "`learning_rate` 0.1"]),

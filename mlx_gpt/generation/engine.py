@@ -55,7 +55,7 @@ class Stats:
         return (
             f"Prompt: {self.prompt_tokens:,} tokens, {prompt_speed:,.1f} tokens/s. "
             f"Generation: {self.new_tokens:,} tokens, {speed:,.1f} tokens/s. "
-            f"Peak memory: {self.peak_memory / 1e9:.3f} GB."
+            f"Peak memory: {self.peak_memory / 1e6:,.0f} MB."
         )
 
 

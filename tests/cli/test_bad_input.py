@@ -318,10 +318,11 @@ def test_a_signal_while_training_saves_first(start, mlx_gpt, corpus, number, cod
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert err == ""
-    said = re.search(r"^Stopped after step ([\d,]+)\. Go on with: mlx-gpt (train --resume run)$", out, re.MULTILINE)
-    step = int(said[1].replace(",", ""))
+    told = r"^Stopped after step ([\d,]+)\. Go on with: mlx-gpt (train --resume run)$"
+    ((stopped, go_on),) = re.findall(told, out, re.MULTILINE)
+    step = int(stopped.replace(",", ""))
     assert Path(f"run/checkpoints/step-{step:08d}/training.json").exists()
-    answer = mlx_gpt(*said[2].split(), "--max-steps", step + 1)
+    answer = mlx_gpt(*go_on.split(), "--max-steps", step + 1)
     assert answer.code == 0
     assert f"after step {step}." in answer.out
 

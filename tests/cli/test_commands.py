@@ -23,7 +23,8 @@ from mlx_gpt.config import PRESETS
 
 def value(text, name):
     """The number after `name` in a line of a report."""
-    return float(re.search(rf"^{name}\s+([\d,.]+)", text, re.MULTILINE)[1].replace(",", ""))
+    (found,) = re.findall(rf"^{name}\s+([\d,.]+)", text, re.MULTILINE)
+    return float(found.replace(",", ""))
 
 
 # ---- from a person's text to a model that talks ---------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_stdout_is_only_text_and_the_speed_goes_to_stderr(mlx_gpt, models):
     assert answer.out.startswith("The duck")
     assert "tokens/s" not in answer.out
     assert DIVIDER not in answer.out
-    speed = r"Prompt: \d+ tokens, [\d,.]+ tokens/s\. Generation: 5 tokens, [\d,.]+ tokens/s\. Peak memory: [\d.]+ GB\."
+    speed = r"Prompt: \d+ tokens, [\d,.]+ tokens/s\. Generation: 5 tokens, [\d,.]+ tokens/s\. Peak memory: [\d.]+ MB\."
     assert re.fullmatch(speed, answer.err.strip())
 
 

@@ -16,8 +16,9 @@ from .conftest import TINY
 def flags_of(command):
     """The names of all flags of a command."""
     context = cli.cli.make_context("mlx-gpt", ["doctor"])
-    parameters = cli.cli.get_command(context, command).params
-    return {name for parameter in parameters for name in parameter.opts if name.startswith("--")}
+    found = cli.cli.get_command(context, command)
+    assert found
+    return {name for parameter in found.params for name in parameter.opts if name.startswith("--")}
 
 
 def tried(command):
@@ -216,9 +217,13 @@ def test_train_max_bad_steps(mlx_gpt, corpus):
 
 
 def test_train_grad_checkpoint(train, base, monkeypatch):
-    recomputed = []
-    original = nn.utils.checkpoint
-    monkeypatch.setattr(nn.utils, "checkpoint", lambda *call: recomputed.append(call) or original(*call))
+    recomputed, original = [], nn.utils.checkpoint
+
+    def checkpoint(*call):
+        recomputed.append(call)
+        return original(*call)
+
+    monkeypatch.setattr(nn.utils, "checkpoint", checkpoint)
     run = train("--grad-checkpoint", out="recomputed")
     assert recomputed
     assert run.column("train_loss") == base.column("train_loss")

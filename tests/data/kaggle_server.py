@@ -1,10 +1,17 @@
 """A stand-in for Kaggle on the loopback interface: the real client talks to it, and it fails on demand."""
 
+import contextlib
 import json
+import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
+from pathlib import Path
+
+import pytest
 
 LOGIN = "/api/v1/security.OAuthService/IntrospectToken"
 DOWNLOAD = "/api/v1/datasets.DatasetApiService/DownloadDataset"
@@ -109,3 +116,31 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+
+def forget_client() -> None:
+    """Have the next import of the client read its environment and log in anew, as in a new process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kaggle"]:
+        del sys.modules[name]
+
+
+def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send the client to a server instead of kaggle.com."""
+    addresses = import_module("kagglesdk.kaggle_env")
+    monkeypatch.setitem(addresses._env_to_endpoint, addresses.KaggleEnv.LOCAL, url)
+
+
+@contextlib.contextmanager
+def serving(body: bytes, token: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKaggle]:
+    """A Kaggle that a freshly imported client will talk to, with a token that it accepts and nobody's own."""
+    for name in [name for name in os.environ if name.startswith("KAGGLE_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
+    monkeypatch.setenv("KAGGLE_API_TOKEN", token)
+    forget_client()
+    with FakeKaggle(body=body) as fake:
+        point_client_at(fake.url, monkeypatch)
+        yield fake
+    forget_client()

@@ -21,7 +21,7 @@ from mlx_gpt.data.kaggle import DEFAULT_DATASET, download, from_file
 from mlx_gpt.errors import UserError
 
 from . import zips
-from .kaggle_server import BLOB, DOWNLOAD, LOGIN, FakeKaggle
+from .kaggle_server import BLOB, DOWNLOAD, LOGIN, FakeKaggle, point_client_at, serving
 from .zips import CSV, FILES, make_zip, tree, write
 
 SECRET = "KGAT_secret"
@@ -36,31 +36,11 @@ def refused(action: Callable[[], object]) -> str:
     return sentence
 
 
-def forget_client() -> None:
-    """Have the next import of the client read its environment and log in anew, as in a new process."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "kaggle"]:
-        del sys.modules[name]
-
-
-def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = import_module("kagglesdk.kaggle_env")
-    monkeypatch.setitem(addresses._env_to_endpoint, addresses.KaggleEnv.LOCAL, url)
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKaggle]:
     """A Kaggle that a freshly imported client will talk to, with a token that it accepts."""
-    for name in [name for name in os.environ if name.startswith("KAGGLE_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
-    forget_client()
-    with FakeKaggle(body=make_zip(FILES)) as fake:
-        point_client_at(fake.url, monkeypatch)
+    with serving(make_zip(FILES), SECRET, tmp_path / "home", monkeypatch) as fake:
         yield fake
-    forget_client()
 
 
 @pytest.fixture

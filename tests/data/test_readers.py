@@ -30,7 +30,7 @@ def read(tmp_path):
 
 def parquet(path, **columns):
     pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     pq.write_table(pa.table(columns), path)
 
