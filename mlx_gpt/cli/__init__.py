@@ -85,6 +85,8 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.", 1)
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # an import that Ctrl-C broke off
+            return _tell("Interrupted.", 130)
         if "MLX_GPT_TRACEBACK" in os.environ:
             raise
         return _tell(

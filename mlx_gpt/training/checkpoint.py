@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
@@ -63,7 +64,8 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     save_model(part, model, tokenizer)
     write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
     checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
-    write_text_whole(part / MARKER, json.dumps(dataclasses.asdict(progress) | {"files": checksums}, indent=2) + "\n")
+    record = dataclasses.asdict(progress) | {"files": checksums}
+    write_text_whole(part / MARKER, json.dumps(record | {"checksum": _checksum_of(record)}, indent=2) + "\n")
     _remove(folder)  # there only when a resume went back behind it
     part.rename(folder)
     sync(folder.parent)
@@ -116,6 +118,8 @@ def read_progress(folder: Path) -> Progress:
     """
     try:
         record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if record.pop("checksum") != _checksum_of(record):
+            raise ValueError
         checksums = record.pop("files")
         progress = Progress(**record)
     except OSError:
@@ -144,6 +148,10 @@ def load_optimizer(folder: Path, fresh: Tree) -> Tree:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_of(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _remove(folder: Path) -> None:

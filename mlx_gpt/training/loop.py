@@ -113,6 +113,8 @@ def set_up(
     network: Callable[[ModelConfig], GPT] = GPT,
 ) -> Run:
     """Check everything, and only then touch the run's folder."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them.")
     if resume:
         given = (read_toml(file) if file else {}) | dict(settings)
         folder, source = run_folder.find_resumable(resume, given, display.line)

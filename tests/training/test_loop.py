@@ -307,6 +307,20 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train, whole, tm
     assert weights(run / "final") == weights(whole.folder / "final")
 
 
+def test_a_changed_step_is_not_believed(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    marker = run / "checkpoints/step-00000008/training.json"
+    marker.write_text(marker.read_text().replace('"step": 8', '"step": 2'))
+    assert any("step-00000006" in line for line in train(run, resume=run).lines)
+
+
+def test_to_go_on_and_to_overwrite_exclude_each_other(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    before = contents(run)
+    assert "exclude each other" in refusal(lambda: train(run, resume=run, overwrite=True))
+    assert contents(run) == before
+
+
 def test_a_checkpoint_that_lacks_a_file_is_passed_over(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     (run / "checkpoints/step-00000008/optimizer.safetensors").unlink()
