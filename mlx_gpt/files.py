@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,9 @@ from pathlib import Path
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, then put it in place: readers see the old file or the new, never half.
 
-    The temporary name keeps the suffix, which some writers look at.
+    The temporary name is this thread's own, and keeps the suffix, which some writers look at.
     """
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
     try:
         write(part)
         sync(part)

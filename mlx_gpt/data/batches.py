@@ -37,7 +37,7 @@ def _beginnings(length: int, seq_len: int, seed: int, start: int) -> Iterator[in
     while True:
         # Philox is counter-based: its key alone, (seed, epoch), decides what it draws (Salmon et al. 2011).
         generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-        offset = int(generator.integers(seq_len))
+        offset = int(generator.integers(length))
         for index in generator.permutation(per_epoch)[first:]:
             yield offset + int(index) * seq_len
         epoch, first = epoch + 1, 0

@@ -24,6 +24,7 @@ from mlx_gpt.data.sources import (
     source_size,
 )
 from mlx_gpt.errors import UserError
+from mlx_gpt.files import sync
 
 SPLITS = ("train", "val")
 
@@ -187,6 +188,7 @@ def open_corpus(
     folder = Path(cache) / f"{name}-{fingerprint[:8]}"
     complete = all(_file(folder, split).exists() for split in SPLITS)
     if not complete or prepared_record(folder).get("source_fingerprint") != fingerprint:
+        _file(folder, "train").unlink(missing_ok=True)  # nobody's but this cache's
         report = prepare(
             sources, folder, column=column, documents=documents, val_fraction=val_fraction, progress=progress
         )
@@ -301,7 +303,7 @@ def _refuse_to_overwrite(folder: Path, sources: list[Source]) -> None:
             raise UserError(f"{both.pop()} is read and would be replaced: choose another folder to write to.")
     record = prepared_record(folder)
     ours = bool(record) and all(path.suffix == ".jsonl" for path in there)
-    if ours and len(there) == 2:  # one alone is what a prepare that was killed while renaming leaves
+    if ours and there != [_file(folder, "val")]:  # which alone is what a prepare that was killed while renaming leaves
         ours = record.get("fingerprint") == _fingerprint(folder, "text", "")
     if there and not ours:
         raise UserError(
@@ -316,4 +318,6 @@ def _publish(staged: Path, folder: Path) -> None:
     """
     _file(folder, "train").unlink(missing_ok=True)
     for name in ("report.json", "val.jsonl", "train.jsonl"):
+        sync(staged / name)
         (staged / name).replace(folder / name)
+    sync(folder)

@@ -261,7 +261,8 @@ def _json_values(path: Path, lines: Iterator[str]) -> Iterator[Any]:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number:,} is not valid JSON: each line has to be one object, or one string, of its own."
+                f"{path}, line {number:,} is not valid JSON: each line has to be one object, or one string, of its own "
+                "(a JSON array has to be written one element a line)."
             ) from error
 
 
