@@ -90,7 +90,9 @@ class TrainingConfig:
     max_minutes: float | None = setting(None, "Stop after this many minutes of training.", above=0)
     learning_rate: float = setting(3e-4, "Highest learning rate, reached after the warm-up.", above=0)
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)
-    warmup_steps: int = setting(100, "Steps in which the rate rises to its highest.", at_least=0)
+    warmup_steps: int | None = setting(
+        None, "Steps in which the rate rises to its highest. [default: a tenth of all, 100 at most]", at_least=0
+    )
     schedule: str = setting("cosine", "How the rate falls after the warm-up.", choices=("cosine", "linear", "constant"))
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", at_least=0, below=1)
@@ -101,7 +103,7 @@ class TrainingConfig:
     eval_windows: int = setting(1024, "Validation windows per evaluation, always the same; 0 takes all.", at_least=0)
     save_every: int = setting(1000, "Steps between two checkpoints.", at_least=1)
     keep_checkpoints: int = setting(3, "Newest checkpoints to keep, beside best and final.", at_least=1)
-    max_bad_steps: int = setting(10, "End the run after this many steps in a row without a finite loss.", at_least=1)
+    max_bad_steps: int = setting(10, "End the run when more steps than this in a row have no finite loss.", at_least=1)
     precision: str = setting(
         "auto",
         "Numbers of the forward and backward pass; auto: bfloat16 on a GPU, float32 on the CPU.",
@@ -160,7 +162,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seq_len": 128,
         "gradient_accumulation_steps": 1,
         "learning_rate": 2e-3,
-        "warmup_steps": 50,
         "log_every": 10,
         "eval_every": 100,
         "save_every": 200,
@@ -238,8 +239,6 @@ def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
     clashes = [sentence for names, sentence in _conflicts(sound) if not problems.keys() & names]
     if problems or clashes:
         raise UserError("\n".join([*problems.values(), *clashes]))
-    if sound.training.min_lr is None:
-        return build(Config, values | {"min_lr": sound.training.learning_rate / 10})
     return sound
 
 
@@ -322,8 +321,7 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
     """Settings that don't go together, and the sentence that says so."""
     model, training = config.model, config.training
     if model.n_embd % model.n_head:
-        fitting = [n for n in range(1, model.n_embd + 1) if model.n_embd % n == 0]
-        nearest = min(fitting, key=lambda n: abs(n - model.n_head))
+        nearest = next(n for n in range(min(model.n_head, model.n_embd), 0, -1) if model.n_embd % n == 0)
         yield (
             {"n_embd", "n_head"},
             f"`n_embd` {model.n_embd} can't be shared evenly by `n_head` {model.n_head}: try `n_head` {nearest}.",

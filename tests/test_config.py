@@ -100,11 +100,6 @@ def test_the_run_is_named_even_after_a_folder_that_has_no_name_of_its_own(data, 
     assert resolve({"data": data}).out == f"weights/medium-{tmp_path.name}"
 
 
-def test_the_lowest_rate_is_a_tenth_of_the_highest_unless_given():
-    assert resolve({"learning_rate": 0.5}).training.min_lr == pytest.approx(0.05)
-    assert resolve({"learning_rate": 0.5, "min_lr": 0.0}).training.min_lr == 0.0
-
-
 def test_whole_numbers_become_floats_where_floats_are_meant():
     rate = resolve({"learning_rate": 1}).training.learning_rate
     assert (rate, type(rate)) == (1.0, float)

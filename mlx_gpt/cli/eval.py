@@ -26,7 +26,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt.data.tokens import encode_file, tokenize
     from mlx_gpt.evaluation import Evaluator
     from mlx_gpt.training import run as run_folder
-    from mlx_gpt.training.loop import open_data
+    from mlx_gpt.training.setup import open_data
 
     display = Terminal()
     path = Path(model) if model else run_folder.newest_run(Path("weights"))
@@ -42,7 +42,10 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             data = build(DataConfig, given(settings))
             tokens = encode_file(Path(file), tokenizer, Path(folder), column=data.column, documents=data.documents)
         elif config:
-            tokens = tokenize(open_data(config.data, display), tokenizer, display.progress("Encoding")).val
+            both = tokenize(open_data(config.data, display), tokenizer, display.progress("Encoding"))
+            if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
+                raise UserError(f"The text in {config.data.data} is not what {path} was trained on: name a FILE.")
+            tokens = both.val
         else:
             raise UserError(f"{path} is no run, so it has no validation text: name a FILE to evaluate on.")
         evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)

@@ -1,5 +1,7 @@
 """`mlx-gpt train`."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -29,18 +31,21 @@ def command(file: str | None, resume: str | None, overwrite: bool, **settings: A
     preset tiny on the text that is built in.
     """
     from mlx_gpt.training import loop
+    from mlx_gpt.training.setup import set_up
 
     display = Terminal()
-    run = loop.set_up(given(settings), display, file, resume, overwrite)
+    run = set_up(given(settings), display, file, resume, overwrite)
     try:
         with StopSignals() as stop:
             outcome = loop.fit(run, display, stop.requested)
     finally:
         run.close()
-    if stop.received:
-        click.echo(f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}")
+    if not outcome.finished:
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            click.echo(f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}")
         return 128 + stop.received
-    click.echo(f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive")
+    with contextlib.suppress(OSError):
+        click.echo(f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive")
     return 0
 
 
@@ -66,5 +71,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Not through Python's buffers, which a signal may find in the middle of something.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping after this step, and saving. Ctrl-C again leaves at once.\n")
         # A closed terminal counts as SIGTERM.
         self.received = signal.SIGTERM if number == signal.SIGHUP else number

@@ -50,14 +50,14 @@ class Progress:
 
 
 def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, progress: Progress, keep: int) -> Path:
-    """Write a checkpoint of `progress.step` and then remove all but the newest `keep`.
+    """Write a checkpoint of `progress.step` and then remove all but the newest `keep` up to it.
 
     Raises:
         OSError: it could not be written, for example since the disk is full; the ones before are as they were.
     """
     arrays = dict(tree_flatten(optimizer_state))
     mx.eval(model.parameters(), arrays)
-    check_room(run, 2 * sum(array.nbytes for array in arrays.values()))
+    check_room(run, int(1.6 * sum(array.nbytes for array in arrays.values())))  # the weights are half of that again
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
     _remove(part)
@@ -69,9 +69,17 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     _remove(folder)  # there only when a resume went back behind it
     part.rename(folder)
     sync(folder.parent)
-    for old in all_checkpoints(run)[:-keep]:
+    for old in [at for at in all_checkpoints(run) if step_of(at) <= progress.step][:-keep]:
         _remove(old)
     return folder
+
+
+def remove_after(run: Path, step: int) -> bool:
+    """Remove the checkpoints after `step`, which a run that goes back to it leaves behind; whether there were any."""
+    later = [folder for folder in all_checkpoints(run) if step_of(folder) > step]
+    for folder in later:
+        _remove(folder)
+    return bool(later)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -95,18 +103,21 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted(folder for folder in (run / "checkpoints").glob("step-*") if (folder / MARKER).is_file())
 
 
-def newest_sound(run: Path, echo: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files have their checksums; a damaged one is set aside, and `echo` is told."""
+def newest_sound(run: Path, echo: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """The newest checkpoint whose files have their checksums, and how far it is.
+
+    A damaged one is set aside, and `echo` is told.
+    """
     for folder in reversed(all_checkpoints(run)):
         try:
-            read_progress(folder)
+            progress = read_progress(folder)
         except UserError as error:
             aside = folder.with_name(f"damaged-{folder.name}")
             _remove(aside)
             folder.rename(aside)
             echo(f"{error} It is set aside as {aside.name}; the one before it is tried.")
         else:
-            return folder
+            return folder, progress
     return None
 
 

@@ -1,34 +1,21 @@
-"""Training from settings to weights. Read `fit` for what happens in what order."""
+"""Training. Read `fit` for what happens in what order."""
 
 import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlx_gpt import backend
-from mlx_gpt.config import Config, DataConfig, ModelConfig, read_toml, resolve, write_toml
-from mlx_gpt.data.batches import training_batches, window_numbers
-from mlx_gpt.data.corpus import Corpus, open_corpus
-from mlx_gpt.data.tokens import check_windows, get_tokenizer, tokenize
-from mlx_gpt.errors import RunError, UserError
-from mlx_gpt.evaluation import Evaluator
-from mlx_gpt.model import GPT
-from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.errors import RunError
 from mlx_gpt.training import checkpoint
 from mlx_gpt.training import run as run_folder
-from mlx_gpt.training.checkpoint import Progress
-from mlx_gpt.training.monitor import Display, Monitor
+from mlx_gpt.training.monitor import Display
 from mlx_gpt.training.optimizer import learning_rate
-from mlx_gpt.training.plan import Plan, make_plan
-from mlx_gpt.training.run import Lock
-from mlx_gpt.training.step import StepResult, TrainingStep
-from mlx_gpt.weights import load_model, save_model
+from mlx_gpt.training.setup import Run, set_up
+from mlx_gpt.training.step import StepResult
+from mlx_gpt.weights import save_model
 
 MAX_FAILED_SAVES = 3
 AVERAGE_DECAY = 0.95  # of the running average that a loss is compared with
@@ -40,7 +27,7 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        finished: false when it was asked to stop; then a checkpoint of `step` is there to resume from.
+        finished: false when it was asked to stop before its last step; then there is a checkpoint of `step`.
         best_loss: lowest validation loss, in nats per token.
     """
 
@@ -48,34 +35,6 @@ class Outcome:
     finished: bool
     step: int
     best_loss: float | None
-
-
-@dataclass
-class Run:
-    """Everything that training holds while it goes on."""
-
-    config: Config
-    plan: Plan
-    model: GPT
-    tokenizer: Tokenizer
-    step: TrainingStep
-    evaluate: Evaluator
-    batches: Iterator[np.ndarray]
-    window_numbers: Callable[[int, int], list[int]]
-    monitor: Monitor
-    lock: Lock
-    progress: Progress
-    failed_saves: int = 0
-
-    @property
-    def folder(self) -> Path:
-        """Where it is written."""
-        return Path(self.config.out)
-
-    def close(self) -> None:
-        """Let go of the folder."""
-        self.monitor.close()
-        self.lock.release()
 
 
 def train(
@@ -92,9 +51,11 @@ def train(
     Args:
         settings: by name, over those of the TOML `file`, over the preset's.
         resume: a run, a checkpoint, or "newest".
+        overwrite: replace the run that is there.
         stop_requested: asked after each step; when true, a checkpoint is saved and training ends.
 
     Raises:
+        RunError: as in `fit`.
         UserError: a setting, the data or a folder is not fit for it; nothing has been changed then.
     """
     run = set_up(settings, display, file, resume, overwrite)
@@ -102,97 +63,6 @@ def train(
         return fit(run, display, stop_requested)
     finally:
         run.close()
-
-
-def set_up(
-    settings: Mapping[str, Any],
-    display: Display,
-    file: str | Path | None = None,
-    resume: str | None = None,
-    overwrite: bool = False,
-    network: Callable[[ModelConfig], GPT] = GPT,
-) -> Run:
-    """Check everything, and only then touch the run's folder."""
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: give one of them.")
-    if resume:
-        given = (read_toml(file) if file else {}) | dict(settings)
-        folder, source = run_folder.find_resumable(resume, given, display.line)
-        config = run_folder.resumed_config(folder, given)
-    else:
-        config, source = resolve(settings, file), None
-        run_folder.check_free(Path(config.out), overwrite)
-    progress = checkpoint.read_progress(source) if source else Progress()
-    training = config.training
-
-    device = backend.device()
-    backend.prepare(device)
-    dtype = backend.compute_dtype(training.precision, device)
-    corpus = open_data(config.data, display)
-    if source:
-        tokenizer = Tokenizer.load(source)
-    else:
-        tokenizer = get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line)
-    tokens = tokenize(corpus, tokenizer, display.progress("Encoding"))
-    check_windows(tokens, training.seq_len)
-    if source and progress.fingerprint != tokens.fingerprint:
-        raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
-    progress = dataclasses.replace(progress, fingerprint=tokens.fingerprint)
-    # The tokenizer may be smaller than was asked for; run.toml keeps what was asked.
-    asked = config
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
-
-    model = network(config.model).init_weights(training.seed)
-    if source:
-        model.update(load_model(source).parameters())
-    step = TrainingStep(model, training, dtype)
-    if source:
-        step.optimizer_state = checkpoint.load_optimizer(source, step.optimizer_state)
-    plan = make_plan(config, model, tokens, device)
-
-    lock = Lock(Path(config.out))
-    if not source:
-        run_folder.clear(Path(config.out))
-    write_toml(asked, Path(config.out) / run_folder.SETTINGS)
-    monitor = Monitor(Path(config.out), display, progress.seconds, progress.step if source else None)
-    if source:
-        monitor.line(f"Going on from {source}, after step {progress.step}.")
-    for line in plan.lines():
-        monitor.line(line)
-    evaluate = Evaluator(
-        model,
-        tokens.val,
-        tokenizer.byte_lengths(),
-        seq_len=training.seq_len,
-        batch_size=training.batch_size,
-        limit=training.eval_windows,
-        dtype=dtype,
-    )
-    batches = training_batches(
-        tokens.train,
-        training.seq_len,
-        training.batch_size,
-        training.seed,
-        start=progress.step * plan.windows_per_step,
-    )
-    numbers = functools.partial(window_numbers, tokens.train, training.seq_len, training.seed)
-    return Run(config, plan, model, tokenizer, step, evaluate, batches, numbers, monitor, lock, progress)
-
-
-def open_data(data: DataConfig, display: Display) -> Corpus:
-    """The corpus that the settings name, prepared if it wasn't yet.
-
-    Raises:
-        UserError: it can't be read, or there is nothing in it.
-    """
-    return open_corpus(
-        data.data,
-        column=data.column,
-        documents=data.documents,
-        val_fraction=data.val_fraction,
-        echo=display.line,
-        progress=display.progress("Preparing"),
-    )
 
 
 def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outcome:
@@ -232,11 +102,11 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
         if validates:
             validate(run, step, display)
         if saves:
-            save_checkpoint(run, step)
+            save_checkpoint(run, step, last=over or stopping)
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
     if over:
-        guarded(run, f"{run.folder}/final", lambda: save_model(run.folder / "final", run.model, run.tokenizer))
+        guarded(run, f"{run.folder}/final", lambda: save_model(run.folder / "final", run.model, run.tokenizer), True)
         monitor.line(f"Done: {step:,} steps in {monitor.seconds / 60:.1f} minutes.")
     return Outcome(run.folder, over, step, run.progress.best_loss)
 
@@ -262,7 +132,8 @@ def review(run: Run, step: int, result: StepResult) -> None:
     run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
     if bad_steps > training.max_bad_steps:
         before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
-        way_back = f"mlx-gpt train --resume {before[-1]}" if before else "mlx-gpt train --overwrite"
+        again = f"--config {run.folder / run_folder.SETTINGS} --overwrite"
+        way_back = f"mlx-gpt train {f'--resume {before[-1]}' if before else again}"
         raise RunError(
             f"{bad_steps} steps in a row had no finite loss or gradient, and changed nothing. Likely causes: a "
             f"learning rate that is too high (it was {training.learning_rate:g}), bfloat16 (try --precision float32), "
@@ -278,7 +149,7 @@ def validate(run: Run, step: int, display: Display) -> None:
     evaluation = run.evaluate(bar.advance)
     bar.close()
     best = run.progress.best_loss
-    is_best = best is None or evaluation.loss < best
+    is_best = math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best)
     run.monitor.log_validation(step, run.plan.epoch(step), run.plan.tokens(step), evaluation, is_best)
     if is_best:
         run.progress = dataclasses.replace(run.progress, best_loss=evaluation.loss)
@@ -286,24 +157,25 @@ def validate(run: Run, step: int, display: Display) -> None:
     run.monitor.aside(started)
 
 
-def save_checkpoint(run: Run, step: int) -> None:
-    """Save all that is needed to go on from `step`."""
+def save_checkpoint(run: Run, step: int, last: bool) -> None:
+    """Save all that is needed to go on from `step`; `last` when training ends here."""
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
-    keep = run.config.training.keep_checkpoints
-    guarded(
-        run,
-        f"the checkpoint of step {step:,}",
-        lambda: checkpoint.save(run.folder, run.model, run.tokenizer, run.step.optimizer_state, run.progress, keep),
-    )
+
+    def save() -> None:
+        keep = run.config.training.keep_checkpoints
+        checkpoint.save(run.folder, run.model, run.tokenizer, run.step.optimizer_state, run.progress, keep)
+        run.failed_saves = 0
+
+    guarded(run, f"the checkpoint of step {step:,}", save, last)
     run.monitor.aside(started)
 
 
-def guarded(run: Run, what: str, save: Callable[[], object]) -> None:
+def guarded(run: Run, what: str, save: Callable[[], object], last: bool = False) -> None:
     """Save, and train on if that fails, as it does on a full disk: what was saved before is still there.
 
     Raises:
-        RunError: it has failed for the third time in a row.
+        RunError: saving has failed for the third time since it last went well, or it was the `last` of the run.
     """
     try:
         save()
@@ -312,14 +184,12 @@ def guarded(run: Run, what: str, save: Callable[[], object]) -> None:
         why = error.strerror or str(error)
         sound = checkpoint.all_checkpoints(run.folder)
         newest = f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"
-        if run.failed_saves >= MAX_FAILED_SAVES:
+        if last or run.failed_saves >= MAX_FAILED_SAVES:
             raise RunError(
-                f"{what} could not be saved ({why}), the third failure in a row, so training ends; {newest}. "
+                f"{what} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
                 f"Make room, then go on with: mlx-gpt train --resume {run.folder}"
             ) from None
         run.monitor.line(
             f"WARNING: {what} could not be saved ({why}); {newest}. Training goes on: make room, for after "
-            f"{MAX_FAILED_SAVES} failures in a row it ends."
+            f"{MAX_FAILED_SAVES} failures it ends."
         )
-    else:
-        run.failed_saves = 0

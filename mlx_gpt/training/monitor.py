@@ -1,5 +1,6 @@
 """What a run tells: lines for people, records for plots."""
 
+import contextlib
 import json
 import math
 import os
@@ -43,6 +44,32 @@ class Display(Protocol):
         ...
 
 
+class Lines:
+    """A display without bars: `echo`, if given, is called with each line."""
+
+    def __init__(self, echo: Callable[[str], None] | None = None) -> None:
+        self._echo = echo
+
+    def line(self, text: str) -> None:
+        """Pass a line on."""
+        if self._echo:
+            self._echo(text)
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """Show nothing."""
+        return lambda done, total: None
+
+    def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "Lines":
+        """Show nothing."""
+        return self
+
+    def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Show nothing."""
+
+
 class Monitor:
     """Writes `training.log` and `metrics.jsonl` and keeps the time.
 
@@ -71,7 +98,7 @@ class Monitor:
     def line(self, text: str) -> None:
         """Add a line to the log and show it."""
         self._write(self._log, text)
-        self._display.line(text)
+        self._show(text)
 
     def count(self, tokens: int) -> None:
         """Count trained tokens, for the speed of the next record."""
@@ -130,8 +157,8 @@ class Monitor:
             step=step,
             epoch=epoch,
             tokens=tokens,
-            val_loss=evaluation.loss,
-            val_bits_per_byte=evaluation.bits_per_byte,
+            val_loss=finite(evaluation.loss),
+            val_bits_per_byte=finite(evaluation.bits_per_byte),
         )
 
     def close(self) -> None:
@@ -148,7 +175,11 @@ class Monitor:
             file.flush()
         except OSError as error:
             # A full disk must not end the training; saving a checkpoint will tell more.
-            self._display.line(f"WARNING: {file.name} could not be written: {error.strerror}.")
+            self._show(f"WARNING: {file.name} could not be written: {error.strerror}.")
+
+    def _show(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal or a pipe that has gone must not cost the run
+            self._display.line(text)
 
 
 def finite(number: float) -> float | None:

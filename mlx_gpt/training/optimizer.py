@@ -60,7 +60,9 @@ class AdamW:
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:
     """The rate of step 0, 1, ... `total_steps` - 1: a linear warm-up, then the schedule down to `min_lr`."""
-    highest, lowest, warmup = training.learning_rate, training.min_lr or 0.0, training.warmup_steps
+    highest = training.learning_rate
+    lowest = highest / 10 if training.min_lr is None else training.min_lr
+    warmup = min(100, total_steps // 10) if training.warmup_steps is None else training.warmup_steps
     if step < warmup:
         return highest * (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))

@@ -9,6 +9,8 @@ from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.data.tokens import Tokens
 from mlx_gpt.model import GPT
 
+FEW_STEPS = 300
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,7 +48,7 @@ class Plan:
         steps = f"{self.total_steps:,} of {per_step:,} tokens ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
         if training.max_minutes:
             steps += f", or {training.max_minutes:g} minutes"
-        return [
+        lines = [
             f"Run          {self.config.out}",
             f"Device       {self.device}",
             f"Model        {self.n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
@@ -57,6 +59,14 @@ class Plan:
             f"Steps        {steps}",
             f"Memory       about {self.memory / GIB:.1f} GiB expected of {self.device.usable / GIB:.1f} GiB usable",
         ]
+        if self.memory > self.device.usable:
+            lines.append("WARNING      That is more than there is: lower --batch-size, or choose a smaller preset.")
+        if self.total_steps < FEW_STEPS and not training.max_steps:
+            lines.append(
+                f"Hint         {self.total_steps} steps teach little. For so short a text take --preset tiny, or "
+                "smaller steps: --gradient-accumulation-steps 1 and a lower --batch-size."
+            )
+        return lines
 
     @property
     def steps_per_epoch(self) -> float:
@@ -93,4 +103,5 @@ def peak_memory(config: Config, n_params: int) -> int:
     # attention scores and weights.
     per_block = 34 * model.n_embd + 2 * model.n_head * training.seq_len
     logits = 3 * model.vocab_size
-    return fixed + 4 * tokens * (model.n_layer * per_block + logits)
+    blocks = per_block + model.n_layer * model.n_embd if training.grad_checkpoint else per_block * model.n_layer
+    return fixed + 4 * tokens * (blocks + logits)

@@ -1,9 +1,10 @@
 """A run's folder: taken, refused, gone on with."""
 
+import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from mlx_gpt.training import checkpoint
 
 SETTINGS = "run.toml"
 LOCK = ".lock"
-CONTENTS = (SETTINGS, "training.log", "metrics.jsonl", "best", "final", "checkpoints")
+# In the order in which they are removed: while run.toml is there, the folder is a run.
+CONTENTS = ("final", "best", "checkpoints", "metrics.jsonl", "training.log", "curves.png", SETTINGS)
 # What may differ when a run goes on. Anything else would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
-    "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "out", "preset",
+    "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "out",
 }  # fmt: skip
 
 
@@ -68,40 +70,35 @@ class Lock:
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
 
-    def release(self) -> None:
-        """Let others in."""
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
 
-def find_resumable(resume: str, given: Mapping[str, Any], echo: Callable[[str], None]) -> tuple[Path, Path | None]:
-    """The folder of the run to go on with and its checkpoint; None when it was stopped before its first.
+def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
+    """The folder of the run to go on with, and the checkpoint where one was named.
 
     Args:
         resume: a checkpoint or run folder, or "newest" for the run that the settings given name, else the newest under
             weights/.
 
     Raises:
-        UserError: there is no such run, or none of its checkpoints is sound.
+        UserError: there is no such run.
     """
+    chosen = None
     if resume != "newest":
-        path = Path(resume)
-        if (path / checkpoint.MARKER).is_file():
-            return path.resolve().parent.parent, path
-        run = path
+        run = Path(resume)
+        if (run / checkpoint.MARKER).is_file():
+            run, chosen = run.resolve().parent.parent, run
     elif {"out", "data", "preset"} & given.keys():
         run = Path(resolve(given).out)
     else:
         run = newest_run(Path("weights"))
     if not (run / SETTINGS).is_file():
         raise UserError(f"There is no run in {run}: leave --resume out to start one.")
-    Lock(run).release()  # a checkpoint must not be judged while another process writes it
-    if not checkpoint.all_checkpoints(run):
-        echo(f"{run} has no checkpoint yet: it starts from the beginning.")
-        return run, None
-    found = checkpoint.newest_sound(run, echo)
-    if found is None:
-        raise UserError(f"None of the checkpoints in {run} is sound: start it again with --overwrite.")
-    return run, found
+    return run, chosen
 
 
 def newest_run(weights: Path) -> Path:
@@ -113,7 +110,12 @@ def newest_run(weights: Path) -> Path:
     runs = [path.parent for path in weights.glob(f"*/{SETTINGS}")]
     if not runs:
         raise UserError(f"There is no run in {weights}/ yet: train one with `mlx-gpt train`, or name one.")
-    return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+    def worked_on(run: Path) -> float:
+        log = run / "training.log"
+        return (log if log.exists() else run / SETTINGS).stat().st_mtime
+
+    return max(runs, key=worked_on)
 
 
 def config_of(path: Path) -> Config | None:
@@ -121,6 +123,15 @@ def config_of(path: Path) -> Config | None:
     for folder in (path, path.parent, path.parent.parent):
         if (folder / SETTINGS).is_file():
             return resolve(read_toml(folder / SETTINGS))
+    return None
+
+
+def fingerprint_of(path: Path) -> str | None:
+    """The fingerprint of the tokens that the run at `path` was trained on; None before its first checkpoint."""
+    for folder in (path, path.parent, path.parent.parent):
+        for saved in checkpoint.all_checkpoints(folder):
+            with contextlib.suppress(UserError):
+                return checkpoint.read_progress(saved).fingerprint
     return None
 
 

@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_gpt.api import load
 from mlx_gpt.config import resolve
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.tokenizer import Tokenizer
 
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
@@ -109,7 +110,7 @@ def test_every_folder_of_weights_opens(whole):
 def test_the_saved_settings_are_those_of_the_run(whole, corpus):
     config = resolve({}, whole.folder / "run.toml")
     assert (config.data.data, config.out) == (str(corpus), str(whole.folder))
-    assert (config.training.max_steps, config.model.dropout, config.training.min_lr) == (8, 0.1, 0.001)
+    assert (config.training.max_steps, config.model.dropout, config.training.learning_rate) == (8, 0.1, 0.01)
 
 
 def test_the_log_is_what_was_shown(whole):
@@ -312,6 +313,41 @@ def test_a_changed_step_is_not_believed(train, whole, tmp_path):
     marker = run / "checkpoints/step-00000008/training.json"
     marker.write_text(marker.read_text().replace('"step": 8', '"step": 2'))
     assert any("step-00000006" in line for line in train(run, resume=run).lines)
+
+
+def test_going_back_leaves_the_later_checkpoints_behind(train, whole, tmp_path):
+    """Or the next resume would go on with the branch that was given up."""
+    run = copy_of(whole.folder, tmp_path / "run")
+    back = run / "checkpoints/step-00000003"
+    train(run, resume=back, learning_rate=0.001, keep_checkpoints=1, stop_after=1)
+    assert checkpoints(run) == ["step-00000004"]
+    outcome = train(run, resume=run, learning_rate=0.001)
+    assert any("after step 4." in line for line in outcome.lines)
+    assert weights(run / "final") != weights(whole.folder / "final")
+    assert weights(run / "best") != weights(whole.folder / "best")
+
+
+def test_the_rate_and_its_lowest_change_together(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    train(run, resume=run, learning_rate=1e-4, max_steps=10)
+    assert min(column(run, "learning_rate")) == pytest.approx(1e-5)
+
+
+def test_a_display_that_is_gone_costs_nothing(train, whole, tmp_path, monkeypatch):
+    def gone(self, text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("tests.training.conftest.Silent.line", gone)
+    assert train(tmp_path / "run").finished
+    assert weights(tmp_path / "run/final") == weights(whole.folder / "final")
+
+
+def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eager):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(RunError, match="could not be saved"):
+        train(tmp_path / "run", max_steps=1)
+    with pytest.raises(RunError, match="could not be saved"):
+        train(tmp_path / "stopped", max_steps=5, stop_after=1)
 
 
 def test_to_go_on_and_to_overwrite_exclude_each_other(train, whole, tmp_path):

@@ -1,5 +1,7 @@
 """AdamW does what PyTorch's does, and the learning rate turns where it should."""
 
+import dataclasses
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -102,3 +104,16 @@ def test_a_run_shorter_than_the_warm_up_only_warms_up():
     assert [learning_rate(step, 3, training) for step in range(3)] == pytest.approx(
         [HIGHEST * (step + 1) / 101 for step in range(3)]
     )
+
+
+def test_without_a_lowest_rate_it_falls_to_a_tenth():
+    training = TrainingConfig(learning_rate=0.5, warmup_steps=0)
+    assert learning_rate(9, 10, training) == pytest.approx(0.05)
+    assert learning_rate(9, 10, dataclasses.replace(training, min_lr=0.0)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(50, 5), (5000, 100), (5, 0)])
+def test_without_a_warm_up_given_it_is_a_tenth_and_no_more_than_100(total, warmup):
+    training = TrainingConfig(schedule="constant")
+    rising = [step for step in range(total) if learning_rate(step, total, training) < training.learning_rate]
+    assert len(rising) == warmup

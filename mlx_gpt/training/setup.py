@@ -1,0 +1,202 @@
+"""From settings to a run that is ready to train."""
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_gpt import backend
+from mlx_gpt.config import Config, DataConfig, ModelConfig, read_toml, resolve, write_toml
+from mlx_gpt.data.batches import training_batches, window_numbers
+from mlx_gpt.data.corpus import Corpus, open_corpus
+from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, tokenize
+from mlx_gpt.errors import UserError
+from mlx_gpt.evaluation import Evaluator
+from mlx_gpt.model import GPT
+from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training import checkpoint
+from mlx_gpt.training import run as run_folder
+from mlx_gpt.training.checkpoint import Progress
+from mlx_gpt.training.monitor import Display, Monitor
+from mlx_gpt.training.plan import Plan, make_plan
+from mlx_gpt.training.run import Lock
+from mlx_gpt.training.step import TrainingStep
+from mlx_gpt.weights import load_model
+
+
+@dataclass
+class Run:
+    """Everything that training holds while it goes on."""
+
+    config: Config
+    plan: Plan
+    model: GPT
+    tokenizer: Tokenizer
+    step: TrainingStep
+    evaluate: Evaluator
+    batches: Iterator[np.ndarray]
+    window_numbers: Callable[[int, int], list[int]]
+    monitor: Monitor
+    progress: Progress
+    resources: contextlib.ExitStack
+    failed_saves: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return Path(self.config.out)
+
+    def close(self) -> None:
+        """Close the logs and let others into the folder."""
+        self.resources.close()
+
+
+def set_up(
+    settings: Mapping[str, Any],
+    display: Display,
+    file: str | Path | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    network: Callable[[ModelConfig], GPT] = GPT,
+) -> Run:
+    """Check everything, and only then touch the run's folder. Arguments as in `loop.train`.
+
+    Args:
+        network: makes the model from its shape; another one than `GPT` has to have its parameters.
+
+    Raises:
+        UserError: a setting, the data or a folder is not fit for it.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them.")
+    with contextlib.ExitStack() as resources:
+        source, progress = None, Progress()
+        if resume:
+            given = (read_toml(file) if file else {}) | dict(settings)
+            folder, source = run_folder.run_to_resume(resume, given)
+            config = run_folder.resumed_config(folder, given)
+            resources.enter_context(Lock(folder))
+            source, progress = find_checkpoint(folder, source, display)
+        else:
+            config = resolve(settings, file)
+            run_folder.check_free(Path(config.out), overwrite)
+        device = backend.device()
+        backend.prepare(device)
+        tokenizer, tokens = read_text(config, source, display)
+        if source and progress.fingerprint != tokens.fingerprint:
+            raise UserError(
+                f"The text in {config.data.data} is not what {config.out} was trained on: start another run."
+            )
+        progress = dataclasses.replace(progress, fingerprint=tokens.fingerprint)
+        # The tokenizer may be smaller than was asked for; run.toml keeps what was asked.
+        asked = config
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+        training, out = config.training, Path(config.out)
+
+        model = network(config.model).init_weights(training.seed)
+        dtype = backend.compute_dtype(training.precision, device)
+        step = TrainingStep(model, training, dtype)
+        if source:
+            model.update(load_model(source).parameters())
+            step.optimizer_state = checkpoint.load_optimizer(source, step.optimizer_state)
+        plan = make_plan(config, model, tokens, device)
+
+        # From here on the folder is touched.
+        if not resume:
+            resources.enter_context(Lock(out))
+            run_folder.check_free(out, overwrite)  # again, for preparing a text can take a while
+        if not source:
+            run_folder.clear(out)
+        elif checkpoint.remove_after(out, progress.step):
+            # The best model may be of a later step, which this run may never see again.
+            shutil.rmtree(out / "best", ignore_errors=True)
+            progress = dataclasses.replace(progress, best_loss=None)
+        write_toml(asked, out / run_folder.SETTINGS)
+        monitor = Monitor(out, display, progress.seconds, progress.step if source else None)
+        resources.callback(monitor.close)
+        if source:
+            monitor.line(f"Going on from {source}, after step {progress.step}.")
+        for line in plan.lines():
+            monitor.line(line)
+        return Run(
+            config=config,
+            plan=plan,
+            model=model,
+            tokenizer=tokenizer,
+            step=step,
+            evaluate=Evaluator(
+                model,
+                tokens.val,
+                tokenizer.byte_lengths(),
+                seq_len=training.seq_len,
+                batch_size=training.batch_size,
+                limit=training.eval_windows,
+                dtype=dtype,
+            ),
+            batches=training_batches(
+                tokens.train,
+                training.seq_len,
+                training.batch_size,
+                training.seed,
+                start=progress.step * plan.windows_per_step,
+            ),
+            window_numbers=functools.partial(window_numbers, tokens.train, training.seq_len, training.seed),
+            monitor=monitor,
+            progress=progress,
+            resources=resources.pop_all(),
+        )
+
+
+def find_checkpoint(folder: Path, chosen: Path | None, display: Display) -> tuple[Path | None, Progress]:
+    """The checkpoint to go on from, and how far it is; none when the run was stopped before its first.
+
+    Raises:
+        UserError: the chosen one is damaged, or none of them is sound.
+    """
+    if chosen:
+        return chosen, checkpoint.read_progress(chosen)
+    if not checkpoint.all_checkpoints(folder):
+        display.line(f"{folder} has no checkpoint yet: it starts from the beginning.")
+        return None, Progress()
+    found = checkpoint.newest_sound(folder, display.line)
+    if found is None:
+        raise UserError(f"None of the checkpoints in {folder} is sound: start it again with --overwrite.")
+    return found
+
+
+def read_text(config: Config, source: Path | None, display: Display) -> tuple[Tokenizer, Tokens]:
+    """The tokenizer, that of the checkpoint `source` if there is one, and the tokens to train on.
+
+    Raises:
+        UserError: the text can't be read, or is too short.
+    """
+    corpus = open_data(config.data, display)
+    if source:
+        tokenizer = Tokenizer.load(source)
+    else:
+        tokenizer = get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line)
+    tokens = tokenize(corpus, tokenizer, display.progress("Encoding"))
+    check_windows(tokens, config.training.seq_len)
+    return tokenizer, tokens
+
+
+def open_data(data: DataConfig, display: Display) -> Corpus:
+    """The corpus that the settings name, prepared if it wasn't yet.
+
+    Raises:
+        UserError: it can't be read, or there is nothing in it.
+    """
+    return open_corpus(
+        data.data,
+        column=data.column,
+        documents=data.documents,
+        val_fraction=data.val_fraction,
+        echo=display.line,
+        progress=display.progress("Preparing"),
+    )
