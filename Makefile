@@ -28,7 +28,7 @@ clean:
 	$(PIP) --editable .
 	touch $@
 
-# What tests, checks and benchmarks need beside it.
+# What tests and checks need beside it.
 .venv/test.stamp: .venv/run.stamp
 	$(PIP) --editable '.[test]'
 	touch $@

@@ -25,7 +25,10 @@ def load() -> None:
     """Load the BLAS named by `MLX_GPT_BLAS`, else a system OpenBLAS, else the `mkl` of this environment."""
     global live, problem
     wanted = os.environ.get("MLX_GPT_BLAS", "")
-    if wanted == "off" or sys.platform != "linux" or "mlx.core" in sys.modules:
+    if wanted == "off" or sys.platform != "linux":
+        return
+    if "mlx.core" in sys.modules:
+        live = "MLX's own, since mlx was imported before mlx_gpt"
         return
     # Equal products on equal operands, run after run, which exact resume relies on. MKL reads this when it is loaded.
     os.environ.setdefault("MKL_CBWR", "AUTO")

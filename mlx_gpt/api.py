@@ -1,6 +1,6 @@
 """What `import mlx_gpt` offers: the commands as functions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from mlx_gpt.generation import engine
 from mlx_gpt.generation.engine import Piece
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training.monitor import Lines
 from mlx_gpt.training.run import model_directory
 from mlx_gpt.weights import load_model, load_tokenizer
 
@@ -26,7 +27,7 @@ def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:
     Raises:
         UserError: there is none, or it is damaged or no GPT-2, or there is no such precision.
     """
-    build(TrainingConfig, {"precision": precision})
+    build(TrainingConfig, {"precision": precision})  # says which there are
     folder = model_directory(Path(path))
     model = load_model(folder)
     dtype = backend.compute_dtype(precision, backend.device())
@@ -75,27 +76,4 @@ def train(
     """
     from mlx_gpt.training.loop import train as run_training
 
-    return run_training(settings, _Lines(echo), file=config, resume=resume, overwrite=overwrite).folder
-
-
-class _Lines:
-    """A display of lines only."""
-
-    def __init__(self, echo: Callable[[str], None] | None) -> None:
-        self._echo = echo
-
-    def line(self, text: str) -> None:
-        if self._echo:
-            self._echo(text)
-
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: None
-
-    def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "_Lines":
-        return self
-
-    def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    return run_training(settings, Lines(echo), file=config, resume=resume, overwrite=overwrite).folder

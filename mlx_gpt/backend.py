@@ -3,6 +3,7 @@
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
@@ -54,8 +55,17 @@ def device_from(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> De
         total = int(info.get("total_memory", info.get("memory_size", 0)))
         return Device("cuda", name, total, int(info.get("free_memory", total)))
     page = os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", name, page * os.sysconf("SC_PHYS_PAGES"), page * free)
+    memory = page * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", name, memory, _available() or memory)
+
+
+def _available() -> int:
+    """Bytes that Linux could give to a program now, caches that it would drop included; 0 where it doesn't say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def prepare(device: Device) -> None:

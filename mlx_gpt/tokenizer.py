@@ -142,10 +142,11 @@ class Tokenizer:
 class Detokenizer:
     """Ids to text as they come: never half a character, and all of it in the end."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stream = decoders.DecodeStream(skip_special_tokens=True)
+        # Some kinds write a space or not by what stands before.
+        self._stream = decoders.DecodeStream(ids=list(before), skip_special_tokens=True)
         self._ids: list[int] = []
         self._told = 0
 

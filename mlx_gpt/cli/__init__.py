@@ -62,7 +62,6 @@ def run(arguments: list[str]) -> int:
     """Run a command and return its exit code; what goes wrong is told in a sentence on stderr."""
     try:
         code = cli.main(arguments, prog_name="mlx-gpt", standalone_mode=False)
-        sys.stdout.flush()
     except UserError as error:
         return _tell(str(error), 2)
     except RunError as error:
@@ -75,9 +74,7 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _tell("Interrupted.", 130)
     except BrokenPipeError:
-        # Who was reading has left, as `head` does. Nothing more can be written, at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        code = 1  # who was reading has left, as `head` does
     except PermissionError as error:
         return _tell(f"{error.filename}: no permission; choose another folder or change its permissions.", 2)
     except (NotADirectoryError, FileExistsError) as error:
@@ -94,6 +91,11 @@ def run(arguments: list[str]) -> int:
             "MLX_GPT_TRACEBACK=1 shows where; please report it.",
             1,
         )
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Nothing more can be written, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code if isinstance(code, int) else 0
 
 

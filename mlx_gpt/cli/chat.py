@@ -58,12 +58,16 @@ def obey(line: str, config: GenerationConfig) -> GenerationConfig:
     except ValueError:
         raise UserError("Nothing changed: a command is /NAME VALUE; /help shows the names.") from None
     name = name.replace("-", "_")
-    kinds: dict[str, type] = {setting.name: setting.kind for setting in settings_of(GenerationConfig)}
+    kinds: dict[str, type] = {}
+    for setting in settings_of(GenerationConfig):
+        kinds[setting.name] = setting.kind
+        if name in setting.metadata["aliases"]:
+            name = setting.name
     if name == "help":
         click.echo(f"{HELP} {', '.join(kinds)}", err=True)
     elif name == "settings":
-        for setting, value in flat(config).items():
-            click.echo(f"{setting:20} {value}", err=True)
+        for known, value in flat(config).items():
+            click.echo(f"{known:20} {value}", err=True)
     else:
         kind = kinds.get(name, str)
         if name in kinds and kind is not tuple and len(words) != 1:

@@ -91,9 +91,8 @@ def credentials() -> str:
     folders = [Path.home() / ".kaggle", Path.home() / ".config" / "kaggle"]
     if "KAGGLE_CONFIG_DIR" in os.environ:
         folders.insert(0, Path(os.environ["KAGGLE_CONFIG_DIR"]))
-    found = [
-        folder / name for folder in folders for name in ("access_token", "kaggle.json") if (folder / name).exists()
-    ]
+    files = [folder / name for folder in folders for name in ("access_token", "kaggle.json", "credentials.json")]
+    found = [file for file in files if file.exists()]
     return f"credentials in {found[0]}" if found else ""
 
 

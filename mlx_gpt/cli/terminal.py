@@ -1,5 +1,6 @@
 """What a command shows on the terminal: lines on stdout, progress bars on stderr when that is a terminal."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +50,8 @@ class TerminalBar:
         """Move on, and show these facts beside the bar."""
         if facts:
             self._bar.set_postfix(facts, refresh=False)
-        self._bar.update(amount)
+        with contextlib.suppress(OSError):  # the terminal has gone, the work goes on
+            self._bar.update(amount)
 
     def reach(self, done: int) -> None:
         """Move on to `done`."""
@@ -57,4 +59,5 @@ class TerminalBar:
 
     def close(self) -> None:
         """Take the bar away."""
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()

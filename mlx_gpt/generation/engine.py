@@ -37,12 +37,14 @@ class Stats:
     """The speed of a generation; filled while it streams.
 
     Attributes:
-        prompt_tokens, new_tokens: of all samples.
+        prompt_tokens: read once, whatever the number of samples.
+        new_tokens: of all samples together.
         prompt_seconds: up to the first token.
         seconds: after it.
         peak_memory: bytes.
     """
 
+    samples: int = 1
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     new_tokens: int = 0
@@ -51,10 +53,11 @@ class Stats:
 
     def __str__(self) -> str:
         prompt_speed = self.prompt_tokens / max(1e-9, self.prompt_seconds)
-        speed = self.new_tokens / max(1e-9, self.seconds)
+        later = self.new_tokens - self.samples  # the first token of each belongs to the prompt's time
+        speed = f"{later / self.seconds:,.1f}" if later > 0 and self.seconds > 0 else "-"
         return (
             f"Prompt: {self.prompt_tokens:,} tokens, {prompt_speed:,.1f} tokens/s. "
-            f"Generation: {self.new_tokens:,} tokens, {speed:,.1f} tokens/s. "
+            f"Generation: {self.new_tokens:,} tokens, {speed} tokens/s. "
             f"Peak memory: {self.peak_memory / 1e6:,.0f} MB."
         )
 
@@ -97,11 +100,11 @@ def stream(
     ids = check_prompt(model, tokenizer, prompt)
     mx.reset_peak_memory()
     started = time.perf_counter()
-    samples = [_Sample(i, tokenizer, config) for i in range(config.num_samples)]
+    samples = [_Sample(i, tokenizer, ids, config) for i in range(config.num_samples)]
     for n, tokens in enumerate(decode(model, tokenizer, ids, config), 1):
         now = time.perf_counter()
         if n == 1:
-            stats.prompt_tokens, stats.prompt_seconds = len(ids), now - started
+            stats.samples, stats.prompt_tokens, stats.prompt_seconds = len(samples), len(ids), now - started
         stats.seconds = now - started - stats.prompt_seconds
         stats.peak_memory = mx.get_peak_memory()
         for item, token in zip(samples, tokens, strict=True):
@@ -189,11 +192,11 @@ def read(model: GPT, ids_bt: mx.array, cache: Sequence[KVCache]) -> mx.array:
 class _Sample:
     """One text while it is made: what is certain of it and what a stop string still holds back."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, config: GenerationConfig) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, prompt: list[int], config: GenerationConfig) -> None:
         self.reason: Reason = ""
         self._index = index
         self._end_of_text = tokenizer.end_of_text
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stop = config.stop
         self._held = ""
 
