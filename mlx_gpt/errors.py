@@ -13,3 +13,10 @@ class RunError(RuntimeError):
 
     The command line prints it without a traceback and ends with exit code 1.
     """
+
+
+def shown(found: object, most: int = 80) -> str:
+    """What a file says, fit for a sentence: on one line, without a terminal's control characters, and no longer."""
+    text = str(found)
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text if text.isprintable() else ascii(text)

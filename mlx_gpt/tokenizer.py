@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, shown
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -77,6 +77,8 @@ class Tokenizer:
         if path.is_dir():
             path = path / "tokenizer.json"
         try:
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is no file.")
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise UserError(
@@ -88,8 +90,10 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from None
         try:
             return cls(HFTokenizer.from_str(text), end_of_text)
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and panics with what is not even that
+            raise UserError(f"{path} is not a tokenizer.json: {shown(error, 200)}.") from None
 
     def to_json(self) -> str:
         """The text of its `tokenizer.json`."""

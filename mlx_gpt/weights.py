@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from mlx_gpt.config import ModelConfig, build
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
@@ -26,6 +26,8 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 # Causal masks that old files store as if they were weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
 FLOATS = ("F32", "F16", "BF16")
+# GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. What is read grows many times over in memory.
+MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
 def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
@@ -77,20 +79,25 @@ def load_model(folder: str | Path) -> GPT:
     path = folder / "model.safetensors"
     stored = _header(path)
     _check_dimensions(path, config, stored)
-    model = GPT(config)
-    expected = {name: _turn(name, weight).shape for name, weight in tree_flatten(model.parameters())}
+    expected = _shapes(config)
     for name, shape in expected.items():
         if name not in stored:
             raise UserError(f"{path} has no tensor {name}, which config.json asks for: fetch the directory again.")
         if stored[name] != shape:
-            raise UserError(f"{path}: tensor {name} has shape {stored[name]}, config.json asks for {shape}.")
+            both = f"{shown(stored[name])}, config.json asks for {shown(shape)}"
+            raise UserError(f"{path}: tensor {name} has shape {both}.")
     if surplus := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
-        raise UserError(f"{path} has a tensor {surplus[0]}, which no GPT-2 has: it belongs to another architecture.")
+        raise UserError(
+            f"{path} has a tensor {shown(surplus[0])}, which no GPT-2 has: it belongs to another architecture."
+        )
 
-    arrays = {_plain(name): array for name, array in mx.load(str(path)).items()}
+    arrays = _arrays(path)
+    if any(arrays[name].shape != shape for name, shape in stored.items()):
+        raise UserError(f"{path} is damaged (it describes a tensor twice): fetch it again.")
+    model = GPT(config)
     if "lm_head.weight" in arrays and not mx.array_equal(arrays["lm_head.weight"], arrays["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding.")
-    model.update(tree_unflatten([(name, _turn(name, arrays[name]).astype(mx.float32)) for name in expected]))
+    model.update(tree_unflatten([(name, _turn(name, arrays.pop(name)).astype(mx.float32)) for name in expected]))
     mx.eval(model.parameters())  # the reader is lazy: have it all while the file is there
     return model
 
@@ -120,7 +127,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     config = _read_json(path)
     if config.get("model_type") != "gpt2":
-        kind = config.get("model_type", "no model")
+        kind = shown(config.get("model_type", "no model"))
         raise UserError(f"{path} describes {kind}: mlx-gpt reads GPT-2 (`model_type` gpt2) only.")
     asked = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -132,9 +139,8 @@ def read_config(folder: Path) -> ModelConfig:
     }
     for key, fine in asked.items():
         if key in config and config[key] not in fine:
-            raise UserError(
-                f"{path}: `{key}` {config[key]!r} is not GPT-2's ({fine[0]!r}), which is all that mlx-gpt has."
-            )
+            found = shown(repr(config[key]))
+            raise UserError(f"{path}: `{key}` {found} is not GPT-2's ({fine[0]!r}), which is all that mlx-gpt has.")
     names = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
     if missing := [name for name in names if name not in config]:
         raise UserError(f"{path} lacks `{missing[0]}`: fetch the directory again.")
@@ -142,17 +148,19 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         model_config: ModelConfig = build(ModelConfig, values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {shown(str(error).splitlines()[0], 200)}") from None
     epsilon = config.get("layer_norm_epsilon", ModelConfig.layer_norm_epsilon)
     if model_config.n_embd % model_config.n_head:
         raise UserError(f"{path}: `n_embd` {model_config.n_embd} can't be shared by `n_head` {model_config.n_head}.")
     if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
-        raise UserError(f"{path}: `layer_norm_epsilon` must be between 0 and 1, not {epsilon!r}.")
+        raise UserError(f"{path}: `layer_norm_epsilon` must be between 0 and 1, not {shown(repr(epsilon))}.")
     return dataclasses.replace(model_config, layer_norm_epsilon=epsilon)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON or not path.is_file():
+            raise ValueError
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no model directory: it has no {path.name}.") from None
@@ -190,23 +198,51 @@ def _config_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor in a safetensors file, by plain name. The library checks sizes, offsets and overlaps."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
+        with path.open("rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER < size < path.stat().st_size:
+            raise UserError(f"{path} has a header of {size:,} bytes, which no GPT-2 needs: do not use it.")
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name.endswith(MASKS):
                     continue
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in FLOATS:
-                    raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; weights are one of {FLOATS}.")
+                    kind = f"{shown(name)} is {tensor.get_dtype()}"
+                    raise UserError(f"{path}: tensor {kind}; weights are one of {FLOATS}.")
+                if _plain(name) in shapes:
+                    raise UserError(f"{path} has tensor {shown(name)} with the prefix and without: fetch it again.")
                 shapes[_plain(name)] = tuple(tensor.get_shape())
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: mlx-gpt reads weights from safetensors only.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): fetch it again.") from None
+        raise UserError(f"{path} is damaged or cut short ({shown(error, 200)}): fetch it again.") from None
     return shapes
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in the file of such a GPT-2, by name: found with one block, for `n_layer` may be absurd."""
+    one = tree_flatten(GPT(dataclasses.replace(config, n_layer=1)).parameters())
+    shapes = {name: tuple(_turn(name, weight).shape) for name, weight in one}
+    blocks = {
+        name.replace(".0.", f".{i}.", 1): shape
+        for i in range(config.n_layer)
+        for name, shape in shapes.items()
+        if name.startswith("h.0.")
+    }
+    return {name: shape for name, shape in shapes.items() if name not in blocks} | blocks
+
+
+def _arrays(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by plain name, not read yet."""
+    try:
+        return {_plain(name): array for name, array in mx.load(str(path)).items()}
+    except RuntimeError as error:  # of a mask, for only masks may be of any kind
+        raise UserError(f"{path} can't be read ({shown(error, 200)}): fetch it again.") from None
 
 
 def _check_dimensions(path: Path, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]) -> None:
@@ -216,7 +252,8 @@ def _check_dimensions(path: Path, config: ModelConfig, stored: Mapping[str, tupl
         if name not in stored:
             raise UserError(f"{path} has no tensor {name}, which config.json asks for: fetch the directory again.")
         if stored[name] != shape:
-            raise UserError(f"{path}: tensor {name} has shape {stored[name]}, config.json asks for {shape}.")
+            both = f"{shown(stored[name])}, config.json asks for {shown(shape)}"
+            raise UserError(f"{path}: tensor {name} has shape {both}.")
     if config.n_layer > len(stored):
         raise UserError(f"{path} holds {len(stored)} tensors, too few for the {config.n_layer} layers of config.json.")
 

@@ -57,17 +57,21 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     """
     arrays = dict(tree_flatten(optimizer_state))
     mx.eval(model.parameters(), arrays)
-    check_room(run, int(1.6 * sum(array.nbytes for array in arrays.values())))  # the weights are half of that again
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
-    _remove(part)
-    save_model(part, model, tokenizer)
-    write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
-    checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
-    record = dataclasses.asdict(progress) | {"files": checksums}
-    write_text_whole(part / MARKER, json.dumps(record | {"checksum": _checksum_of(record)}, indent=2) + "\n")
-    _remove(folder)  # there only when a resume went back behind it
-    part.rename(folder)
+    for unfinished in folder.parent.glob(".step-*.part"):  # of a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    check_room(run, sum(array.nbytes for _, array in tree_flatten((model.parameters(), arrays))))
+    try:
+        save_model(part, model, tokenizer)
+        write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
+        checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
+        write_text_whole(part / MARKER, _marker(dataclasses.asdict(progress) | {"files": checksums}))
+        _remove(folder)  # what a crash left of one that was removed
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
+        raise
     sync(folder.parent)
     for old in [at for at in all_checkpoints(run) if step_of(at) <= progress.step][:-keep]:
         _remove(old)
@@ -100,7 +104,8 @@ def step_of(folder: Path) -> int:
 
 def all_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    return sorted(folder for folder in (run / "checkpoints").glob("step-*") if (folder / MARKER).is_file())
+    folders = (folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit())
+    return sorted(folder for folder in folders if (folder / MARKER).is_file())
 
 
 def newest_sound(run: Path, echo: Callable[[str], None]) -> tuple[Path, Progress] | None:
@@ -128,14 +133,16 @@ def read_progress(folder: Path) -> Progress:
         UserError: it is no checkpoint, or damaged.
     """
     try:
-        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if record.pop("checksum") != _checksum_of(record):
+        text = (folder / MARKER).read_text(encoding="utf-8")
+        record = json.loads(text)
+        del record["checksum"]
+        if text != _marker(record):
             raise ValueError
         checksums = record.pop("files")
         progress = Progress(**record)
     except OSError:
         raise UserError(f"{folder} is no checkpoint: it has no {MARKER}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"The checkpoint {folder} is damaged: {MARKER} is not as it was written.") from None
     for name, checksum in checksums.items():
         if not (folder / name).is_file() or _checksum(folder / name) != checksum:
@@ -161,8 +168,10 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksum_of(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def _marker(record: dict[str, Any]) -> str:
+    """The text of the marker: the record and its own checksum."""
+    checksum = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps(record | {"checksum": checksum}, indent=2) + "\n"
 
 
 def _remove(folder: Path) -> None:

@@ -163,8 +163,9 @@ class Monitor:
 
     def close(self) -> None:
         """Close both files."""
-        self._log.close()
-        self._metrics.close()
+        for file in (self._log, self._metrics):
+            with contextlib.suppress(OSError):  # of lines that a full disk did not take, of which it has warned
+                file.close()
 
     def _record(self, **facts: Any) -> None:
         self._write(self._metrics, json.dumps(facts | {"seconds": round(self.seconds, 3), "started": self._started}))

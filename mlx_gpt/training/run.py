@@ -27,9 +27,12 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """Make sure that a new run may be written into `folder`.
 
     Raises:
-        UserError: it holds another run and `overwrite` is not set, or something that is no run.
+        UserError: another process trains into it, or it holds another run and `overwrite` is not set, or something
+            that is no run.
     """
     if (folder / SETTINGS).exists():
+        with Lock(folder):  # a run that is being trained can't be replaced, and goes on by itself
+            pass
         if not overwrite:
             raise UserError(
                 f"{folder} already holds a run: go on with it (--resume), replace it (--overwrite) "
@@ -37,6 +40,28 @@ def check_free(folder: Path, overwrite: bool) -> None:
             )
     elif folder.is_file() or (folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())):
         raise UserError(f"{folder} is there and is no run: choose another --out.")
+
+
+def check_room(folder: Path, n_params: int, overwrite: bool) -> None:
+    """Make sure that the disk of `folder` has room for a checkpoint, the best and the final model.
+
+    Args:
+        overwrite: what is in the folder goes before.
+
+    Raises:
+        UserError: it hasn't.
+    """
+    # In float32: the weights, with AdamW's two means in the checkpoint.
+    needed = n_params * (12 + 4 + 4)
+    disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if overwrite:
+        free += sum(path.stat().st_size for name in CONTENTS for path in (folder / name).rglob("*") if path.is_file())
+    if free < needed:
+        raise UserError(
+            f"A checkpoint, the best and the final model take {needed / 1e6:,.0f} MB and the disk of {folder} has "
+            f"{free / 1e6:,.0f} MB left: make room or choose another --out."
+        )
 
 
 def clear(folder: Path) -> None:

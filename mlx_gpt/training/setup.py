@@ -107,10 +107,12 @@ def set_up(
             step.optimizer_state = checkpoint.load_optimizer(source, step.optimizer_state)
         plan = make_plan(config, model, tokens, device)
 
+        run_folder.check_room(out, plan.n_params, overwrite)
+
         # From here on the folder is touched.
         if not resume:
-            resources.enter_context(Lock(out))
             run_folder.check_free(out, overwrite)  # again, for preparing a text can take a while
+            resources.enter_context(Lock(out))
         if not source:
             run_folder.clear(out)
         elif checkpoint.remove_after(out, progress.step):

@@ -1,9 +1,9 @@
 """Training from settings to weights: what it leaves, where it ends, how it goes on, and what it refuses."""
 
+import errno
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
@@ -342,8 +342,12 @@ def test_a_display_that_is_gone_costs_nothing(train, whole, tmp_path, monkeypatc
     assert weights(tmp_path / "run/final") == weights(whole.folder / "final")
 
 
+def full(folder, needed):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eager):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr("mlx_gpt.training.checkpoint.check_room", full)
     with pytest.raises(RunError, match="could not be saved"):
         train(tmp_path / "run", max_steps=1)
     with pytest.raises(RunError, match="could not be saved"):

@@ -1,0 +1,357 @@
+"""What a run meets while its owner sleeps: full disks, folders taken away, a second trainer, signals."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pty
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from mlx_gpt import cli
+from mlx_gpt.api import load
+from mlx_gpt.cli.train import StopSignals
+from mlx_gpt.errors import RunError, UserError
+from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training import checkpoint, loop
+from mlx_gpt.weights import save_arrays
+
+from .conftest import TINY, Silent
+
+COMMAND = [sys.executable, "-c", "import sys; from mlx_gpt.cli import run; sys.exit(run(sys.argv[1:]))", "train"]
+ENVIRONMENT = {**os.environ, "MLX_DISABLE_COMPILE": "1", "HOME": "/nonexistent"}
+EACH_STEP = {"save_every": 1, "eval_every": 99, "log_every": 1}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, eager):
+    """An empty folder, where nothing is compiled."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def disk():
+    """A disk that takes no more than so many bytes of a file, so that a writer meets what it meets on a full one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills_up(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    def has_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    yield SimpleNamespace(fills_up=fills_up, has_room=has_room)
+    has_room()
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Say how many bytes the disk has left."""
+    usage = namedtuple("usage", "total used free")
+
+    def free(size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - size, size))
+
+    return free
+
+
+@pytest.fixture
+def start():
+    """Start training in a process of its own, which ends with the test at the latest."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments, **options):
+            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+            process = subprocess.Popen([*COMMAND, *arguments], text=True, env=ENVIRONMENT, **options)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def after(actions):
+    """A `tick` that acts after the steps named, before they are saved."""
+    step = 0
+
+    def tick():
+        nonlocal step
+        step += 1
+        actions.get(step, lambda: None)()
+
+    return tick
+
+
+def steps_saved(run="run"):
+    """The steps of the checkpoints, every one of which is sound."""
+    return [checkpoint.read_progress(folder).step for folder in checkpoint.all_checkpoints(Path(run))]
+
+
+def unfinished():
+    return [path for path in Path("run").rglob("*") if ".part" in path.name]
+
+
+def warnings(outcome):
+    return [line for line in outcome.lines if line.startswith("WARNING")]
+
+
+def flags(corpus, **changes):
+    settings = {**TINY, **EACH_STEP, "data": corpus, "out": "run", **changes}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floats", [3, 2_000, 100_000])
+def test_a_short_write_of_arrays_is_an_error(disk, tmp_path, floats):
+    disk.fills_up(4 * floats)  # all but the header
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what is looked at
+        save_arrays(tmp_path / "a.safetensors", {"a": mx.ones((floats,))})
+    assert caught.value.errno == errno.EIO
+
+
+# A checkpoint has an optimizer of 280 KB, a model of 140 KB and smaller files.
+@pytest.mark.parametrize("size", [0, 4_000, 100_000, 200_000])
+def test_a_full_disk_pauses_saving_and_nothing_else(train, disk, size):
+    def look():
+        assert steps_saved() == [1]
+        assert not unfinished()
+        disk.has_room()
+
+    outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: lambda: disk.fills_up(size), 3: look}))
+    (warning,) = (line for line in warnings(outcome) if "step 2" in line)
+    assert "could not be saved" in warning
+    assert "the newest checkpoint is run/checkpoints/step-00000001." in warning
+    assert warning in Path("run/training.log").read_text()
+    assert (outcome.finished, outcome.step) == (True, 4)
+    assert steps_saved() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("eval_every", [99, 1], ids=["", "while the best model can still be saved"])
+def test_the_third_failure_in_a_row_ends_the_run(train, disk, eval_every):
+    settings = EACH_STEP | {"eval_every": eval_every, "max_steps": 9}
+    with pytest.raises(RunError, match="the checkpoint of step 4 could not be saved") as caught:
+        train("run", **settings, tick=after({2: lambda: disk.fills_up(200_000)}))
+    told = str(caught.value)
+    assert "the newest checkpoint is run/checkpoints/step-00000001." in told
+    assert told.endswith("go on with: mlx-gpt train --resume run")
+    assert "\n" not in told
+    assert steps_saved() == [1]
+    assert not unfinished()
+    disk.has_room()
+    assert train("run", resume="run", **settings).step == 9
+
+
+def test_the_program_says_so_and_ends_with_1(corpus, disk, capsys):
+    disk.fills_up(200_000)
+    assert cli.run(["train", *flags(corpus)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("WARNING: the checkpoint of step") == 2
+    assert err.startswith("Error: the checkpoint of step 3 could not be saved (")
+    assert "there is no checkpoint yet" in err
+    disk.has_room()
+    assert cli.run(["train", "--resume", "run"]) == 0
+
+
+@pytest.mark.parametrize("stop_after", [None, 3], ids=["at the end", "when it is stopped"])
+def test_what_could_not_be_saved_last_is_no_success(train, disk, stop_after):
+    full = after({3: lambda: disk.fills_up(200_000)})
+    with pytest.raises(RunError, match=r"of step 3 .* newest checkpoint is run/checkpoints/step-00000002\. Make room"):
+        train("run", **EACH_STEP, max_steps=3, stop_after=stop_after, tick=full)
+
+
+def test_a_final_model_that_could_not_be_saved_is_no_success(train):
+    with pytest.raises(RunError, match="run/final could not be saved"):
+        train("run", **EACH_STEP, max_steps=2, tick=after({1: lambda: Path("run/final").write_text("")}))
+    Path("run/final").unlink()
+    assert train("run", resume="run").finished
+    load("run/final")
+
+
+def test_the_room_is_looked_at_before_each_save(train, free):
+    outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: lambda: free(10_000), 3: lambda: free(10**9)}))
+    assert len(warnings(outcome)) == 1
+    assert "it takes 0 MB and the disk has 0 MB left" in warnings(outcome)[0]
+    assert steps_saved() == [1, 3, 4]
+
+
+def test_the_room_is_looked_at_before_the_run(train, free):
+    train("first", max_steps=1)
+    needed = 20 * load("first")[0].n_params()
+    free(needed - 1)
+    with pytest.raises(UserError, match=r"take 1 MB and the disk of run/deep has 1 MB left: make room") as caught:
+        train("run/deep", max_steps=1)
+    assert "\n" not in str(caught.value)
+    assert not Path("run").exists()
+    train("first", overwrite=True, max_steps=1)  # the old run makes room
+    free(needed)
+    assert train("run/deep", max_steps=1).finished
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk here is always full")
+def test_a_log_that_can_t_be_written_is_warned_about(train):
+    train("run", max_steps=1)
+    Path("run/training.log").unlink()
+    Path("run/training.log").symlink_to("/dev/full")
+    outcome = train("run", resume="run", max_steps=2)
+    assert outcome.finished
+    assert set(warnings(outcome)) == {"WARNING: run/training.log could not be written: No space left on device."}
+
+
+# ---- what others do to its folders ----------------------------------------------------------------------------------
+
+
+def put_a_file_in_its_place():
+    Path("run/checkpoints").rename("run/moved")
+    Path("run/checkpoints").write_text("mine")
+
+
+def give_it_back():
+    Path("run/checkpoints").unlink()
+    Path("run/moved").rename("run/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("take", "give"),
+    [
+        (put_a_file_in_its_place, give_it_back),
+        pytest.param(
+            lambda: Path("run/checkpoints").chmod(0o500),
+            lambda: Path("run/checkpoints").chmod(0o700),
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere"),
+        ),
+    ],
+)
+def test_a_folder_that_can_t_be_written_to_any_more(train, take, give):
+    outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: take, 3: give}))
+    assert len(warnings(outcome)) == 1
+    assert steps_saved() == [1, 3, 4]
+    with pytest.raises(RunError, match="the third failure"):
+        train("run", resume="run", **(EACH_STEP | {"max_steps": 9}), tick=after({2: take}))
+    give()
+    assert steps_saved() == [3, 4, 5]
+
+
+def test_the_leavings_of_a_killed_save_go(train):
+    train("run", **EACH_STEP, max_steps=1)
+    (Path("run/checkpoints/.step-00000007.part") / "half").mkdir(parents=True)
+    train("run", resume="run", max_steps=2)
+    assert not unfinished()
+
+
+def test_only_one_process_trains_into_a_run(start, corpus, capsys):
+    first = start(*flags(corpus, max_steps=10**6, max_epochs=1e6))
+    next(line for line in first.stdout if line.startswith("Step 2,"))
+    for more in (["--resume", "run"], ["--overwrite", *flags(corpus)], flags(corpus)):
+        assert cli.run(["train", *more]) == 2
+        assert capsys.readouterr().err.startswith(f"Error: Process {first.pid} is training into run: ")
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    last = steps_saved()[-1]
+    assert cli.run(["train", "--resume", "run", "--max-steps", str(last + 1)]) == 0
+    assert steps_saved()[-1] == last + 1
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+@pytest.mark.parametrize("edit", [lambda text: text.replace("duck", "goat", 1), lambda text: text.split("\n", 1)[1]])
+def test_an_edited_text_is_noticed(train, corpus, tmp_path, side, edit):
+    shutil.copytree(corpus, "data")
+    train("run", data="data", stop_after=2)
+    file = Path(f"data/{side}.jsonl")
+    written = file.stat()
+    file.write_text(edit(file.read_text()))
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+    with pytest.raises(UserError, match=r"^The text in data is not what run was trained on: start another run\.$"):
+        train("run", data="data", resume="run")
+    assert steps_saved() == [2]
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hang_up_counts_as_sigterm(start, corpus):
+    process = start(*flags(corpus, max_steps=10**6, max_epochs=1e6))
+    next(line for line in process.stdout if line.startswith("Step 2,"))
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.strip() == "Stopping after this step, and saving. Ctrl-C again leaves at once."
+    assert out.endswith(f"Stopped after step {steps_saved()[-1]:,}. Go on with: mlx-gpt train --resume run\n")
+
+
+def test_a_run_outlives_its_terminal_as_long_as_it_takes_to_save(start, corpus):
+    ours, theirs = pty.openpty()
+    process = start(
+        *flags(corpus, max_steps=10**6, max_epochs=1e6, save_every=10**6),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    seen = b""
+    while b"Step 2," not in seen:
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(timeout=60) == 143
+    (step,) = steps_saved()
+    assert step >= 2
+
+
+def test_a_run_outlives_who_read_its_lines(start, corpus):
+    process = start(*flags(corpus, max_steps=20))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert steps_saved()[-1] == 20
+
+
+def test_under_nohup_a_hang_up_is_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class CtrlC(Tokenizer):
+    """Is there when Ctrl-C is pressed in the middle of a save."""
+
+    pressed = False
+
+    def to_json(self):
+        if self.pressed:
+            signal.raise_signal(signal.SIGINT)
+        return super().to_json()
+
+
+@pytest.mark.parametrize("in_a_save", [False, True])
+def test_a_second_ctrl_c_leaves_at_once(train, corpus, in_a_save):
+    run = loop.set_up({**TINY, **EACH_STEP, "data": str(corpus), "out": "run"}, Silent())
+    run.tokenizer = tokenizer = CtrlC(run.tokenizer.backend)
+
+    def press():
+        signal.raise_signal(signal.SIGINT)
+        tokenizer.pressed = True
+        if not in_a_save:
+            signal.raise_signal(signal.SIGINT)
+
+    tick = after({2: press})
+    with contextlib.closing(run), StopSignals() as stop, pytest.raises(KeyboardInterrupt):
+        loop.fit(run, Silent(), lambda: [tick(), stop.requested()][1])
+    assert steps_saved() == [1]
+    assert train("run", resume="run").finished
+    assert not unfinished()
