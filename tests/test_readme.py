@@ -40,6 +40,9 @@ def newcomer(monkeypatch, tmp_path, sentences, eager):
 
 
 def test_every_command_works(capfd):
+    assert (
+        cli.run(["train", "--data", "builtin", "--preset", "tiny", "--out", "weights/demo", *SHORT]) == 0
+    )  # make demo
     ran = set()
     for command in COMMANDS:
         program, *arguments = shlex.split(command)

@@ -29,7 +29,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt.training.setup import open_data
 
     display = Terminal()
-    path = Path(model) if model else run_folder.newest_run(Path("weights"))
+    path = Path(model) if model else run_folder.newest_run(Path("weights"), with_model=True)
     network, tokenizer = load(path)
     config = run_folder.config_of(path)
     positions = network.config.n_positions

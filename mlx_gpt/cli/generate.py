@@ -34,7 +34,7 @@ def command(model: str | None, prompt: str | None, interactive: bool, **settings
     from mlx_gpt.api import load
     from mlx_gpt.training.run import newest_run
 
-    loaded = load(Path(model) if model else newest_run(Path("weights")))
+    loaded = load(Path(model) if model else newest_run(Path("weights"), with_model=True))
     if interactive:
         from mlx_gpt.cli.chat import chat
 

@@ -72,7 +72,7 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
         RunError: too many steps in a row had no finite loss, or a checkpoint could not be saved for the third time.
     """
     training, plan, monitor = run.config.training, run.plan, run.monitor
-    step = run.progress.step
+    step = began = run.progress.step
 
     def is_over() -> bool:
         out_of_time = training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
@@ -105,7 +105,9 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
             save_checkpoint(run, step, last=over or stopping)
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
-    if over:
+    if over and step == began and (run.folder / "final/model.safetensors").exists():
+        monitor.line(f"This run is complete: {step:,} steps. Train on with a higher --max-steps or --max-epochs.")
+    elif over:
         guarded(run, f"{run.folder}/final", lambda: save_model(run.folder / "final", run.model, run.tokenizer), True)
         monitor.line(f"Done: {step:,} steps in {monitor.seconds / 60:.1f} minutes.")
     return Outcome(run.folder, over, step, run.progress.best_loss)

@@ -89,6 +89,7 @@ class Monitor:
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._used_before, self._start = seconds, time.perf_counter()
         self._mark, self._tokens, self._aside = self._start, 0, 0.0
+        self._last_speed = 0.0
 
     @property
     def seconds(self) -> float:
@@ -118,8 +119,10 @@ class Monitor:
         }
 
     def _speed(self) -> float:
-        """Tokens trained per second since the last record."""
-        return self._tokens / max(1e-9, time.perf_counter() - self._mark - self._aside)
+        """Tokens trained per second since the last record; right after it, up to it."""
+        if self._tokens:
+            self._last_speed = self._tokens / max(1e-9, time.perf_counter() - self._mark - self._aside)
+        return self._last_speed
 
     def log_skipped(self, step: int, loss: float, grad_norm: float, windows: list[int]) -> None:
         """Log a step that changed nothing, with the numbers of its windows in the text."""
@@ -151,7 +154,7 @@ class Monitor:
         """Log an evaluation."""
         self.line(
             f"Validation Loss: {evaluation.loss:.4f} (perplexity {evaluation.perplexity:,.2f}, "
-            f"{evaluation.bits_per_byte:.3f} bits per byte){', the best so far' if is_best else ''}"
+            f"{evaluation.bits_per_byte:.3f} bits per byte){', best so far' if is_best else ''}"
         )
         self._record(
             step=step,

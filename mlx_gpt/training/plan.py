@@ -10,6 +10,7 @@ from mlx_gpt.data.tokens import Tokens
 from mlx_gpt.model import GPT
 
 FEW_STEPS = 300
+CPU_FLOPS = 1e11  # per second: what two to four good cores reach in large products
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
     config: Config
     device: Device
     n_params: int
+    flops_per_token: int
     train_tokens: int
     val_tokens: int
     windows_per_step: int
@@ -52,7 +54,8 @@ class Plan:
             f"Run          {self.config.out}",
             f"Device       {self.device}",
             f"Model        {self.n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} wide, {model.vocab_size:,} tokens known",
+            f"{model.n_embd} wide",
+            f"Vocabulary   {model.vocab_size:,} tokens",
             f"Text         {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate",
             f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
             f"{self.tokens(self.total_steps) / self.n_params:.3g} with all epochs",
@@ -61,6 +64,9 @@ class Plan:
         ]
         if self.memory > self.device.usable:
             lines.append("WARNING      That is more than there is: lower --batch-size, or choose a smaller preset.")
+        hours = self.flops_per_token * self.tokens(self.total_steps) / CPU_FLOPS / 3600
+        if self.device.kind == "cpu" and hours > 1 and not training.max_minutes:
+            lines.append(f"Hint         On a CPU this takes {hours:,.0f} hours or more; --preset tiny takes minutes.")
         if self.total_steps < FEW_STEPS and not training.max_steps:
             lines.append(
                 f"Hint         {self.total_steps} steps teach little. For so short a text take --preset tiny, or "
@@ -84,6 +90,7 @@ def make_plan(config: Config, model: GPT, tokens: Tokens, device: Device) -> Pla
         config=config,
         device=device,
         n_params=model.n_params(),
+        flops_per_token=model.flops_per_token(training.seq_len),
         train_tokens=len(tokens.train),
         val_tokens=len(tokens.val),
         windows_per_step=per_step,

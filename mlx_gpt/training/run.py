@@ -126,13 +126,15 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
     return run, chosen
 
 
-def newest_run(weights: Path) -> Path:
-    """The run under `weights` that was worked on last.
+def newest_run(weights: Path, with_model: bool = False) -> Path:
+    """The run under `weights` that was worked on last, or the last of those that have a model already.
 
     Raises:
         UserError: there is none.
     """
     runs = [path.parent for path in weights.glob(f"*/{SETTINGS}")]
+    if with_model:
+        runs = [run for run in runs if any((run / name / "config.json").is_file() for name in ("best", "final"))]
     if not runs:
         raise UserError(f"There is no run in {weights}/ yet: train one with `mlx-gpt train`, or name one.")
 

@@ -107,6 +107,11 @@ def set_up(
             step.optimizer_state = checkpoint.load_optimizer(source, step.optimizer_state)
         plan = make_plan(config, model, tokens, device)
 
+        if progress.step > plan.total_steps:
+            raise UserError(
+                f"{out} is at step {progress.step:,} already, beyond the {plan.total_steps:,} that it would end at: "
+                "give more with --max-steps or --max-epochs."
+            )
         run_folder.check_room(out, plan.n_params, overwrite)
 
         # From here on the folder is touched.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,16 @@ TINY = {
     "save_every": 3,
     "seed": 1,
 }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Lift a limit on the size of files that a test has set, before pytest writes its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return (yield)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Silent:

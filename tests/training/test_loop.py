@@ -166,7 +166,7 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(train, tmp_path, e
     first, *later = column(run, "val_loss")
     assert outcome.best_loss == first < min(later)
     assert weights(run / "best") != weights(run / "final")
-    assert "the best so far" not in (run / "training.log").read_text().split("Step 2")[1]
+    assert "best so far" not in (run / "training.log").read_text().split("Step 2")[1]
 
 
 # ---- where it ends --------------------------------------------------------------------------------------------------

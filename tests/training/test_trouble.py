@@ -50,8 +50,7 @@ def disk():
     def has_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    yield SimpleNamespace(fills_up=fills_up, has_room=has_room)
-    has_room()
+    return SimpleNamespace(fills_up=fills_up, has_room=has_room)
 
 
 @pytest.fixture
