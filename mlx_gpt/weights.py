@@ -92,8 +92,6 @@ def load_model(folder: str | Path) -> GPT:
         )
 
     arrays = _arrays(path)
-    if any(arrays[name].shape != shape for name, shape in stored.items()):
-        raise UserError(f"{path} is damaged (it describes a tensor twice): fetch it again.")
     model = GPT(config)
     if "lm_head.weight" in arrays and not mx.array_equal(arrays["lm_head.weight"], arrays["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding.")
@@ -151,7 +149,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: {shown(str(error).splitlines()[0], 200)}") from None
     epsilon = config.get("layer_norm_epsilon", ModelConfig.layer_norm_epsilon)
     if model_config.n_embd % model_config.n_head:
-        raise UserError(f"{path}: `n_embd` {model_config.n_embd} can't be shared by `n_head` {model_config.n_head}.")
+        sizes = f"`n_embd` {shown(model_config.n_embd)} can't be shared by `n_head` {shown(model_config.n_head)}"
+        raise UserError(f"{path}: {sizes}.")
     if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
         raise UserError(f"{path}: `layer_norm_epsilon` must be between 0 and 1, not {shown(repr(epsilon))}.")
     return dataclasses.replace(model_config, layer_norm_epsilon=epsilon)
@@ -255,7 +254,8 @@ def _check_dimensions(path: Path, config: ModelConfig, stored: Mapping[str, tupl
             both = f"{shown(stored[name])}, config.json asks for {shown(shape)}"
             raise UserError(f"{path}: tensor {name} has shape {both}.")
     if config.n_layer > len(stored):
-        raise UserError(f"{path} holds {len(stored)} tensors, too few for the {config.n_layer} layers of config.json.")
+        layers = shown(config.n_layer)
+        raise UserError(f"{path} holds {len(stored)} tensors, too few for the {layers} layers of config.json.")
 
 
 def _plain(name: str) -> str:
