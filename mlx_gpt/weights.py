@@ -80,12 +80,7 @@ def load_model(folder: str | Path) -> GPT:
     stored = _header(path)
     _check_dimensions(path, config, stored)
     expected = _shapes(config)
-    for name, shape in expected.items():
-        if name not in stored:
-            raise UserError(f"{path} has no tensor {name}, which config.json asks for: fetch the directory again.")
-        if stored[name] != shape:
-            both = f"{shown(stored[name])}, config.json asks for {shown(shape)}"
-            raise UserError(f"{path}: tensor {name} has shape {both}.")
+    _check_shapes(path, stored, expected)
     if surplus := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
         raise UserError(
             f"{path} has a tensor {shown(surplus[0])}, which no GPT-2 has: it belongs to another architecture."
@@ -247,15 +242,19 @@ def _arrays(path: Path) -> dict[str, mx.array]:
 def _check_dimensions(path: Path, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a config whose sizes are not the file's, before anything of those sizes is made."""
     asked = {"wte.weight": (config.vocab_size, config.n_embd), "wpe.weight": (config.n_positions, config.n_embd)}
+    _check_shapes(path, stored, asked)
+    if config.n_layer > len(stored):
+        layers = shown(config.n_layer)
+        raise UserError(f"{path} holds {len(stored)} tensors, too few for the {layers} layers of config.json.")
+
+
+def _check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], asked: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in asked.items():
         if name not in stored:
             raise UserError(f"{path} has no tensor {name}, which config.json asks for: fetch the directory again.")
         if stored[name] != shape:
             both = f"{shown(stored[name])}, config.json asks for {shown(shape)}"
             raise UserError(f"{path}: tensor {name} has shape {both}.")
-    if config.n_layer > len(stored):
-        layers = shown(config.n_layer)
-        raise UserError(f"{path} holds {len(stored)} tensors, too few for the {layers} layers of config.json.")
 
 
 def _plain(name: str) -> str:
