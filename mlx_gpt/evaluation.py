@@ -13,12 +13,17 @@ from mlx_gpt.data.batches import validation_batches, validation_windows
 from mlx_gpt.model import GPT
 
 
-def token_losses(model: GPT, windows_bt: mx.array, key: mx.array | None = None) -> mx.array:
-    """Cross-entropy (B, T - 1), in nats and float32, of each token of (B, T) windows but the first.
-
-    `key` is for dropout, as in `GPT`.
-    """
-    return ops.cross_entropy(model(windows_bt[:, :-1], key=key), windows_bt[:, 1:])
+def token_losses(model: GPT, windows_bt: mx.array) -> mx.array:
+    """Cross-entropy (B, T - 1), in nats and float32, of each token of (B, T) windows but the first."""
+    x_nc = model.hidden(windows_bt[:, :-1]).flatten(0, 1)
+    targets_bt = windows_bt[:, 1:]
+    size = ops.rows_at_once(targets_bt.size, model.config.vocab_size)
+    losses: list[mx.array] = []
+    for start in range(0, targets_bt.size, size):
+        # One after the other, so that the logits of all tokens never stand at once.
+        chunk_nc = mx.depends(x_nc[start : start + size], losses[-1:])
+        losses.append(ops.cross_entropy(model.head(chunk_nc), targets_bt.flatten()[start : start + size]))
+    return mx.concatenate(losses).reshape(targets_bt.shape)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,11 @@ class GPT(nn.Module):
         """Logits (B, T, V) from hidden states (B, T, C)."""
         return self.wte.as_linear(x_btc)
 
+    def loss(self, ids_bt: mx.array, targets_bt: mx.array, key: mx.array | None = None) -> mx.array:
+        """Mean cross-entropy, a scalar in nats and float32, of the token after each of `ids_bt`; `key` as above."""
+        x_btc = self.hidden(ids_bt, key=key)
+        return ops.linear_cross_entropy(x_btc.flatten(0, 1), self.wte.weight, targets_bt.flatten())
+
     def init_weights(self, seed: int) -> "GPT":
         """Draw fresh weights as GPT-2 does: normal with deviation 0.02, biases 0, norms 1.
 

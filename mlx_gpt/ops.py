@@ -17,6 +17,9 @@ EXP = (1.0, 1.0, 0.5, 0.16666415, 0.04166635, 0.0083751325, 0.0013941117)
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 LOWEST = -87.0  # exp of less is no normal float32: it is taken for this
 
+# Logits at a time in `linear_cross_entropy`. On the CPU 4 MB of them stay in its cache; a GPU wants large products.
+CHUNK_CPU, CHUNK_GPU, MIN_ROWS = 2**20, 2**26, 128
+
 GELU_SLOPE, GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
 
 
@@ -51,6 +54,20 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return _cross_entropy(logits, targets)[0] if _slow_exp(logits) else mx.fast.cross_entropy(logits, targets)
 
 
+def linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
+    """Mean cross-entropy, a scalar in nats and float32, of the logits `x @ weight.T` against `targets`.
+
+    The logits are made, and their gradient with them, for some rows at a time, so that all of them never stand at once:
+    with a vocabulary of 50,000 they would be most of what training holds.
+
+    Args:
+        x: (N, C) hidden states.
+        weight: (V, C).
+        targets: (N,) ids.
+    """
+    return _linear_cross_entropy(x, weight, targets)[0]
+
+
 def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
     """Drop a share `rate` of `x` and scale up the rest (Srivastava et al. 2014); without a key, return `x`.
 
@@ -69,6 +86,12 @@ def split(key: mx.array | None, count: int) -> Sequence[mx.array | None]:
 def has_fused_attention() -> bool:
     """Whether `mx.fast.scaled_dot_product_attention` is faster than its parts in training."""
     return mx.default_device().type != mx.DeviceType.cpu
+
+
+def rows_at_once(rows: int, vocab_size: int) -> int:
+    """How many of `rows` rows of logits `linear_cross_entropy` makes at a time."""
+    most = max(MIN_ROWS, (CHUNK_GPU if has_fused_attention() else CHUNK_CPU) // vocab_size)
+    return math.ceil(rows / math.ceil(rows / most))  # even shares
 
 
 def _slow_exp(x: mx.array) -> bool:
@@ -122,3 +145,32 @@ def _cross_entropy_vjp(
     _, exps, total = outputs
     hit = mx.arange(logits.shape[-1]) == targets[..., None]
     return exps * (weight / total) - mx.where(hit, weight, 0.0), mx.zeros_like(targets)
+
+
+@mx.custom_function
+def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    # The mean, and its gradients for x and the weight, which cost little more while the logits are at hand.
+    rows = len(x)
+
+    def share(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
+        return cross_entropy(x @ weight.T, targets).sum() / rows
+
+    size = rows_at_once(rows, len(weight))
+    total, dx, dweight = mx.array(0.0), [], mx.array(0.0)
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        # Else the logits of all chunks would be made before the first gradient.
+        chunk = mx.depends(x[part], [total, dweight, *dx[-1:]])
+        loss, (dchunk, dshare) = mx.value_and_grad(share, argnums=(0, 1))(chunk, weight, targets[part])
+        total, dweight = total + loss, dweight + dshare.astype(mx.float32)
+        dx.append(dchunk)
+    return total, mx.concatenate(dx), dweight.astype(weight.dtype)
+
+
+@_linear_cross_entropy.vjp
+def _linear_cross_entropy_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, dx, dweight = outputs
+    scale = cotangents[0]
+    return (scale * dx).astype(dx.dtype), (scale * dweight).astype(dweight.dtype), mx.zeros_like(primals[2])

@@ -9,7 +9,6 @@ from mlx.utils import tree_map, tree_reduce
 
 from mlx_gpt.backend import seed_for
 from mlx_gpt.config import TrainingConfig
-from mlx_gpt.evaluation import token_losses
 from mlx_gpt.model import GPT
 from mlx_gpt.training.optimizer import AdamW, Tree
 
@@ -72,7 +71,7 @@ class TrainingStep:
         def loss(parameters: Tree) -> mx.array:
             # Cast inside, so that the gradients come back in the parameters' float32.
             self.model.update(tree_map(lambda p: p.astype(self._dtype), parameters))
-            return token_losses(self.model, windows_bt, key).mean()
+            return self.model.loss(windows_bt[:, :-1], windows_bt[:, 1:], key)
 
         return mx.value_and_grad(loss)(parameters)
 

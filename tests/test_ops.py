@@ -1,0 +1,54 @@
+"""The operations that training spends its time in, against PyTorch's in float64."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+from mlx_gpt import ops
+
+
+@pytest.fixture
+def hidden():
+    """Hidden states (10, 8), a head (30, 8) and targets (10,)."""
+    draw = np.random.default_rng(3)
+    return draw.normal(size=(10, 8)), draw.normal(size=(30, 8)), draw.integers(0, 30, 10)
+
+
+def reference(x, weight, targets):
+    """PyTorch's mean loss and its gradients."""
+    x, weight = (torch.tensor(array, requires_grad=True) for array in (x, weight))
+    loss = torch.nn.functional.cross_entropy(x @ weight.T, torch.tensor(targets))
+    loss.backward()
+    return loss.item(), x.grad.numpy(), weight.grad.numpy()
+
+
+@pytest.mark.parametrize("rows", [128, 4, 3])
+def test_the_loss_in_chunks_has_the_gradients_of_the_whole(hidden, rows, monkeypatch):
+    """In one chunk, in even ones, and with a shorter last one."""
+    x, weight, targets = hidden
+    monkeypatch.setattr(ops, "CHUNK_CPU", 0)
+    monkeypatch.setattr(ops, "MIN_ROWS", rows)
+    # Twice the loss, to see that its factor reaches the gradients.
+    function = mx.value_and_grad(lambda x, w: 2 * ops.linear_cross_entropy(x, w, mx.array(targets)), argnums=(0, 1))
+    loss, (dx, dweight) = function(mx.array(x, mx.float32), mx.array(weight, mx.float32))
+    expected_loss, expected_dx, expected_dweight = reference(x, weight, targets)
+    assert loss.item() == pytest.approx(2 * expected_loss, rel=1e-6)
+    np.testing.assert_allclose(dx, 2 * expected_dx, atol=1e-6)
+    np.testing.assert_allclose(dweight, 2 * expected_dweight, atol=1e-6)
+
+
+def test_the_loss_of_bfloat16_is_float32_and_its_gradients_bfloat16(hidden):
+    x, weight, targets = hidden
+    function = mx.value_and_grad(lambda x, w: ops.linear_cross_entropy(x, w, mx.array(targets)), argnums=(0, 1))
+    loss, (dx, dweight) = function(mx.array(x, mx.bfloat16), mx.array(weight, mx.bfloat16))
+    assert (loss.dtype, dx.dtype, dweight.dtype) == (mx.float32, mx.bfloat16, mx.bfloat16)
+    assert loss.item() == pytest.approx(reference(x, weight, targets)[0], rel=0.02)
+
+
+def test_rows_at_once_are_even_shares(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK_CPU", 1000)
+    monkeypatch.setattr(ops, "MIN_ROWS", 10)
+    assert ops.rows_at_once(5, 20) == 5
+    assert ops.rows_at_once(120, 20) == 40
+    assert ops.rows_at_once(120, 10_000) == 10  # a large vocabulary still gets a product worth its name
