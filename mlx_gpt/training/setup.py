@@ -20,7 +20,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint
+from mlx_gpt.training import checkpoint, reporters
 from mlx_gpt.training import run as run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.monitor import Display, Monitor
@@ -81,10 +81,12 @@ def set_up(
             given = (read_toml(file) if file else {}) | dict(settings)
             folder, source = run_folder.run_to_resume(resume, given)
             config = run_folder.resumed_config(folder, given)
+            reporters.check(config.training.report_to)
             resources.enter_context(Lock(folder))
             source, progress = find_checkpoint(folder, source, display)
         else:
             config = resolve(settings, file)
+            reporters.check(config.training.report_to)
             run_folder.check_free(Path(config.out), overwrite)
         device = backend.device()
         backend.prepare(device)
@@ -125,8 +127,11 @@ def set_up(
             shutil.rmtree(out / "best", ignore_errors=True)
             progress = dataclasses.replace(progress, best_loss=None)
         write_toml(asked, out / run_folder.SETTINGS)
-        monitor = Monitor(out, display, progress.seconds, progress.step if source else None)
+        resumed_at = progress.step if source else None
+        monitor = Monitor(out, display, progress.seconds, resumed_at)
         resources.callback(monitor.close)
+        told = resources.enter_context(contextlib.closing(reporters.Reporters(config, resumed_at, monitor.line)))
+        monitor.listen(told.record)
         if source:
             monitor.line(f"Going on from {source}, after step {progress.step}.")
         for line in plan.lines():
