@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +121,9 @@ def set_up(
             resources.enter_context(Lock(out))
         if not source:
             run_folder.clear(out)
-        elif checkpoint.remove_after(out, progress.step):
-            # The best model may be of a later step, which this run may never see again.
-            shutil.rmtree(out / "best", ignore_errors=True)
+        # The best model too, which may be of a later step that this run may never see again.
+        left_behind = checkpoint.set_aside_after(out, progress.step)
+        if not (out / "best").exists():
             progress = dataclasses.replace(progress, best_loss=None)
         write_toml(asked, out / run_folder.SETTINGS)
         resumed_at = progress.step if source else None
@@ -134,6 +133,9 @@ def set_up(
         monitor.listen(told.record)
         if source:
             monitor.line(f"Going on from {source}, after step {progress.step}.")
+        if left_behind:
+            aside = out / checkpoint.SET_ASIDE
+            monitor.line(f"In {aside} until the next checkpoint, should you want them back: {', '.join(left_behind)}.")
         for line in plan.lines():
             monitor.line(line)
         return Run(
@@ -173,6 +175,7 @@ def find_checkpoint(folder: Path, chosen: Path | None, display: Display) -> tupl
     """
     if chosen:
         return chosen, checkpoint.read_progress(chosen)
+    checkpoint.finish_setting_aside(folder)
     if not checkpoint.all_checkpoints(folder):
         display.line(f"{folder} has no checkpoint yet: it starts from the beginning.")
         return None, Progress()
