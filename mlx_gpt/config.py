@@ -109,6 +109,11 @@ class TrainingConfig:
         "Numbers of the forward and backward pass; auto: bfloat16 on a GPU, float32 on the CPU.",
         choices=("auto", "float32", "bfloat16"),
     )
+    report_to: tuple[str, ...] = setting(
+        (),
+        "Send the metrics there too; may be given several times. none ends what a run was begun with.",
+        choices=("tensorboard", "wandb", "none"),
+    )
     seed: int = setting(1337, "Steers initial weights, order of the text and dropout.", at_least=0, below=2**63)
 
 
@@ -295,7 +300,7 @@ def _wrong(value: Any, setting: Setting) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"
     if kind is tuple:
-        return "" if not isinstance(value, str) and all(isinstance(v, str) and v for v in value) else "texts"
+        return _wrong_list(value, metadata["choices"])
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
     if not fits:
         return {int: "a whole number", float: "a number", str: "a text"}[kind]
@@ -308,6 +313,12 @@ def _wrong(value: Any, setting: Setting) -> str:
         return "a finite number"
     fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())
     return "" if fits_bounds else " and ".join(f"{words} {bound:g}" for words, bound in metadata["bounds"].items())
+
+
+def _wrong_list(value: Any, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
+        return "a list of texts"
+    return "" if not choices or set(value) <= set(choices) else f"a list of {', '.join(choices)}"
 
 
 def kind_of(annotation: Any) -> type:

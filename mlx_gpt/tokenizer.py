@@ -1,8 +1,10 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
 import codecs
+import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mlx_gpt.errors import UserError, shown
 
 END_OF_TEXT = "<|endoftext|>"
+CANNOT_DECODE = "The tokenizer can't decode its ids, use another one"
 
 
 class Tokenizer:
@@ -28,7 +31,7 @@ class Tokenizer:
         backend.no_padding()
         ids = backend.get_vocab(with_added_tokens=True).values()
         if max(ids, default=0) > 2 * len(ids) + 1000:  # a table of them all would not fit into memory
-            raise UserError(f"a tokenizer of {len(ids):,} entries has none with id {max(ids)}")
+            raise ValueError(f"a tokenizer of {len(ids):,} entries has none with id {max(ids)}")
         if end_of_text is None or end_of_text not in ids:
             backend.add_special_tokens([END_OF_TEXT])  # leaves it as it is when it is there
             end_of_text = backend.get_vocab()[END_OF_TEXT]
@@ -88,12 +91,9 @@ class Tokenizer:
             raise UserError(f"{path} can't be read: {error.strerror}.") from None
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from None
-        try:
+        with failing_as(f"{path} is not a tokenizer.json"):
+            _check_merges(text)
             return cls(HFTokenizer.from_str(text), end_of_text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises plain Exception, and panics with what is not even that
-            raise UserError(f"{path} is not a tokenizer.json: {shown(error, 200)}.") from None
 
     def to_json(self) -> str:
         """The text of its `tokenizer.json`."""
@@ -103,23 +103,30 @@ class Tokenizer:
         """The ids of one text, without an end of document.
 
         Raises:
-            UserError: the text has a character that is no Unicode, such as half of a surrogate pair.
+            UserError: the text has a character that is no Unicode, such as half of a surrogate pair, or the tokenizer
+                fails at it.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, on all cores."""
-        try:
-            if self.is_bytes:  # the library's way to the same ids is thirty times slower
-                return [list(text.encode()) for text in texts]
-            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except (UnicodeEncodeError, TypeError):  # the library says either of a lone surrogate
-            raise UserError("The text is not valid Unicode (a lone surrogate): pass it as UTF-8.") from None
+        """The ids of several texts, on all cores. Errors as in `encode`."""
+        with failing_as("The tokenizer can't encode this text, use another one"):
+            try:
+                if self.is_bytes:  # the library's way to the same ids is thirty times slower
+                    return [list(text.encode()) for text in texts]
+                return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            except (UnicodeEncodeError, TypeError):  # the library says either of a lone surrogate
+                raise UserError("The text is not valid Unicode (a lone surrogate): pass it as UTF-8.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, ends of documents left out."""
+        """The text of ids, ends of documents left out.
+
+        Raises:
+            UserError: the tokenizer fails at them.
+        """
         if self.token_bytes is None:
-            return self.backend.decode(ids, skip_special_tokens=True)
+            with failing_as(CANNOT_DECODE):
+                return self.backend.decode(ids, skip_special_tokens=True)
         return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
@@ -159,7 +166,8 @@ class Detokenizer:
         pieces = self._tokenizer.token_bytes
         if pieces is None:
             self._ids.append(token)
-            text = self._stream.step(self._tokenizer.backend, token) or ""
+            with failing_as(CANNOT_DECODE):
+                text = self._stream.step(self._tokenizer.backend, token) or ""
             self._told += len(text)
             return text
         return self._utf8.decode(pieces[token] if token < len(pieces) else b"")
@@ -169,6 +177,35 @@ class Detokenizer:
         if self._tokenizer.token_bytes is None:
             return self._tokenizer.decode(self._ids)[self._told :]
         return self._utf8.decode(b"", final=True)
+
+
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Raise a `UserError` that says `what`, and why, where the library fails at a file that it did not expect.
+
+    It raises plain Exception, and panics with what is not even that.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {shown(error, 200)}.") from None
+
+
+def _check_merges(text: str) -> None:
+    """Refuse a `tokenizer.json` at which the library may end the process, without an exception to catch.
+
+    Of the second half of a merge it cuts off as many bytes as the prefix has, without a look at what they are.
+    """
+    content = json.loads(text)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not (prefix := model.get("continuing_subword_prefix")):
+        return
+    for merge in model.get("merges", ()):
+        second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"its merge {merge!r} goes on without {prefix!r}")
 
 
 def _byte_characters() -> dict[int, str]:

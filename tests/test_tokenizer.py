@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer
+from mlx_gpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, failing_as
 
 NASTY = [
     "",
@@ -186,6 +186,51 @@ def test_what_is_no_tokenizer_is_refused(bpe, tmp_path, content):
     with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
         Tokenizer.load(path)
     assert str(caught.value).startswith(str(path))
+
+
+def odd(path, model=None, **changes):
+    """A file with just what it needs, and these changes: a tokenizer that loads."""
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "": 2}, "unk_token": "a"} | (model or {})
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | changes))
+    return Tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model": {"unk_token": "none"}}, "Missing [UNK] token"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "must be non-zero"),  # a panic
+        ({"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 1}}, "out of bounds"),  # a panic
+    ],
+    ids=["encode", "encode with a panic", "decode with a panic"],
+)
+def test_what_the_library_fails_at_later_is_one_sentence(tmp_path, changes, why):
+    tokenizer = odd(tmp_path / "tokenizer.json", **changes)
+    if "decoder" in changes:
+        actions = [lambda: tokenizer.decode([2]), tokenizer.byte_lengths, lambda: detokenized(tokenizer, [2])]
+    else:
+        actions = [lambda: tokenizer.encode("c")]
+    for action in actions:
+        with pytest.raises(UserError) as caught:
+            action()
+        assert str(caught.value).startswith("The tokenizer can't ")
+        assert why in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("second", ["🦆", "b"])
+def test_a_file_at_which_the_library_would_end_the_process_is_refused(tmp_path, second):
+    """Were it not, no test would come after this one."""
+    bpe = {"type": "BPE", "vocab": {"a": 0, second: 1, "ab": 2}, "merges": [["a", second]]}
+    with pytest.raises(UserError, match="goes on without '##'"):
+        odd(tmp_path / "tokenizer.json", bpe | {"continuing_subword_prefix": "##"})
+    bpe = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "merges": ["a ##b"]}
+    assert odd(tmp_path / "tokenizer.json", bpe | {"continuing_subword_prefix": "##", "unk_token": None}).encode("ab")
+
+
+def test_ctrl_c_is_no_fault_of_a_file():
+    with pytest.raises(KeyboardInterrupt), failing_as("never"):
+        raise KeyboardInterrupt
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

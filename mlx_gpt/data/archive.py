@@ -1,6 +1,7 @@
 """Unpacking of zips that are trusted with nothing: neither their names, nor their sizes, nor their checksums."""
 
 import errno
+import io
 import re
 import shutil
 import stat
@@ -24,6 +25,7 @@ MAX_BYTES = 20 * 10**9
 MAX_RATIO = 200
 HARMLESS_BYTES = 64 * 10**6
 MAX_MEMBERS = 100_000
+MAX_DIRECTORY = 100 * 10**6  # bytes of the table of the members: a thousand for each
 # macOS allows 255 bytes for a name and 1024 for a path; what is left over is for the folder that the zip goes to.
 MAX_NAME, MAX_PATH = 255, 700
 
@@ -61,7 +63,7 @@ def extract(
     if folder.exists():
         raise UserError(f"{folder} is already there: move it away first.")
     try:
-        with zipfile.ZipFile(zip_path) as archive:
+        with _Bounded(io.FileIO(zip_path)) as file, zipfile.ZipFile(file) as archive:
             members = _choose(archive.infolist(), zip_path, wanted, echo or say_nothing)
             check_space(sum(member.file_size for member in members), folder.parent)
             return _unpack(archive, members, folder)
@@ -97,12 +99,25 @@ def disk_trouble(error: OSError, task: str) -> UserError:
     return UserError(f"Cannot {task} ({reason}): check that it is readable and writable.")
 
 
+class _Bounded(io.BufferedReader):
+    """A zip's file whose table of members is refused before it is taken apart, which takes many times its size.
+
+    `zipfile` reads that table in one call, by its size alone. Each member in it begins with the same four bytes, so
+    that there are never more members than of these, whatever the zip's records say.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(min(-1 if size is None else size, MAX_DIRECTORY + 1))
+        if len(data) > MAX_DIRECTORY or data.count(b"PK\1\2") > MAX_MEMBERS:
+            name = Path(self.name).name
+            raise UserError(f"{name} holds more than {MAX_MEMBERS:,} files: unpack it by hand and join them.")
+        return data
+
+
 def _choose(
     members: list[zipfile.ZipInfo], zip_path: Path, wanted: Callable[[str], bool], echo: Echo
 ) -> list[zipfile.ZipInfo]:
     """The wanted members of a zip that has proved harmless."""
-    if len(members) > MAX_MEMBERS:
-        raise UserError(f"{zip_path.name} holds more than {MAX_MEMBERS:,} files: unpack it by hand and join them.")
     for member in members:
         if fault := _fault(member):
             raise UserError(f"{zip_path.name} is not safe to unpack, {_shown(member)} {fault}: do not use it.")

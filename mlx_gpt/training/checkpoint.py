@@ -26,6 +26,8 @@ from mlx_gpt.training.optimizer import Tree
 from mlx_gpt.weights import save_arrays, save_model
 
 MARKER = "training.json"
+SET_ASIDE = "set-aside"
+UNFINISHED = "unfinished"  # in it, with the step, while a run goes back
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,42 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     return folder
 
 
-def remove_after(run: Path, step: int) -> bool:
-    """Remove the checkpoints after `step`, which a run that goes back to it leaves behind; whether there were any."""
+def set_aside_after(run: Path, step: int) -> list[str]:
+    """Move to `set-aside/` what a run that goes back to `step` leaves behind: the checkpoints after it, and the best.
+
+    After a crash in between `finish_setting_aside` moves the rest, from which the run would go on otherwise.
+
+    Returns:
+        The names of what was moved; none when `step` is the newest.
+    """
+    aside, note = run / SET_ASIDE, run / SET_ASIDE / UNFINISHED
     later = [folder for folder in all_checkpoints(run) if step_of(folder) > step]
-    for folder in later:
-        _remove(folder)
-    return bool(later)
+    if not later and not note.exists():
+        return []
+    aside.mkdir(exist_ok=True)
+    write_text_whole(note, str(step))
+    moved = [folder for folder in (*later, run / "best") if folder.exists()]
+    for folder in moved:
+        if (aside / folder.name).exists():  # from going back before, which is the better work
+            _remove(folder)
+        else:
+            folder.rename(aside / folder.name)
+    for changed in (aside, run / "checkpoints", run):
+        sync(changed)
+    note.unlink()
+    return [folder.name for folder in moved]
+
+
+def finish_setting_aside(run: Path) -> None:
+    """Do what a crash has left of going back to an earlier checkpoint."""
+    note = run / SET_ASIDE / UNFINISHED
+    if note.exists():
+        set_aside_after(run, int(note.read_text(encoding="utf-8")))
+
+
+def remove_set_aside(run: Path) -> None:
+    """Remove what was set aside, since there is a newer checkpoint."""
+    shutil.rmtree(run / SET_ASIDE, ignore_errors=True)
 
 
 def check_room(folder: Path, needed: int) -> None:

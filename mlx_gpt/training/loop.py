@@ -102,7 +102,7 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
         if validates:
             validate(run, step, display)
         if saves:
-            save_checkpoint(run, step, last=over or stopping)
+            save_checkpoint(run, step, over, stopping)
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
     if over and step == began and (run.folder / "final/model.safetensors").exists():
@@ -159,8 +159,8 @@ def validate(run: Run, step: int, display: Display) -> None:
     run.monitor.aside(started)
 
 
-def save_checkpoint(run: Run, step: int, last: bool) -> None:
-    """Save all that is needed to go on from `step`; `last` when training ends here."""
+def save_checkpoint(run: Run, step: int, over: bool, stopping: bool) -> None:
+    """Save all that is needed to go on from `step`, after which training may be over, or stopping on request."""
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
 
@@ -168,8 +168,10 @@ def save_checkpoint(run: Run, step: int, last: bool) -> None:
         keep = run.config.training.keep_checkpoints
         checkpoint.save(run.folder, run.model, run.tokenizer, run.step.optimizer_state, run.progress, keep)
         run.failed_saves = 0
+        if not stopping:  # who stops may just have seen that the run went back too far
+            checkpoint.remove_set_aside(run.folder)
 
-    guarded(run, f"the checkpoint of step {step:,}", save, last)
+    guarded(run, f"the checkpoint of step {step:,}", save, last=over or stopping)
     run.monitor.aside(started)
 
 

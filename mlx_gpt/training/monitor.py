@@ -90,6 +90,7 @@ class Monitor:
         self._used_before, self._start = seconds, time.perf_counter()
         self._mark, self._tokens, self._aside = self._start, 0, 0.0
         self._last_speed = 0.0
+        self._listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     @property
     def seconds(self) -> float:
@@ -100,6 +101,10 @@ class Monitor:
         """Add a line to the log and show it."""
         self._write(self._log, text)
         self._show(text)
+
+    def listen(self, listener: Callable[[Mapping[str, Any]], None]) -> None:
+        """Pass each record to `listener` from now on."""
+        self._listeners.append(listener)
 
     def count(self, tokens: int) -> None:
         """Count trained tokens, for the speed of the next record."""
@@ -171,7 +176,10 @@ class Monitor:
                 file.close()
 
     def _record(self, **facts: Any) -> None:
-        self._write(self._metrics, json.dumps(facts | {"seconds": round(self.seconds, 3), "started": self._started}))
+        record = facts | {"seconds": round(self.seconds, 3), "started": self._started}
+        self._write(self._metrics, json.dumps(record))
+        for listener in self._listeners:
+            listener(record)
 
     def _write(self, file: TextIO, line: str) -> None:
         try:

@@ -15,11 +15,14 @@ from mlx_gpt.training import checkpoint
 SETTINGS = "run.toml"
 LOCK = ".lock"
 # In the order in which they are removed: while run.toml is there, the folder is a run.
-CONTENTS = ("final", "best", "checkpoints", "metrics.jsonl", "training.log", "curves.png", SETTINGS)
+CONTENTS = (
+    "final", "best", "checkpoints", "metrics.jsonl", "training.log", "curves.png", "tensorboard", "wandb",
+    checkpoint.SET_ASIDE, SETTINGS,
+)  # fmt: skip
 # What may differ when a run goes on. Anything else would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
-    "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "out",
+    "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
 }  # fmt: skip
 
 
@@ -117,6 +120,8 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
         run = Path(resume)
         if (run / checkpoint.MARKER).is_file():
             run, chosen = run.resolve().parent.parent, run
+            if chosen.resolve().parent.name == checkpoint.SET_ASIDE:
+                raise UserError(f"{chosen} was set aside: move it back to {run / 'checkpoints'} to go on from it.")
     elif {"out", "data", "preset"} & given.keys():
         run = Path(resolve(given).out)
     else:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint
+from mlx_gpt.training import checkpoint, reporters
 from mlx_gpt.training import run as run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.monitor import Display, Monitor
@@ -81,10 +80,12 @@ def set_up(
             given = (read_toml(file) if file else {}) | dict(settings)
             folder, source = run_folder.run_to_resume(resume, given)
             config = run_folder.resumed_config(folder, given)
+            reporters.check(config.training.report_to)
             resources.enter_context(Lock(folder))
             source, progress = find_checkpoint(folder, source, display)
         else:
             config = resolve(settings, file)
+            reporters.check(config.training.report_to)
             run_folder.check_free(Path(config.out), overwrite)
         device = backend.device()
         backend.prepare(device)
@@ -120,15 +121,21 @@ def set_up(
             resources.enter_context(Lock(out))
         if not source:
             run_folder.clear(out)
-        elif checkpoint.remove_after(out, progress.step):
-            # The best model may be of a later step, which this run may never see again.
-            shutil.rmtree(out / "best", ignore_errors=True)
+        # The best model too, which may be of a later step that this run may never see again.
+        left_behind = checkpoint.set_aside_after(out, progress.step)
+        if not (out / "best").exists():
             progress = dataclasses.replace(progress, best_loss=None)
         write_toml(asked, out / run_folder.SETTINGS)
-        monitor = Monitor(out, display, progress.seconds, progress.step if source else None)
+        resumed_at = progress.step if source else None
+        monitor = Monitor(out, display, progress.seconds, resumed_at)
         resources.callback(monitor.close)
+        told = resources.enter_context(contextlib.closing(reporters.Reporters(config, resumed_at, monitor.line)))
+        monitor.listen(told.record)
         if source:
             monitor.line(f"Going on from {source}, after step {progress.step}.")
+        if left_behind:
+            aside = out / checkpoint.SET_ASIDE
+            monitor.line(f"In {aside} until the next checkpoint, should you want them back: {', '.join(left_behind)}.")
         for line in plan.lines():
             monitor.line(line)
         return Run(
@@ -168,6 +175,7 @@ def find_checkpoint(folder: Path, chosen: Path | None, display: Display) -> tupl
     """
     if chosen:
         return chosen, checkpoint.read_progress(chosen)
+    checkpoint.finish_setting_aside(folder)
     if not checkpoint.all_checkpoints(folder):
         display.line(f"{folder} has no checkpoint yet: it starts from the beginning.")
         return None, Progress()

@@ -239,6 +239,11 @@ def test_train_precision(train, base):
     assert losses == pytest.approx(base.column("train_loss"), rel=0.01)
 
 
+def test_train_report_to(train):
+    run = train("--report-to", "tensorboard")
+    assert list(run.folder.glob("tensorboard/events.out.tfevents.*"))
+
+
 def test_train_seed(train, base):
     assert train("--seed", "2").weights != base.weights
 

@@ -2,6 +2,8 @@
 
 import shutil
 import stat
+import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -118,6 +120,39 @@ def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(data_archive, "MAX_MEMBERS", 3)
     archive = write(tmp_path / "a.zip", make_zip(FILES))
     assert "more than 3" in refused(lambda: extract(archive, tmp_path / "here"))
+
+
+def crowded_zip(members: int, record: str) -> bytes:
+    """A zip of many empty files, whose last record says so (`zip64`) or says that there is one (`lying`)."""
+    header = struct.Struct(zipfile.structCentralDir)  # type: ignore[attr-defined]
+    one = header.pack(zipfile.stringCentralDir, 20, 0, 20, *[0] * 8, 1, *[0] * 6) + b"a"  # type: ignore[attr-defined]
+    size, zip64 = members * len(one), b""
+    if record == "zip64":
+        zip64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, members, members, size, 0)
+        zip64 += struct.pack("<4sLQL", b"PK\6\7", 0, size, 1)
+    counts = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF) if zip64 else (1, 1, size, 0)
+    return one * members + zip64 + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *counts, 0)
+
+
+@pytest.mark.parametrize("record", ["zip64", "lying"])
+def test_the_table_of_too_many_files_is_not_taken_apart(record: str, tmp_path: Path) -> None:
+    few = write(tmp_path / "few.zip", crowded_zip(3, record))
+    with zipfile.ZipFile(few) as zipped:
+        assert len(zipped.infolist()) == 3  # it is a zip as the reader knows them
+    archive = write(tmp_path / "a.zip", crowded_zip(200_000, record))
+    tracemalloc.start()
+    try:
+        assert "a.zip holds more than 100,000 files" in refused(lambda: extract(archive, tmp_path / "here"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * archive.stat().st_size + 4 * 10**6
+
+
+def test_a_table_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_archive, "MAX_DIRECTORY", 200)
+    archive = write(tmp_path / "a.zip", make_zip(FILES))
+    assert "more than 100,000" in refused(lambda: extract(archive, tmp_path / "here"))
 
 
 def test_whatever_the_damage_it_is_one_sentence_or_the_true_text(tmp_path: Path) -> None:

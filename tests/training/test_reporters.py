@@ -1,0 +1,178 @@
+"""TensorBoard and Weights & Biases show what metrics.jsonl has, across resumes, and never cost a run."""
+
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mlx_gpt.errors import UserError
+from mlx_gpt.training import reporters
+
+EACH_STEP = {"log_every": 1, "save_every": 1, "eval_every": 2, "report_to": ["tensorboard"]}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, eager):
+    """An empty folder, where nothing is compiled."""
+    monkeypatch.chdir(tmp_path)
+
+
+def curves(run="run"):
+    """The points of each curve as TensorBoard would draw them."""
+    events = EventAccumulator(f"{run}/tensorboard").Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def metrics(run="run"):
+    """The numbers of metrics.jsonl in the same form, as 32-bit floats are."""
+    found: dict[str, list] = {}
+    for record in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()):
+        for name, value in record.items():
+            if name not in ("step", "started"):
+                found.setdefault(name, []).append((record["step"], pytest.approx(value, rel=1e-6)))
+    return found
+
+
+def warnings(outcome):
+    return [line for line in outcome.lines if line.startswith("WARNING")]
+
+
+def test_tensorboard_shows_every_number_of_the_metrics(train):
+    train("run", **EACH_STEP, max_steps=4)
+    shown = curves()
+    assert shown == metrics()
+    assert [step for step, _ in shown["train_loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in shown["val_loss"]] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("back", ["run", "run/checkpoints/step-00000002"], ids=["newest", "earlier"])
+def test_after_a_resume_it_shows_each_step_once(train, back):
+    train("run", **EACH_STEP, keep_checkpoints=9, max_steps=8, stop_after=5)
+    # Beyond the newest checkpoint, as when the process is killed.
+    shutil.rmtree("run/checkpoints/step-00000005")
+    train("run", resume=back, **(EACH_STEP | {"max_steps": 6}))
+    assert curves() == metrics()
+    assert [step for step, _ in curves()["train_loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_replaced_leaves_no_curves(train):
+    train("run", **EACH_STEP, max_steps=4)
+    train("run", **EACH_STEP, max_steps=2, overwrite=True)
+    assert curves() == metrics()
+
+
+def test_it_can_begin_and_end_with_a_resume(train):
+    train("run", **(EACH_STEP | {"report_to": []}), max_steps=1)
+    assert not Path("run/tensorboard").exists()
+    train("run", resume="run", report_to=["tensorboard", "tensorboard"], max_steps=2)
+    train("run", resume="run", report_to=["none"], max_steps=3)
+    assert [step for step, _ in curves()["train_loss"]] == [2]
+
+
+def test_one_that_cannot_begin_is_warned_about_once(train):
+    train("run", **EACH_STEP, max_steps=1)
+    shutil.rmtree("run/tensorboard")
+    Path("run/tensorboard").write_text("mine")
+    outcome = train("run", resume="run", **EACH_STEP, max_steps=3)
+    assert outcome.finished
+    (warning,) = warnings(outcome)
+    assert warning.startswith("WARNING: tensorboard is told no more of this run (")
+    assert warning in Path("run/training.log").read_text()
+
+
+def test_one_that_fails_on_the_way_is_warned_about_once(train, monkeypatch):
+    def record(self, record):
+        if record["step"] == 2:
+            raise OSError(28, "No space left on device")
+        original(self, record)
+
+    original = reporters.TensorBoard.record
+    monkeypatch.setattr(reporters.TensorBoard, "record", record)
+    outcome = train("run", **EACH_STEP, max_steps=4)
+    assert outcome.finished
+    (warning,) = warnings(outcome)
+    assert "No space left on device" in warning
+    assert [step for step, _ in curves()["train_loss"]] == [1]
+    assert len(metrics()["train_loss"]) == 4
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_told_before_anything_is_touched(train, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
+    sentence = rf"^--report-to {name} takes a package: pip install 'mlx-gpt\[{name}\]'\.$"
+    with pytest.raises(UserError, match=sentence):
+        train("run", report_to=[name])
+    assert not Path("run").exists()
+    train("run", max_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    with pytest.raises(UserError, match=sentence):
+        train("run", resume="run", max_steps=2, report_to=[name])
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("wrong", ["tensorboard", ["tensorbord"], 3])
+def test_what_is_no_list_of_reporters_is_refused(train, wrong):
+    with pytest.raises(UserError, match=r"^`report_to` must be a list of "):
+        train("run", report_to=wrong)
+
+
+# ---- wandb ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    """The real package, without anybody's key."""
+    package = pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    package.teardown()  # it remembers the settings of the process
+    yield package
+    package.teardown()
+
+
+def sent(folder):
+    """The rows of a run that was made offline. The file is a log of LevelDB's, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    data, at, pieces, rows = path.read_bytes(), 7, b"", []
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # no room for a header: filled up
+            at += 32768 - at % 32768
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        pieces += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last piece
+            items = Record.FromString(pieces).history.item
+            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+            pieces = b""
+    return [row for row in rows if row]
+
+
+def test_without_a_key_wandb_is_refused_without_a_prompt(wandb, train):
+    with pytest.raises(UserError, match=r"^--report-to wandb needs a key: "):
+        train("run", report_to=["wandb"])
+    assert not Path("run").exists()
+
+
+def test_wandb_has_the_metrics_and_goes_on_with_the_same_run(wandb, train, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = EACH_STEP | {"report_to": ["wandb"]}
+    assert not warnings(train("run", **settings, max_steps=2))
+    assert not warnings(train("run", resume="run", **settings, max_steps=3))
+    first, second = sorted(Path("run/wandb").glob("offline-run-*"))
+    identity = Path("run/wandb/id").read_text()
+    assert first.name.endswith(identity)
+    assert second.name.endswith(identity)
+    rows = sent(first) + sent(second)
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3]
+    for name in ("train_loss", "val_loss", "learning_rate"):
+        assert [(row["_step"], row[name]) for row in rows if name in row] == metrics()[name]
