@@ -70,6 +70,8 @@ def _available() -> int:
 
 def prepare(device: Device) -> None:
     """Set the limits under which this device trains well."""
+    # MLX starts operations ahead of the one that runs; near this limit it waits for those before.
+    mx.set_memory_limit(device.usable)
     if device.kind == "metal":
         # Memory that stays wired is not paged out between two steps.
         mx.set_wired_limit(device.usable)

@@ -32,11 +32,16 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     aliases: tuple[str, ...] = (),
+    auto: str = "",
 ) -> Any:
-    """A dataclass field that is also a flag and a TOML key. The bounds are what a value is checked against."""
+    """A dataclass field that is also a flag and a TOML key. The bounds are what a value is checked against.
+
+    With `auto`, the value may also be the word "auto", which sets the field of that name.
+    """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"help": help, "bounds": bounds, "choices": choices, "aliases": aliases})
+    metadata = {"help": help, "bounds": bounds, "choices": choices, "aliases": aliases, "auto": auto}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,13 @@ class TrainingConfig:
     """How the weights are learnt. A step is one optimizer update."""
 
     seq_len: int = setting(512, "Tokens per training window.", at_least=1)
-    batch_size: int = setting(16, "Windows per micro-step; lower it when memory is short.", at_least=1)
+    batch_size: int = setting(
+        16,
+        "Windows per micro-step; `auto` takes as many of a step's windows at once as memory holds.",
+        at_least=1,
+        auto="auto_batch_size",
+    )
+    auto_batch_size: bool = False  # as long as the memory plan has not chosen
     gradient_accumulation_steps: int = setting(4, "Micro-steps whose gradients make one step.", at_least=1)
     grad_checkpoint: bool = setting(
         False, "Compute the activations of each block twice instead of keeping them: less memory, more time."
@@ -272,6 +283,8 @@ def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
     for f in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(hints[f.name]):
             arguments[f.name] = _fill(typing.cast(type, hints[f.name]), values)
+        elif f.name in values and f.metadata.get("auto") and values[f.name] == "auto":
+            arguments[f.metadata["auto"]] = True
         elif f.name in values:
             kind, value = kind_of(hints[f.name]), values[f.name]
             arguments[f.name] = kind(value) if kind in (float, tuple) and value is not None else value
@@ -297,13 +310,17 @@ def _wrong(value: Any, setting: Setting) -> str:
     kind, metadata = setting.kind, setting.metadata
     if (value is None and setting.default is None) or value == "" == setting.default:
         return ""
+    if value == "auto" and metadata["auto"]:
+        return ""
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"
     if kind is tuple:
         return _wrong_list(value, metadata["choices"])
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
     if not fits:
-        return {int: "a whole number", float: "a number", str: "a text"}[kind]
+        return {int: "a whole number", float: "a number", str: "a text"}[kind] + (
+            " or auto" if metadata["auto"] else ""
+        )
     if metadata["choices"] and value not in metadata["choices"]:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")

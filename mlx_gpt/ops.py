@@ -18,7 +18,7 @@ LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 LOWEST = -87.0  # exp of less is no normal float32: it is taken for this
 
 # Logits at a time in `linear_cross_entropy`. On the CPU 4 MB of them stay in its cache; a GPU wants large products.
-CHUNK_CPU, CHUNK_GPU, MIN_ROWS = 2**20, 2**26, 128
+CHUNK_CPU, CHUNK_GPU, MIN_ROWS = 2**20, 2**25, 128
 
 GELU_SLOPE, GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
 
@@ -83,19 +83,19 @@ def split(key: mx.array | None, count: int) -> Sequence[mx.array | None]:
     return [None] * count if key is None else list(mx.random.split(key, count))
 
 
-def has_fused_attention() -> bool:
-    """Whether `mx.fast.scaled_dot_product_attention` is faster than its parts in training."""
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU, whose exponentials are fast and whose attention is fused."""
     return mx.default_device().type != mx.DeviceType.cpu
 
 
-def rows_at_once(rows: int, vocab_size: int) -> int:
+def rows_at_once(rows: int, vocab_size: int, on_gpu: bool) -> int:
     """How many of `rows` rows of logits `linear_cross_entropy` makes at a time."""
-    most = max(MIN_ROWS, (CHUNK_GPU if has_fused_attention() else CHUNK_CPU) // vocab_size)
+    most = max(MIN_ROWS, (CHUNK_GPU if on_gpu else CHUNK_CPU) // vocab_size)
     return math.ceil(rows / math.ceil(rows / most))  # even shares
 
 
 def _slow_exp(x: mx.array) -> bool:
-    return not has_fused_attention() and x.dtype == mx.float32
+    return not on_gpu() and x.dtype == mx.float32
 
 
 @mx.custom_function
@@ -155,8 +155,9 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
     def share(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
         return cross_entropy(x @ weight.T, targets).sum() / rows
 
-    size = rows_at_once(rows, len(weight))
-    total, dx, dweight = mx.array(0.0), [], mx.array(0.0)
+    size = rows_at_once(rows, len(weight), on_gpu())
+    dx: list[mx.array] = []
+    total, dweight = mx.array(0.0), mx.array(0.0)
     for start in range(0, rows, size):
         part = slice(start, start + size)
         # Else the logits of all chunks would be made before the first gradient.

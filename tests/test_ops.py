@@ -49,6 +49,6 @@ def test_the_loss_of_bfloat16_is_float32_and_its_gradients_bfloat16(hidden):
 def test_rows_at_once_are_even_shares(monkeypatch):
     monkeypatch.setattr(ops, "CHUNK_CPU", 1000)
     monkeypatch.setattr(ops, "MIN_ROWS", 10)
-    assert ops.rows_at_once(5, 20) == 5
-    assert ops.rows_at_once(120, 20) == 40
-    assert ops.rows_at_once(120, 10_000) == 10  # a large vocabulary still gets a product worth its name
+    assert ops.rows_at_once(5, 20, on_gpu=False) == 5
+    assert ops.rows_at_once(120, 20, on_gpu=False) == 40
+    assert ops.rows_at_once(120, 10_000, on_gpu=False) == 10  # a large vocabulary still gets a product worth its name

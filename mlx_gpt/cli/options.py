@@ -18,6 +18,21 @@ class SettingOption(click.Option):
         self.section = section
 
 
+class NumberOrAuto(click.ParamType):
+    """A whole number, or the word "auto"."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number, or "auto"."""
+        if value == "auto":
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
+
+
 class SettingsCommand(click.Command):
     """A command whose `--help` shows the flags in sections."""
 
@@ -58,15 +73,17 @@ def _option(setting: Setting) -> Callable[[Callable], Callable]:
     flags = [f"--{word.replace('_', '-')}" for word in (setting.name, *setting.metadata["aliases"])]
     if setting.kind is bool:
         flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
-    repeated = setting.kind is tuple
+    repeated, or_auto = setting.kind is tuple, bool(setting.metadata["auto"])
+    kind = str if repeated else NumberOrAuto() if or_auto else setting.kind
+    metavar = {int: "N", float: "X"}.get(setting.kind, "TEXT") + ("|auto" if or_auto else "")
     return click.option(
         *flags,
         setting.name,
         cls=SettingOption,
         section=SECTIONS.get(setting.owner, "Options"),
-        type=click.Choice(choices) if choices else str if repeated else setting.kind,
+        type=click.Choice(choices) if choices else kind,
         multiple=repeated,
         default=None,
         help=help_text,
-        metavar=None if choices or setting.kind is bool else {int: "N", float: "X"}.get(setting.kind, "TEXT"),
+        metavar=None if choices or setting.kind is bool else metavar,
     )

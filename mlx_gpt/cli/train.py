@@ -23,17 +23,22 @@ from mlx_gpt.config import Config
     help="Go on with the run that the flags name, with the newest, or with the run or checkpoint at PATH.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in --out.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan with its memory, and stop.")
 @settings_options(Config)
-def command(file: str | None, resume: str | None, overwrite: bool, **settings: Any) -> int:
+def command(file: str | None, resume: str | None, overwrite: bool, dry_run: bool, **settings: Any) -> int:
     """Train a model, or go on with a run.
 
     A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
     preset tiny on the text that is built in.
     """
     from mlx_gpt.training import loop
-    from mlx_gpt.training.setup import set_up
+    from mlx_gpt.training.setup import plan, set_up
 
     display = Terminal()
+    if dry_run:
+        for line in plan(given(settings), display, file, resume, overwrite).lines():
+            click.echo(line)
+        return 0
     run = set_up(given(settings), display, file, resume, overwrite)
     try:
         with StopSignals() as stop:

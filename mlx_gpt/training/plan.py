@@ -1,13 +1,17 @@
 """What a run is about to do, before it does it."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from mlx_gpt.backend import GIB, Device
-from mlx_gpt.config import Config
+from mlx_gpt.config import PRESETS, Config, ModelConfig, TrainingConfig, build
 from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.data.tokens import Tokens
+from mlx_gpt.errors import UserError
 from mlx_gpt.model import GPT
+from mlx_gpt.training import memory
+from mlx_gpt.training.memory import Memory
 
 FEW_STEPS = 300
 CPU_FLOPS = 1e11  # per second: what two to four good cores reach in large products
@@ -21,7 +25,7 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: where it ends at the latest.
-        memory: bytes expected at the peak.
+        memory: that it is expected to hold.
     """
 
     config: Config
@@ -33,7 +37,7 @@ class Plan:
     windows_per_step: int
     windows_per_epoch: int
     total_steps: int
-    memory: int
+    memory: Memory
 
     def epoch(self, step: int) -> int:
         """Whole passes over the text that `step` steps have made."""
@@ -45,9 +49,9 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        training, model = self.config.training, self.config.model
-        per_step = self.tokens(1)
-        steps = f"{self.total_steps:,} of {per_step:,} tokens ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
+        training, model, memory = self.config.training, self.config.model, self.memory
+        steps = f"{self.total_steps:,} of {self.tokens(1):,} tokens"
+        steps += f" ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
         if training.max_minutes:
             steps += f", or {training.max_minutes:g} minutes"
         lines = [
@@ -60,10 +64,16 @@ class Plan:
             f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
             f"{self.tokens(self.total_steps) / self.n_params:.3g} with all epochs",
             f"Steps        {steps}",
-            f"Memory       about {self.memory / GIB:.1f} GiB expected of {self.device.usable / GIB:.1f} GiB usable",
+            f"Batch        {training.batch_size} x {training.seq_len} tokens, "
+            f"{training.gradient_accumulation_steps} per step, "
+            f"activations {'computed twice' if training.grad_checkpoint else 'kept'}",
+            f"Memory       about {size(memory.peak)} at the peak, of {size(self.device.usable)} usable: "
+            f"weights and means {size(memory.weights)}, gradients {size(memory.gradients)}, "
+            f"activations {size(memory.activations)}",
         ]
-        if self.memory > self.device.usable:
-            lines.append("WARNING      That is more than there is: lower --batch-size, or choose a smaller preset.")
+        if self.device.kind == "metal":
+            wired = size(self.device.usable)
+            lines.append(f"             Up to {wired} stay wired, so that macOS pages nothing out between two steps")
         hours = self.flops_per_token * self.tokens(self.total_steps) / CPU_FLOPS / 3600
         if self.device.kind == "cpu" and hours > 1 and not training.max_minutes:
             lines.append(f"Hint         On a CPU this takes {hours:,.0f} hours or more; --preset tiny takes minutes.")
@@ -80,9 +90,9 @@ class Plan:
         return self.windows_per_epoch / self.windows_per_step
 
 
-def make_plan(config: Config, model: GPT, tokens: Tokens, device: Device) -> Plan:
+def make_plan(config: Config, tokens: Tokens, device: Device) -> Plan:
     """Work out a run's size."""
-    training = config.training
+    training, model = config.training, GPT(config.model)  # nothing of it is computed
     per_step = training.batch_size * training.gradient_accumulation_steps
     per_epoch = windows_per_epoch(tokens.train, training.seq_len)
     total_steps = math.ceil(training.max_epochs * per_epoch / per_step)
@@ -96,19 +106,46 @@ def make_plan(config: Config, model: GPT, tokens: Tokens, device: Device) -> Pla
         windows_per_step=per_step,
         windows_per_epoch=per_epoch,
         total_steps=min(total_steps, training.max_steps or total_steps),
-        memory=peak_memory(config, model.n_params()),
+        memory=memory.estimate(config.model, training, device),
     )
 
 
-def peak_memory(config: Config, n_params: int) -> int:
-    """Bytes that training is expected to hold at its peak, from the sizes of what stands at once."""
-    model, training = config.model, config.training
-    # Weights, gradients and AdamW's two means in float32, and the new weights and means while they are made.
-    fixed = 4 * n_params * 7
-    tokens = training.batch_size * training.seq_len
-    # What a block keeps for the backward pass, in floats per token: about 34 of its width (GELU keeps most), and its
-    # attention scores and weights.
-    per_block = 34 * model.n_embd + 2 * model.n_head * training.seq_len
-    logits = 3 * model.vocab_size
-    blocks = per_block + model.n_layer * model.n_embd if training.grad_checkpoint else per_block * model.n_layer
-    return fixed + 4 * tokens * (blocks + logits)
+def fit_memory(model: ModelConfig, training: TrainingConfig, device: Device) -> TrainingConfig:
+    """The settings as they are if they fit the device's memory, or with the batch chosen if that was left to us.
+
+    Raises:
+        UserError: they don't fit; names the flags that would, those that cost least.
+    """
+    if training.auto_batch_size:
+        asked = dataclasses.replace(memory.one_batch(training), auto_batch_size=False)
+    else:
+        asked = training
+    fitting = memory.cheapest_fit(model, asked, device)
+    if fitting == asked or (fitting and training.auto_batch_size):
+        return fitting
+    needed = memory.estimate(model, asked, device).peak
+    problem = (
+        f"Training would hold about {size(needed)} at its peak, and {device} can spare {size(device.usable)}, of which "
+        f"{1 - 1 / memory.MARGIN:.0%} are kept in reserve."
+    )
+    if fitting:
+        costs = "" if fitting.seq_len == asked.seq_len else "; shorter windows teach shorter context"
+        peak = memory.estimate(model, fitting, device).peak
+        raise UserError(f"{problem} This fits: {memory.flags(training, fitting)} (about {size(peak)}{costs}).")
+    smaller = _largest_preset(device, below=memory.parameters_of(model))
+    way_out = f"--preset {smaller} would" if smaller else "free some memory, or take another machine"
+    raise UserError(f"{problem} No batch of this model fits: {way_out}.")
+
+
+def _largest_preset(device: Device, below: int) -> str | None:
+    """The largest preset that fits, of those with fewer parameters than `below`."""
+    for name, values in reversed(PRESETS.items()):
+        preset = build(Config, values)
+        if memory.parameters_of(preset.model) < below and memory.cheapest_fit(preset.model, preset.training, device):
+            return name
+    return None
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"

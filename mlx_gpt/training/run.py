@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
     "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
 }  # fmt: skip
+CHOSEN = {"batch_size", "gradient_accumulation_steps", "grad_checkpoint", "seq_len"}  # by `--batch-size auto`
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -174,6 +175,8 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
         UserError: a setting was given that would make it another run; names all of them.
     """
     saved = read_toml(run / SETTINGS)
+    if given.get("batch_size") == "auto":  # what was chosen then holds
+        given = {name: given[name] for name in given if name not in CHOSEN}
     config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
     changed = [name for name in given if name not in MAY_CHANGE and resolved.get(name) != saved.get(name)]

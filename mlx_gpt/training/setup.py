@@ -23,7 +23,7 @@ from mlx_gpt.training import checkpoint, reporters
 from mlx_gpt.training import run as run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.monitor import Display, Monitor
-from mlx_gpt.training.plan import Plan, make_plan
+from mlx_gpt.training.plan import Plan, fit_memory, make_plan
 from mlx_gpt.training.run import Lock
 from mlx_gpt.training.step import TrainingStep
 from mlx_gpt.weights import load_model
@@ -70,77 +70,46 @@ def set_up(
         network: makes the model from its shape; another one than `GPT` has to have its parameters.
 
     Raises:
-        UserError: a setting, the data or a folder is not fit for it.
+        UserError: a setting, the data or a folder is not fit for it, or memory or disk are too small.
     """
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: give one of them.")
     with contextlib.ExitStack() as resources:
-        source, progress = None, Progress()
-        if resume:
-            given = (read_toml(file) if file else {}) | dict(settings)
-            folder, source = run_folder.run_to_resume(resume, given)
-            config = run_folder.resumed_config(folder, given)
-            reporters.check(config.training.report_to)
-            resources.enter_context(Lock(folder))
-            source, progress = find_checkpoint(folder, source, display)
-        else:
-            config = resolve(settings, file)
-            reporters.check(config.training.report_to)
-            run_folder.check_free(Path(config.out), overwrite)
-        device = backend.device()
-        backend.prepare(device)
-        tokenizer, tokens = read_text(config, source, display)
-        if source and progress.fingerprint != tokens.fingerprint:
-            raise UserError(
-                f"The text in {config.data.data} is not what {config.out} was trained on: start another run."
-            )
-        progress = dataclasses.replace(progress, fingerprint=tokens.fingerprint)
-        # The tokenizer may be smaller than was asked for; run.toml keeps what was asked.
-        asked = config
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size))
+        start = check(settings, display, file, resume, overwrite, resources)
+        config, tokenizer, tokens, progress = start.plan.config, start.tokenizer, start.tokens, start.progress
         training, out = config.training, Path(config.out)
 
         model = network(config.model).init_weights(training.seed)
-        dtype = backend.compute_dtype(training.precision, device)
+        dtype = backend.compute_dtype(training.precision, start.plan.device)
         step = TrainingStep(model, training, dtype)
-        if source:
-            model.update(load_model(source).parameters())
-            step.optimizer_state = checkpoint.load_optimizer(source, step.optimizer_state)
-        plan = make_plan(config, model, tokens, device)
-
-        if progress.step > plan.total_steps:
-            raise UserError(
-                f"{out} is at step {progress.step:,} already, beyond the {plan.total_steps:,} that it would end at: "
-                "give more with --max-steps or --max-epochs."
-            )
-        run_folder.check_room(out, plan.n_params, overwrite)
+        if start.source:
+            model.update(load_model(start.source).parameters())
+            step.optimizer_state = checkpoint.load_optimizer(start.source, step.optimizer_state)
 
         # From here on the folder is touched.
         if not resume:
             run_folder.check_free(out, overwrite)  # again, for preparing a text can take a while
             resources.enter_context(Lock(out))
-        if not source:
+        if not start.source:
             run_folder.clear(out)
         # The best model too, which may be of a later step that this run may never see again.
         left_behind = checkpoint.set_aside_after(out, progress.step)
         if not (out / "best").exists():
             progress = dataclasses.replace(progress, best_loss=None)
-        write_toml(asked, out / run_folder.SETTINGS)
-        resumed_at = progress.step if source else None
+        write_toml(start.settings, out / run_folder.SETTINGS)
+        resumed_at = progress.step if start.source else None
         monitor = Monitor(out, display, progress.seconds, resumed_at)
         resources.callback(monitor.close)
         told = resources.enter_context(contextlib.closing(reporters.Reporters(config, resumed_at, monitor.line)))
         monitor.listen(told.record)
-        if source:
-            monitor.line(f"Going on from {source}, after step {progress.step}.")
+        if start.source:
+            monitor.line(f"Going on from {start.source}, after step {progress.step}.")
         if left_behind:
             aside = out / checkpoint.SET_ASIDE
             monitor.line(f"In {aside} until the next checkpoint, should you want them back: {', '.join(left_behind)}.")
-        for line in plan.lines():
+        for line in start.plan.lines():
             monitor.line(line)
         return Run(
             config=config,
-            plan=plan,
+            plan=start.plan,
             model=model,
             tokenizer=tokenizer,
             step=step,
@@ -158,13 +127,93 @@ def set_up(
                 training.seq_len,
                 training.batch_size,
                 training.seed,
-                start=progress.step * plan.windows_per_step,
+                start=progress.step * start.plan.windows_per_step,
             ),
             window_numbers=functools.partial(window_numbers, tokens.train, training.seq_len, training.seed),
             monitor=monitor,
             progress=progress,
             resources=resources.pop_all(),
         )
+
+
+def plan(
+    settings: Mapping[str, Any],
+    display: Display,
+    file: str | Path | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """What `set_up` would begin, checked in the same way, with the run's folder left as it is.
+
+    Raises:
+        UserError: as `set_up`.
+    """
+    with contextlib.ExitStack() as resources:
+        return check(settings, display, file, resume, overwrite, resources).plan
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that nothing speaks against.
+
+    Attributes:
+        settings: what run.toml keeps.
+        source: the checkpoint to go on from.
+    """
+
+    settings: Config
+    plan: Plan
+    tokenizer: Tokenizer
+    tokens: Tokens
+    source: Path | None
+    progress: Progress
+
+
+def check(
+    settings: Mapping[str, Any],
+    display: Display,
+    file: str | Path | None,
+    resume: str | None,
+    overwrite: bool,
+    resources: contextlib.ExitStack,
+) -> Start:
+    """Read what the settings name and see whether it can be trained; a run to go on with stays locked by `resources`.
+
+    Raises:
+        UserError: as `set_up`.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: give one of them.")
+    source, progress = None, Progress()
+    if resume:
+        given = (read_toml(file) if file else {}) | dict(settings)
+        folder, source = run_folder.run_to_resume(resume, given)
+        config = run_folder.resumed_config(folder, given)
+        reporters.check(config.training.report_to)
+        resources.enter_context(Lock(folder))
+        source, progress = find_checkpoint(folder, source, display)
+    else:
+        config = resolve(settings, file)
+        reporters.check(config.training.report_to)
+        run_folder.check_free(Path(config.out), overwrite)
+    device = backend.device()
+    backend.prepare(device)
+    tokenizer, tokens = read_text(config, source, display)
+    if source and progress.fingerprint != tokens.fingerprint:
+        raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
+    progress = dataclasses.replace(progress, fingerprint=tokens.fingerprint)
+
+    # The tokenizer may be smaller than was asked for; run.toml keeps what was asked.
+    shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, training=fit_memory(shape, config.training, device))
+    plan = make_plan(dataclasses.replace(config, model=shape), tokens, device)
+    if progress.step > plan.total_steps:
+        raise UserError(
+            f"{config.out} is at step {progress.step:,} already, beyond the {plan.total_steps:,} that it would end at: "
+            "give more with --max-steps or --max-epochs."
+        )
+    run_folder.check_room(Path(config.out), plan.n_params, overwrite)
+    return Start(config, plan, tokenizer, tokens, source, progress)
 
 
 def find_checkpoint(folder: Path, chosen: Path | None, display: Display) -> tuple[Path | None, Progress]:

@@ -4,6 +4,8 @@ Each has the test that is named after it. What a test doesn't say comes from `TI
 of 0.01, each of two windows of 16 tokens, and one evaluation before and one after.
 """
 
+from pathlib import Path
+
 import mlx.nn as nn
 import pytest
 
@@ -132,6 +134,16 @@ def test_train_batch_size(train):
     assert train("--batch-size", "3").column("tokens")[1] == 3 * 16
 
 
+def test_an_automatic_batch_stays_what_it_was_when_the_run_goes_on(train):
+    """All four windows of a step at once; a resume with the same flags does not choose again."""
+    flags = ("--batch-size", "auto", "--gradient-accumulation-steps", "4")
+    run = train(*flags)
+    assert "Batch        64 x 16 tokens, 1 per step" in run.log
+    assert "batch_size = 64\n" in (run.folder / "run.toml").read_text()
+    again = train(*flags, "--resume", "--max-steps", "3")
+    assert again.column("tokens")[-1] == 3 * 64 * 16
+
+
 def test_train_gradient_accumulation_steps(train):
     assert train("--gradient-accumulation-steps", "5").column("tokens")[1] == 5 * 2 * 16
 
@@ -214,6 +226,14 @@ def test_train_max_bad_steps(mlx_gpt, corpus):
     answer = mlx_gpt("train", "--data", corpus, *TINY, *spoilt, "--max-bad-steps", "2")
     assert answer.code == 1
     assert "3 steps in a row" in answer.err
+
+
+def test_train_dry_run(mlx_gpt, corpus):
+    answer = mlx_gpt("train", "--data", corpus, *TINY, "--out", "planned", "--dry-run")
+    assert answer.code == 0
+    for words in ("Model ", "Batch        2 x 16 tokens, 1 per step, activations kept", "Memory       about"):
+        assert words in answer.out
+    assert not Path("planned").exists()
 
 
 def test_train_grad_checkpoint(train, base, monkeypatch):
