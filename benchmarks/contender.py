@@ -92,7 +92,7 @@ class MLXContender(Contender):
         self.kind = self.device.kind
         self.dtype = backend.compute_dtype(precision, self.device)
         self.blas = Path(_blas.live).name if self.kind == "cpu" else ""
-        resolved = config.resolve({"data": "builtin", **settings})
+        resolved = config.resolve(settings)
         self.config, self.training = resolved.model, resolved.training
 
     def facts(self) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def write_model(folder: Path, settings: dict[str, Any], device: Any) -> None:
     from tokenizers import models
 
     dtype = compute_dtype("auto", device)
-    config = resolve({"data": "builtin", **settings}).model
+    config = resolve(settings).model
     model = GPT(config).init_weights(0)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
     # As many entries as the weights have, the end of the text among them: none may be barred from what is generated.

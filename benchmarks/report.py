@@ -91,6 +91,11 @@ COLUMNS: dict[str, Sequence[Column]] = {
         ("resident MB", "resident_memory", megabytes),
         ("of the bare step", "over_bare", ratio),
     ),
+    "startup": (
+        ("command", "program", text),
+        ("seconds", "seconds", number),
+        ("seconds above", "above_nothing", number),
+    ),
 }
 
 

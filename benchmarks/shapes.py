@@ -10,9 +10,10 @@ from mlx_gpt.config import flat, resolve
 BATCHES = 10
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "smoke": {"preset": "tiny", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 257}
-    | {"seq_len": 16, "batch_size": 4},
-    "nanogpt-cpu": {"preset": "tiny", "vocab_size": 65, "n_positions": 64, "seq_len": 64, "batch_size": 12},
+    "smoke": {"preset": "tiny", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32}
+    | {"tokenizer": "bytes", "vocab_size": 257, "seq_len": 16, "batch_size": 4},
+    "nanogpt-cpu": {"preset": "tiny", "tokenizer": "bytes", "vocab_size": 65, "n_positions": 64}
+    | {"seq_len": 64, "batch_size": 12},
     "tiny": {"preset": "tiny"},
     "small-t256": {"preset": "small", "seq_len": 256, "batch_size": 4},
     "small": {"preset": "small", "seq_len": 1024, "batch_size": 8},
@@ -35,8 +36,7 @@ def settings_of(shape: str, **changes: Any) -> dict[str, Any]:
     """
     equal = {"dropout": 0.0, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
     given = {name: value for name, value in changes.items() if value is not None}
-    config = resolve({"data": "builtin", **equal, **SHAPES[shape], **given})
-    return flat(config.model) | flat(config.training) | {"preset": config.preset}
+    return flat(resolve({"data": "builtin", **equal, **SHAPES[shape], **given}))
 
 
 def describe(settings: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The step that `mlx-gpt train` makes: `mlx_gpt.training.step.TrainingStep`, built as `mlx_gpt.training.setup` does."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,22 @@ class Ours(MLXContender):
         self.network = GPT(self.config).init_weights(self.training.seed)
         if weights:
             self.network.load_weights(weights)
+        else:
+            self._raise_voices()
         self.load_windows(windows)
         self._step = TrainingStep(self.network, self.training, self.dtype)
         self._made = 0
         self._unread: StepResult | None = None
+
+    def _raise_voices(self) -> None:
+        """Bring the matrices from a deviation of 0.02 to 1 / sqrt(n_embd).
+
+        In fresh weights of a small network attention is hardly heard: its scale could be wrong and the loss the same.
+        """
+        from mlx.utils import tree_map
+
+        louder = 50 / math.sqrt(self.config.n_embd)
+        self.network.update(tree_map(lambda p: p * louder if p.ndim == 2 else p, self.network.parameters()))
 
     def facts(self) -> dict[str, Any]:
         sizes = {
