@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from mlx_gpt.config import flat, resolve
+from mlx_gpt.errors import UserError
 
 BATCHES = 10
 
@@ -32,11 +34,14 @@ def settings_of(shape: str, **changes: Any) -> dict[str, Any]:
     that is None leaves the shape's own value.
 
     Raises:
-        UserError: a change is no good value.
+        click.UsageError: a change is no good value.
     """
     equal = {"dropout": 0.0, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
     given = {name: value for name, value in changes.items() if value is not None}
-    return flat(resolve({"data": "builtin", **equal, **SHAPES[shape], **given}))
+    try:
+        return flat(resolve({"data": "builtin", **equal, **SHAPES[shape], **given}))
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def describe(settings: dict[str, Any]) -> str:

@@ -21,7 +21,6 @@ import facts
 import report
 from contest import CHECKED_STEPS, Contest, Found, Options
 from harness import common_options, device_option, write_json
-from mlx_gpt.errors import UserError
 from shapes import ON_CPU, ON_GPU, SHAPES, settings_of
 
 
@@ -64,10 +63,7 @@ def main(
     facts.warn_if_busy(result["machine"]["load_before"])
     result |= {"shapes": {}, "rows": []}
     for shape in preset or default_shapes(options.device):
-        try:
-            settings = settings_of(shape, batch_size=batch_size, seq_len=seq_len)
-        except UserError as error:
-            raise click.UsageError(str(error)) from None
+        settings = settings_of(shape, batch_size=batch_size, seq_len=seq_len)
         if measured := measure(shape, settings, against, options):
             result["shapes"][shape], rows = measured
             result["rows"] += [{"shape": shape, **row} for row in rows]
