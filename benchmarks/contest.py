@@ -1,0 +1,182 @@
+"""Those that train one shape: started alike, checked for equal losses, timed in turns with the device itself."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+import facts
+from harness import Worker, need, pairwise, summary, take_turns, turns_bar
+from shapes import describe, write_windows
+
+OURS, MLX_NN = "mlx-gpt", "mlx.nn"
+TORCH = {"torch-eager": "PyTorch eager", "torch-compile": "PyTorch compiled"}
+# The first of these that works is what ours is compared with.
+REFERENCES = {
+    "cpu": ["torch-eager"],
+    "metal": ["torch-compile", "torch-eager"],
+    "cuda": ["torch-compile", "torch-eager"],
+}
+CHECKED_STEPS = 10
+# How far a loss may be off, relatively: the first, which shows the network, and the others, which show the optimizer.
+# Sums are made in another order, and what Adam makes of a gradient near zero is mostly rounding.
+TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 2e-2)}
+TRIAL_SECONDS = 3.0
+
+Found = tuple[dict[str, Any], list[dict[str, Any]]]
+"""The facts of a shape, and a row for each contender."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure. `steps` of a trial are as many as take three seconds, if None."""
+
+    device: str
+    precision: str
+    steps: int | None
+    trials: int
+    threads: int
+    smoke: bool
+
+
+class Contest:
+    """Contenders on one shape, ours first; the others begin with its weights. `stack` ends them all."""
+
+    def __init__(self, settings: dict[str, Any], options: Options, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.settings, self.options = settings, options
+        self.losses: dict[str, list[float]] = {}
+        self._stack, self._step_seconds = stack, 1e-3
+        self._windows, self._weights = str(folder / "windows.npy"), str(folder / "weights.safetensors")
+        write_windows(Path(self._windows), settings)
+        self.ours = stack.enter_context(self._with_mlx(OURS, "train_ours.py"))
+        self.workers = [self.ours]
+        self.ours.ask("save_weights", path=self._weights)
+        self._rates = self.ours.ask("rates", steps=CHECKED_STEPS)
+
+    def admit(self, against: Sequence[str]) -> None:
+        """Start those that ours is compared with, and let all make the first steps.
+
+        Without any given, the first reference that works here. One that doesn't is left out with a sentence.
+        """
+        self._first_steps(self.ours)
+        for name in against or REFERENCES[self.ours.facts["kind"]]:
+            try:
+                worker = self._stack.enter_context(self._start(name))
+                self._first_steps(worker)
+            except click.ClickException as error:
+                click.echo(f"Measured without {name}. {error.message}", err=True)
+                continue
+            self.workers.append(worker)
+            if not against:
+                return
+
+    def check(self) -> float:
+        """The largest difference of a loss from ours, relative.
+
+        Raises:
+            click.ClickException: it is more than rounding explains.
+        """
+        return largest_difference(self.losses, TOLERANCE[self.ours.facts["dtype"]])
+
+    def time(self, bar: str) -> Found:
+        """Time all in turns, the device among them."""
+        steps = self.options.steps or max(2, math.ceil(TRIAL_SECONDS / self._step_seconds))
+        rates = self._rates[-1:] * (1 + steps)
+        limits = self._limits()
+
+        def ask(worker: Worker) -> Any:
+            if worker in limits:
+                return {what: worker.ask(what) for what in worker.facts["limits"]}
+            return worker.ask("run", rates=rates, warm_up=1)
+
+        with turns_bar(bar, self.options.trials * (len(self.workers) + len(limits))) as turn:
+            answers = take_turns([*self.workers, *limits], self.options.trials, ask, turn)
+        products = {limit.name: max(answer["product"] for answer in answers[limit.name]) for limit in limits}
+        tokens = steps * self.settings["batch_size"] * self.settings["seq_len"]
+        speeds = {worker.name: [tokens / trial["seconds"] for trial in answers[worker.name]] for worker in self.workers}
+        peak = max(products.values())
+        shape = {
+            "sizes": describe(self.settings),
+            **self.ours.facts,
+            "steps": steps,
+            "loss_difference": self.check(),
+            "product_tflops": products,
+            "copy_gb_per_second": max(answer["copy"] for answer in answers[limits[0].name]),
+        }
+        return shape, [self._row(worker, speeds, answers[worker.name], peak) for worker in self.workers]
+
+    def _row(
+        self, worker: Worker, speeds: dict[str, list[float]], trials: list[dict[str, Any]], peak: float
+    ) -> dict[str, Any]:
+        speed = summary(speeds[worker.name])
+        tflops = speed["median"] * self.ours.facts["flops_per_token"] / 1e12
+        return {
+            "program": worker.name,
+            "seconds": [trial["seconds"] for trial in trials],
+            "tokens_per_second": speed,
+            "tflops": tflops,
+            "mfu": tflops / peak,
+            "peak_memory": trials[-1]["peak_memory"],
+            "resident_memory": worker.ask("resident_memory"),
+            "ours_over_this": None if worker is self.ours else pairwise(speeds[OURS], speeds[worker.name]),
+        }
+
+    def _first_steps(self, worker: Worker) -> None:
+        result = worker.ask("run", rates=self._rates, warm_up=CHECKED_STEPS // 2)
+        self.losses[worker.name] = result["losses"]
+        self._step_seconds = max(self._step_seconds, result["seconds"] / (CHECKED_STEPS - CHECKED_STEPS // 2))
+
+    def _limits(self) -> list[Worker]:
+        """What times the device: MLX, and PyTorch if that takes part."""
+        libraries = {"MLX": "mlx"}
+        if not self.options.smoke and any(worker.name in TORCH.values() for worker in self.workers):
+            libraries["PyTorch"] = "torch"
+        settings = self._here() | {"smoke": self.options.smoke}
+        workers = [Worker(name, ["roofline.py", by], self.options.threads, settings) for name, by in libraries.items()]
+        return [self._stack.enter_context(worker) for worker in workers]
+
+    def _start(self, name: str) -> Worker:
+        if name in TORCH:
+            need("torch")
+            given = {"settings": self.settings, "windows": self._windows, "weights": self._weights, **self._here()}
+            settings = given | {"compiled": name == "torch-compile"}
+            return Worker(TORCH[name], ["train_torch.py"], self.options.threads, settings)
+        if name == "mlx-nn":
+            return self._with_mlx(MLX_NN, "train_mlx_nn.py", weights=self._weights)
+        checkout = Path(name).resolve()
+        if not (checkout / "mlx_gpt/__init__.py").is_file():
+            raise click.ClickException(f"{name} is neither {', '.join(TORCH)}, mlx-nn nor a checkout of mlx-gpt.")
+        other = f"mlx-gpt {facts.commit(checkout) or checkout.name}"
+        return self._with_mlx(other, "train_ours.py", checkout, weights=self._weights)
+
+    def _with_mlx(self, name: str, program: str, checkout: Path | None = None, **more: str) -> Worker:
+        given = {"settings": self.settings, "windows": self._windows}
+        where = {"device": self.options.device, "precision": self.options.precision}
+        return Worker(name, [program], self.options.threads, {**given, **where, **more}, checkout)
+
+    def _here(self) -> dict[str, str]:
+        return {name: self.ours.facts[name] for name in ("kind", "dtype")}
+
+
+def largest_difference(losses: dict[str, list[float]], tolerance: tuple[float, float]) -> float:
+    """How far, relative to its size, a loss is from ours at most.
+
+    Raises:
+        click.ClickException: it is farther than `tolerance` of the first and of the others, so that a comparison would
+            say nothing.
+    """
+    largest = 0.0
+    for name, others in losses.items():
+        for step, (ours, other) in enumerate(zip(losses[OURS], others, strict=True), 1):
+            difference = abs(other - ours) / abs(ours)
+            if not difference <= tolerance[step > 1]:  # a loss that is not a number counts, too
+                raise click.ClickException(
+                    f"In step {step} the loss of {name} is {other:.5f} and ours {ours:.5f}: they don't train the same "
+                    "network, so they are not compared."
+                )
+            largest = max(largest, difference)
+    return largest

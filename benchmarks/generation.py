@@ -1,0 +1,132 @@
+"""How fast mlx-gpt generates, beside mlx-lm and transformers on the same model directory.
+
+    python benchmarks/generation.py
+
+Fresh weights of GPT-2's smallest shape are written once and read by all. The prompt is the same for all texts of a
+batch, decoding is greedy, and in float32 all have to choose the same tokens, or they are not compared. Decoding reads
+every weight but the positions, and the keys and values so far, once per token: those bytes per second stand beside
+what a large copy reaches in the same run.
+"""
+
+import contextlib
+import tempfile
+from typing import Any
+
+import click
+import numpy as np
+
+import facts
+import report
+from harness import Worker, common_options, device_option, need, pairwise, summary, take_turns, turns_bar, write_json
+from shapes import SHAPES, settings_of
+
+OURS = "mlx-gpt"
+BATCHES = (1, 8)
+
+
+@click.command()
+@click.option("--preset", default="gpt2", show_default=True, type=click.Choice(list(SHAPES)))
+@click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(2))
+@click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(3))
+@device_option
+@common_options
+def main(
+    preset: str, prompt_tokens: int, new_tokens: int, device: str, trials: int, threads: int, json_file: str | None
+) -> None:
+    """Time prefill and decoding, alone and by eight, beside mlx-lm and transformers."""
+    settings = settings_of(preset)
+    if prompt_tokens + new_tokens > settings["n_positions"]:
+        raise click.UsageError(f"{preset} has {settings['n_positions']} positions: take fewer tokens.")
+    result = facts.gather("generation", threads=threads, trials=trials)
+    facts.warn_if_busy(result["machine"]["load_before"])
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        ours = Worker(
+            OURS, ["generate_with.py", "ours"], threads, {"folder": folder, "device": device, "write": settings}
+        )
+        workers = [stack.enter_context(ours), *others(folder, device, ours.facts["kind"], threads, stack)]
+        here = {name: ours.facts[name] for name in ("kind", "dtype")}
+        limit = stack.enter_context(Worker("MLX", ["roofline.py", "mlx"], threads, here))
+        prompt = np.random.default_rng(0).integers(settings["vocab_size"], size=prompt_tokens).tolist()
+        for batch_size in BATCHES:
+            short = {"prompt": prompt, "batch_size": batch_size, "new_tokens": 3}
+            check([worker.ask("run", **short) for worker in workers], workers)
+
+        def ask(worker: Worker) -> Any:
+            if worker is limit:
+                return worker.ask("copy")
+            return [
+                worker.ask("run", prompt=prompt, batch_size=batch_size, new_tokens=new_tokens) for batch_size in BATCHES
+            ]
+
+        with turns_bar("generation", trials * (1 + len(workers))) as turn:
+            answers = take_turns([*workers, limit], trials, ask, turn)
+        for turn_of_all in zip(*(answers[worker.name] for worker in workers), strict=True):
+            check([runs[0] for runs in turn_of_all], workers)
+    copy = max(answers.pop(limit.name))
+    sizes = f"{prompt_tokens} tokens of prompt, {new_tokens} new ones"
+    shape = {"sizes": sizes, **ours.facts, "copy_gb_per_second": copy}
+    result |= {"shapes": {preset: shape}, "rows": rows(answers, shape, prompt_tokens, new_tokens)}
+    if json_file:
+        write_json(json_file, result)
+    click.echo("\n".join(report.lines(result)))
+
+
+def others(folder: str, device: str, kind: str, threads: int, stack: contextlib.ExitStack) -> list[Worker]:
+    """Start those that are installed; a sentence for each that is not."""
+    started = []
+    for package, settings in (("mlx-lm", {"device": device}), ("transformers", {"kind": kind})):
+        try:
+            need(package)
+            program = ["generate_with.py", package]
+            started.append(stack.enter_context(Worker(package, program, threads, {"folder": folder, **settings})))
+        except click.ClickException as error:
+            click.echo(f"Measured without {package}. {error.message}", err=True)
+    return started
+
+
+def check(runs: list[dict[str, Any]], workers: list[Worker]) -> None:
+    """Make sure that all generate the same.
+
+    Raises:
+        click.ClickException: in float32, they don't; in less, rounding may decide between two tokens.
+    """
+    if workers[0].facts["dtype"] != "float32":
+        return
+    for worker, run in zip(workers, runs, strict=True):
+        if run["tokens"] != runs[0]["tokens"]:
+            raise click.ClickException(f"{worker.name} chooses other tokens than {OURS}, so they are not compared.")
+
+
+def rows(
+    answers: dict[str, list[list[dict[str, Any]]]], shape: dict[str, Any], prompt_tokens: int, new_tokens: int
+) -> list[dict[str, Any]]:
+    """A row per batch size and program."""
+    found = []
+    later = new_tokens - 1  # the first token belongs to the prefill
+    mean_length = prompt_tokens + new_tokens / 2
+    for i, batch_size in enumerate(BATCHES):
+        decode = {name: [batch_size * later / runs[i]["decode"] for runs in turns] for name, turns in answers.items()}
+        single = {name: [later / runs[0]["decode"] for runs in turns] for name, turns in answers.items()}
+        read = shape["weight_bytes"] + batch_size * mean_length * shape["cache_bytes"]
+        for name, turns in answers.items():
+            gigabytes = summary(decode[name])["median"] / batch_size * read / 1e9
+            found.append(
+                {
+                    "batch": batch_size,
+                    "program": name,
+                    "prefill": summary([batch_size * prompt_tokens / runs[i]["prefill"] for runs in turns]),
+                    "decode": summary(decode[name]),
+                    "gb_per_second": gigabytes,
+                    "bandwidth_share": gigabytes / shape["copy_gb_per_second"],
+                    "peak_memory": turns[-1][i]["peak_memory"],
+                    "resident_memory": turns[-1][-1]["resident_memory"],
+                    "ours_over_this": pairwise(decode[OURS], decode[name]) if name != OURS else None,
+                    "over_single": pairwise(decode[name], single[name]) if batch_size > 1 else None,
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The tables of README.md, from the results in results/.
+
+python benchmarks/report.py            # writes them anew
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+HERE = Path(__file__).parent
+MISSING = "No result has been handed in yet."
+
+
+def text(value: Any) -> str:
+    """As it is."""
+    return str(value)
+
+
+def number(value: float | Mapping[str, float]) -> str:
+    """Three significant digits or all before the point; of a summary the median, lowest and highest."""
+    if isinstance(value, Mapping):
+        return f"{number(value['median'])} ({number(value['low'])} to {number(value['high'])})"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | Mapping[str, float]) -> str:
+    """Two decimals; of a summary the median, lowest and highest."""
+    if isinstance(value, Mapping):
+        return f"{ratio(value['median'])} ({ratio(value['low'])} to {ratio(value['high'])})"
+    return f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    """A share."""
+    return f"{value:.0%}"
+
+
+def megabytes(value: float) -> str:
+    """Bytes in millions."""
+    return f"{value / 1e6:,.0f}"
+
+
+NUMBERED = (("BLAS", "blas"), ("steps a trial:", "steps"))
+Column = tuple[str, str, Callable[[Any], str]]
+COLUMNS: dict[str, Sequence[Column]] = {
+    "throughput": (
+        ("shape", "shape", text),
+        ("program", "program", text),
+        ("tokens/s", "tokens_per_second", number),
+        ("TFLOP/s", "tflops", number),
+        ("MFU", "mfu", percent),
+        ("peak MB", "peak_memory", megabytes),
+        ("resident MB", "resident_memory", megabytes),
+        ("mlx-gpt over it", "ours_over_this", ratio),
+    ),
+    "generation": (
+        ("batch", "batch", text),
+        ("program", "program", text),
+        ("prefill tokens/s", "prefill", number),
+        ("decode tokens/s", "decode", number),
+        ("GB/s", "gb_per_second", number),
+        ("of the copy", "bandwidth_share", percent),
+        ("peak MB", "peak_memory", megabytes),
+        ("mlx-gpt over it", "ours_over_this", ratio),
+        ("over batch 1 in turn", "over_single", ratio),
+    ),
+    "memory": (
+        ("shape", "shape", text),
+        ("step", "program", text),
+        ("peak MB", "peak_memory", megabytes),
+        ("of plain", "peak_over_plain", ratio),
+        ("seconds a step", "seconds_per_step", number),
+        ("of plain", "time_over_plain", ratio),
+        ("resident MB", "resident_memory", megabytes),
+    ),
+    "data": (
+        ("text MB", "megabytes", number),
+        ("what", "program", text),
+        ("seconds", "seconds", number),
+        ("MB/s", "megabytes_per_second", number),
+        ("resident MB", "resident_memory", megabytes),
+    ),
+    "loop": (
+        ("shape", "shape", text),
+        ("program", "program", text),
+        ("tokens/s", "tokens_per_second", number),
+        ("resident MB", "resident_memory", megabytes),
+        ("of the bare step", "over_bare", ratio),
+    ),
+    "startup": (
+        ("command", "program", text),
+        ("seconds", "seconds", number),
+        ("seconds above", "above_nothing", number),
+    ),
+}
+
+
+def lines(result: Mapping[str, Any]) -> list[str]:
+    """A result for people: where it was measured, then the table, which is Markdown too."""
+    columns = COLUMNS[result["benchmark"]]
+    rows = [["-" if row.get(key) is None else show(row[key]) for _, key, show in columns] for row in result["rows"]]
+    return [*about(result), "", *table([heading for heading, _, _ in columns], rows)]
+
+
+def about(result: Mapping[str, Any]) -> list[str]:
+    """Machine, versions and what the device can do, a line each."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    settings = ", ".join(f"{value} {name}" for name, value in result["settings"].items())
+    told = [
+        f"{machine['chip']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, {machine['system']}; "
+        f"{result['date']}, commit {result['commit'] or 'unknown'}, load before {machine['load_before']:g}",
+        f"Python {machine['python']}, {versions}",
+        f"`{result['command']}`: {settings}; medians (lowest to highest)",
+    ]
+    for name, shape in result.get("shapes", {}).items():
+        facts = [shape[key] for key in ("sizes", "dtype") if key in shape]
+        facts += [f"{what} {shape[key]}" for what, key in NUMBERED if shape.get(key)]
+        if "product_tflops" in shape:
+            products = " and ".join(f"{number(tflops)} ({name})" for name, tflops in shape["product_tflops"].items())
+            facts.append(f"large product {products} TFLOP/s")
+        if "copy_gb_per_second" in shape:
+            facts.append(f"large copy {number(shape['copy_gb_per_second'])} GB/s")
+        told.append(f"{name}: {'; '.join(facts)}")
+    return [f"- {line}" for line in told]
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as a Markdown table that is also straight on a terminal; all but the first two to the right."""
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return [line(headings), f"| {' | '.join(rule)} |", *map(line, rows)]
+
+
+def regenerate(readme: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The README with the tables of these results between its markers."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        parts = ["\n".join(lines(result)) for result in results if result["benchmark"] == name]
+        return f"<!-- results: {name} -->\n\n{chr(10).join(parts) or MISSING}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- results: (?P<name>\w+) -->.*?<!-- end -->", section, readme, flags=re.DOTALL)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result in a folder, in the order of the files' names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+@click.command()
+def main() -> None:
+    """Write the tables of README.md anew from results/*.json."""
+    readme = HERE / "README.md"
+    readme.write_text(regenerate(readme.read_text(encoding="utf-8"), read_results(HERE / "results")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What is trained: sizes by name, and the windows of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mlx_gpt.config import flat, resolve
+from mlx_gpt.errors import UserError
+
+BATCHES = 10
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smoke": {"preset": "tiny", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32}
+    | {"tokenizer": "bytes", "vocab_size": 257, "seq_len": 16, "batch_size": 4},
+    "nanogpt-cpu": {"preset": "tiny", "tokenizer": "bytes", "vocab_size": 65, "n_positions": 64}
+    | {"seq_len": 64, "batch_size": 12},
+    "tiny": {"preset": "tiny"},
+    "small-t256": {"preset": "small", "seq_len": 256, "batch_size": 4},
+    "small": {"preset": "small", "seq_len": 1024, "batch_size": 8},
+    "medium": {"preset": "medium", "seq_len": 1024, "batch_size": 8},
+    "large": {"preset": "large", "seq_len": 1024, "batch_size": 4},
+    "gpt2": {"preset": "medium", "vocab_size": 50257, "seq_len": 1024, "batch_size": 2},
+}
+ON_CPU = ("nanogpt-cpu", "tiny", "small-t256")
+ON_GPU = ("small", "medium", "large")
+
+
+def settings_of(shape: str, **changes: Any) -> dict[str, Any]:
+    """Every setting of a training of this shape by name, as `mlx-gpt train` would resolve it.
+
+    Without dropout, for no two libraries draw the same; without accumulation; with one rate for all shapes. A change
+    that is None leaves the shape's own value.
+
+    Raises:
+        click.UsageError: a change is no good value.
+    """
+    equal = {"dropout": 0.0, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return flat(resolve({"data": "builtin", **equal, **SHAPES[shape], **given}))
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """The sizes in a line."""
+    return "{n_layer} layers, {n_head} heads, {n_embd} wide, T {seq_len}, B {batch_size}, V {vocab_size}".format(
+        **settings
+    )
+
+
+def write_windows(path: Path, settings: dict[str, Any]) -> None:
+    """Write windows (BATCHES, B, T + 1) int32 whose token k comes 1 / (k + 1) as often as the first (Zipf's law).
+
+    So there is something to learn, and ten steps of another optimizer would show in the loss.
+    """
+    entries = settings["vocab_size"]
+    frequencies = 1 / np.arange(1, entries + 1)
+    size = (BATCHES, settings["batch_size"], settings["seq_len"] + 1)
+    draw = np.random.default_rng(0)
+    np.save(path, draw.choice(entries, size, p=frequencies / frequencies.sum()).astype(np.int32))

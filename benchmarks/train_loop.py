@@ -1,0 +1,53 @@
+"""Training as a whole, as `mlx-gpt train` does it: data, logging and all, but timed between two of its steps."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from contender import resident_memory
+from harness import Requests
+
+
+def main() -> None:
+    """Answer `start` when the first validation is over, and then each `run` when its steps are made."""
+    from mlx_gpt.cli.terminal import Terminal  # mlx_gpt first, so that a tuned BLAS serves mlx
+    from mlx_gpt.training import loop
+    from mlx_gpt.training.setup import set_up
+
+    import mlx.core as mx  # isort: skip
+
+    asked = Requests()
+    requests = iter(asked)
+    _, arguments = next(requests)
+    if arguments["device"] != "auto":
+        mx.set_default_device(mx.gpu if arguments["device"] == "gpu" else mx.cpu)
+    display = Terminal()
+    os.chdir(Path(arguments["settings"]["out"]).parent)  # where the text is prepared, too
+    run = set_up(arguments["settings"], display)
+    facts = {"vocab_size": run.config.model.vocab_size}
+    left, began = 1, time.perf_counter()
+
+    def between_steps() -> bool:
+        """Called by `loop.fit` after each step: goes on, or waits to be asked for more."""
+        nonlocal left, began, facts
+        left -= 1
+        if left:
+            return False
+        mx.synchronize()
+        answer: dict[str, Any] = {"seconds": time.perf_counter() - began, "resident_memory": resident_memory(), **facts}
+        mx.clear_cache()
+        asked.answer(answer)
+        for _, more in requests:
+            left, began = more["steps"], time.perf_counter()
+            return False
+        raise SystemExit  # no more is asked, and nothing has to be saved
+
+    try:
+        loop.fit(run, display, between_steps)
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Run the benchmarks as a person does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def benchmark(tmp_path_factory):
+    """Run a program of benchmarks/ from the root: its exit code, what it said, and its result."""
+
+    def run(program, *arguments):
+        file = tmp_path_factory.mktemp("results") / "result.json"
+        command = [sys.executable, f"benchmarks/{program}", *arguments, "--json", str(file)]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        result = json.loads(file.read_text()) if file.exists() else None
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, result=result)
+
+    return run

@@ -1,0 +1,44 @@
+"""The other benchmarks run, and say what they have to."""
+
+import report
+
+
+def rows(done, *names):
+    """Those columns of the result; the table has as many lines."""
+    assert done.code == 0, done.err
+    assert sum(line.startswith("|") for line in done.out.splitlines()) == 2 + len(done.result["rows"])
+    assert report.lines(done.result) == done.out.splitlines()
+    return [tuple(row[name] for name in names) for row in done.result["rows"]]
+
+
+def test_generation(benchmark):
+    done = benchmark("generation.py", "--preset", "smoke", "--prompt-tokens", "4", "--new-tokens", "4", "--trials", "1")
+    programs = ["mlx-gpt", "mlx-lm", "transformers"]
+    assert rows(done, "batch", "program") == [(batch, program) for batch in (1, 8) for program in programs]
+    shape = done.result["shapes"]["smoke"]
+    assert shape["weight_bytes"] == 4 * (shape["n_params"] - 32 * 32)
+    assert shape["cache_bytes"] == 2 * 4 * 2 * 32
+
+
+def test_memory(benchmark):
+    done = benchmark("memory.py", "--preset", "smoke", "--trials", "1")
+    peaks = dict(rows(done, "program", "peak_memory"))
+    assert list(peaks) == ["plain", "mlx-gpt", "mlx-gpt --grad-checkpoint"]
+    assert peaks["mlx-gpt --grad-checkpoint"] < peaks["mlx-gpt"]
+
+
+def test_loop(benchmark):
+    done = benchmark("loop.py", "--preset", "smoke", "--trials", "1", "--steps", "2")
+    assert rows(done, "shape", "program") == [("smoke", "bare step"), ("smoke", "mlx-gpt train")]
+    assert done.result["rows"][1]["over_bare"]["median"] > 0
+
+
+def test_data(benchmark):
+    done = benchmark("data.py", "--megabytes", "1", "--vocab-size", "300", "--trials", "1")
+    programs = ["prepare", "learn the tokenizer", "tokenise", "prepare and tokenise"]
+    assert rows(done, "megabytes", "program") == [(1, program) for program in programs]
+
+
+def test_startup(benchmark):
+    done = benchmark("startup.py", "--trials", "1")
+    assert rows(done, "program") == [("python -c pass",), ("mlx-gpt --help",)]
