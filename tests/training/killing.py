@@ -78,9 +78,10 @@ def compare(folder: Path, runs: int, kills: int, seed: int) -> list[str]:
                 break
             killed += 1
         train(folder, name)
-        same = outcome(folder / name) == expected
-        print(f"{name}: killed {killed} times, {'the same' if same else 'DIFFERENT'}", flush=True)
-        if not same:
+        found = outcome(folder / name)
+        differs = [what for what in expected | found if expected.get(what) != found.get(what)]
+        print(f"{name}: killed {killed} times, {f'DIFFERENT in {differs}' if differs else 'the same'}", flush=True)
+        if differs:
             differing.append(name)
     return differing
 
