@@ -61,15 +61,13 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     mx.eval(model.parameters(), arrays)
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
-    for unfinished in folder.parent.glob(".step-*.part"):  # of a process that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
     check_room(run, sum(array.nbytes for _, array in tree_flatten((model.parameters(), arrays))))
     try:
         save_model(part, model, tokenizer)
         write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
         checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
         write_text_whole(part / MARKER, _marker(dataclasses.asdict(progress) | {"files": checksums}))
-        _remove(folder)  # what a crash left of one that was removed
+        _remove(folder)  # a folder in the way that is no checkpoint
         part.rename(folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
@@ -78,6 +76,12 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
     for old in [at for at in all_checkpoints(run) if step_of(at) <= progress.step][:-keep]:
         _remove(old)
     return folder
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a process that was killed had half written or half removed."""
+    for folder in (*run.glob(".*.part"), *run.glob("checkpoints/.*.part")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside_after(run: Path, step: int) -> list[str]:
@@ -207,6 +211,9 @@ def _marker(record: dict[str, Any]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    # The marker first: what is left after a crash in between is no checkpoint.
-    (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    # Under a name that no reader takes: what a crash leaves is found by `remove_unfinished`.
+    doomed = folder.with_name(f".{folder.name}.removed.part")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -90,6 +90,7 @@ def set_up(
             resources.enter_context(Lock(out))
         if not start.source:
             run_folder.clear(out)
+        checkpoint.remove_unfinished(out)
         # The best model too, which may be of a later step that this run may never see again.
         left_behind = checkpoint.set_aside_after(out, progress.step)
         if not (out / "best").exists():

@@ -244,7 +244,8 @@ def test_a_folder_that_can_t_be_written_to_any_more(train, take, give):
 
 def test_the_leavings_of_a_killed_save_go(train):
     train("run", **EACH_STEP, max_steps=1)
-    (Path("run/checkpoints/.step-00000007.part") / "half").mkdir(parents=True)
+    for name in ("checkpoints/.step-00000007.part", "checkpoints/.step-00000001.removed.part", ".best.removed.part"):
+        (Path("run") / name / "half").mkdir(parents=True)
     train("run", resume="run", max_steps=2)
     assert not unfinished()
 
