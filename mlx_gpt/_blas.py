@@ -17,13 +17,15 @@ SYSTEM_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 live: str = "MLX's own"
 """What serves matrix products: the library that was loaded, or MLX's own choice."""
 
+_library: ctypes.CDLL | None = None
+
 problem: str = ""
 """Why the library named by `MLX_GPT_BLAS` was not loaded; said by the first command that computes."""
 
 
 def load() -> None:
     """Load the BLAS named by `MLX_GPT_BLAS`, else a system OpenBLAS, else the `mkl` of this environment."""
-    global live, problem
+    global live, problem, _library
     wanted = os.environ.get("MLX_GPT_BLAS", "")
     if wanted == "off" or sys.platform != "linux":
         return
@@ -35,7 +37,7 @@ def load() -> None:
     installed = sorted(map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*")))
     for library in [wanted] if wanted else [*SYSTEM_OPENBLAS, *installed]:
         try:
-            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+            _library = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
         except OSError as error:
             problem = (
                 f"MLX_GPT_BLAS={wanted} can't be loaded ({error}): name a BLAS library, or `off`." if wanted else ""
@@ -43,3 +45,10 @@ def load() -> None:
             continue
         live = library
         return
+
+
+def set_threads(count: int) -> None:
+    """Let one matrix product use so many cores; without a tuned BLAS it uses one."""
+    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
+        if _library and hasattr(_library, name):
+            getattr(_library, name)(count)

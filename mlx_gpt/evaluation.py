@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_gpt import ops
+from mlx_gpt import backend, ops
 from mlx_gpt.data.batches import validation_batches, validation_windows
 from mlx_gpt.model import GPT
 
@@ -85,7 +85,9 @@ class Evaluator:
         parameters = self._model.parameters()
         nats, count, text_bytes = 0.0, 0, 0
         for windows, weights in validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit):
-            nats += self._loss(parameters, mx.array(windows), mx.array(weights)).item()
+            losses = [self._loss(parameters, *share) for share in backend.shares(windows, weights)]
+            mx.async_eval(losses)
+            nats += sum(loss.item() for loss in losses)
             count += int(weights.sum())
             text_bytes += int(self._byte_lengths[windows[:, 1:]][weights > 0].sum())
             progress(int(weights.any(axis=1).sum()))

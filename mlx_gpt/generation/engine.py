@@ -8,7 +8,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_gpt.backend import seed_for
+from mlx_gpt import backend
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.sampling import penalise_repetition, sample
@@ -137,6 +137,7 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
 
     The device computes the tokens after those that the caller is working on.
     """
+    backend.use_all_cores()
     seed = random.SystemRandom().randrange(2**62) if config.seed is None else config.seed
     samples, entries, positions = config.num_samples, model.config.vocab_size, model.config.n_positions
     texts = [list(prompt) for _ in range(samples)]
@@ -149,7 +150,7 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
         nonlocal seen_bv
         logits_bv = mx.where(unknown_v, -mx.inf, logits_bv.astype(mx.float32))
         logits_bv = penalise_repetition(logits_bv, seen_bv, config.repetition_penalty)
-        keys = [mx.random.key(seed_for(seed + i, n)) for i in range(samples)]
+        keys = [mx.random.key(backend.seed_for(seed + i, n)) for i in range(samples)]
         tokens_b = sample(logits_bv, config, keys)
         seen_bv = mx.put_along_axis(seen_bv, tokens_b[:, None], mx.array(True), axis=1)
         mx.async_eval(tokens_b, seen_bv)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map, tree_reduce
 
-from mlx_gpt.backend import seed_for
+from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.model import GPT
 from mlx_gpt.training.optimizer import AdamW, Tree
@@ -39,28 +39,29 @@ class TrainingStep:
         self.optimizer_state = self.optimizer.init(model.trainable_parameters())
         self._training = training
         self._dtype = dtype
-        self._first = mx.compile(self._loss_and_gradients)
-        self._next = mx.compile(self._add_loss_and_gradients)
+        self._share = mx.compile(self._loss_and_gradients)
         self._update = mx.compile(self._clip_and_update)
 
     def __call__(self, step: int, learning_rate: float, micro_batches: Sequence[np.ndarray]) -> StepResult:
         """Make step number `step` on micro-batches (B, T) of one shape, and start computing it."""
         parameters = self.model.trainable_parameters()
-        for i, windows in enumerate(micro_batches):
-            windows_bt = mx.array(windows)
-            # What dropout drops is a function of (seed, step), so a resume needs no saved generator.
-            key = mx.random.key(seed_for(self._training.seed, step, i)) if self.model.config.dropout > 0 else None
-            if i == 0:
-                loss, gradients = self._first(parameters, windows_bt, key)
-            else:
-                loss, gradients = self._next(parameters, windows_bt, key, loss, gradients)
-            if i < len(micro_batches) - 1:
-                mx.eval(loss, gradients)  # or the activations of all micro-steps would stand at once
-        count = mx.array(len(micro_batches), mx.float32)
+        count = 0
+        total: tuple[mx.array, Tree] = (mx.array(0.0), {})
+        for windows in micro_batches:
+            if count:
+                mx.eval(total)  # or the activations of all micro-steps would stand at once
+            for (windows_bt,) in backend.shares(windows):
+                # What dropout drops is a function of (seed, step), so a resume needs no saved generator.
+                seed = backend.seed_for(self._training.seed, step, count)
+                key = mx.random.key(seed) if self.model.config.dropout > 0 else None
+                share = self._share(parameters, windows_bt, key)
+                total = tree_map(mx.add, total, share) if count else share
+                count += 1
+        loss, gradients = total
         parameters, self.optimizer_state, result = self._update(
-            parameters, gradients, self.optimizer_state, loss, count, mx.array(learning_rate)
+            parameters, gradients, self.optimizer_state, loss, mx.array(float(count)), mx.array(learning_rate)
         )
-        del gradients
+        del total, share, gradients
         self.model.update(parameters)
         mx.async_eval(parameters, self.optimizer_state, result)
         return StepResult(*result)
@@ -75,16 +76,10 @@ class TrainingStep:
 
         return mx.value_and_grad(loss)(parameters)
 
-    def _add_loss_and_gradients(
-        self, parameters: Tree, windows_bt: mx.array, key: mx.array | None, loss: mx.array, gradients: Tree
-    ) -> tuple[mx.array, Tree]:
-        next_loss, next_gradients = self._loss_and_gradients(parameters, windows_bt, key)
-        return loss + next_loss, tree_map(mx.add, gradients, next_gradients)
-
     def _clip_and_update(
         self, parameters: Tree, gradients: Tree, state: Tree, loss: mx.array, count: mx.array, learning_rate: mx.array
     ) -> tuple[Tree, Tree, tuple[mx.array, mx.array]]:
-        # Sums over the micro-steps become means. All windows have the same length, so every token weighs the same.
+        # Sums over `count` shares of the step become means: all have as many tokens.
         loss = loss / count
         squares = tree_reduce(lambda total, g: total + (g * g).sum(), gradients, mx.array(0.0))
         norm = mx.sqrt(squares) / count
