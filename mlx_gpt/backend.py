@@ -1,5 +1,6 @@
 """All that differs between Metal, CUDA and the CPU."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -45,7 +46,7 @@ def device() -> Device:
     if _blas.problem:
         raise UserError(_blas.problem)
     on_gpu = mx.default_device() == mx.gpu
-    return device_from(on_gpu and mx.metal.is_available(), on_gpu and mx.cuda.is_available(), dict(mx.device_info()))
+    return device_from(on_gpu and mx.metal.isavailable(), on_gpu and mx.cuda.isavailable(), dict(mx.device_info()))
 
 
 def device_from(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> Device:
@@ -59,16 +60,26 @@ def device_from(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> De
         return Device("cuda", name, total, int(info.get("free_memory", total)))
     page = os.sysconf("SC_PAGE_SIZE")
     memory = page * os.sysconf("SC_PHYS_PAGES")
-    return Device("cpu", name, memory, _available() or memory)
+    return Device("cpu", name, memory, available() or memory)
 
 
-def _available() -> int:
-    """Bytes that Linux could give to a program now, caches that it would drop included; 0 where it doesn't say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+def available(root: Path = Path("/")) -> int:
+    """Bytes that Linux could give to this program now, caches that it would drop included; 0 where it doesn't say.
+
+    A container's limit counts too (cgroup v2, or v1).
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    groups = root / "sys/fs/cgroup"
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is the word "max"
+            found.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(found, default=0))
 
 
 def prepare(device: Device) -> None:
@@ -86,13 +97,18 @@ def shares(*batches: np.ndarray) -> Iterator[list[mx.array]]:
     MLX's CPU back end runs the operations of a stream one by one and, but for products, each on one core: there every
     share has a stream to itself. A GPU is filled by a single one.
     """
-    on_gpu, size = mx.default_device() == mx.gpu, len(batches[0])
-    count = 1 if on_gpu else next(n for n in (4, 2, 1) if n <= cores() and size % n == 0)
+    on_gpu = mx.default_device() == mx.gpu
+    count = share_count(len(batches[0]), on_gpu)
     if not on_gpu:
         _blas.set_threads(max(1, cores() // count))
     for i, parts in enumerate(zip(*(np.split(batch, count) for batch in batches), strict=True)):
         with mx.stream(mx.gpu if on_gpu else _cpu_stream(i)):
             yield [mx.array(part) for part in parts]
+
+
+def share_count(batch_size: int, on_gpu: bool) -> int:
+    """How many shares `shares` makes of a batch. More than two have not been tried."""
+    return 2 if not on_gpu and cores() > 1 and batch_size % 2 == 0 else 1
 
 
 @functools.cache

@@ -65,7 +65,8 @@ def draw(runs: Sequence[Path], target: Path) -> None:
             name = run.resolve().name
             _draw_loss(axes[0], records, colour, name, details=len(runs) == 1)
             for axis, (field, _) in zip(axes[1:], PANELS[1:], strict=True):
-                axis.plot(*_series(records, field), color=colour, linewidth=1)
+                steps, values = _series(records, field)
+                axis.plot(steps, values, _mark(steps), color=colour, linewidth=1)
         for axis, (_, title) in zip(axes, PANELS, strict=True):
             axis.set_ylabel(title)
         for axis in axes[1:]:
@@ -74,13 +75,14 @@ def draw(runs: Sequence[Path], target: Path) -> None:
         axes[0].legend(frameon=False, loc="upper right")
         axes[0].set_title(", ".join(run.resolve().name for run in runs), loc="left")
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=150)
+        figure.savefig(target, dpi=110)
         pyplot.close(figure)
 
 
 def _draw_loss(axis: Any, records: list[Record], colour: str, name: str, details: bool) -> None:
     steps, losses = _series(records, "train_loss")
-    axis.plot(steps, losses, color=colour, linewidth=1, alpha=0.5, label=f"{name}: train" if not details else "train")
+    label = "train" if details else f"{name}: train"
+    axis.plot(steps, losses, _mark(steps), markersize=3, color=colour, linewidth=1, alpha=0.5, label=label)
     steps, losses = _series(records, "val_loss")
     axis.plot(
         steps, losses, color=colour, linewidth=1.8, marker="o", markersize=3,
@@ -104,8 +106,14 @@ def _draw_loss(axis: Any, records: list[Record], colour: str, name: str, details
             )  # fmt: skip
 
 
+def _mark(steps: list[int]) -> str:
+    """A line, with dots where a few points would hardly make one."""
+    return "-" if len(steps) > 5 else "o-"
+
+
 def _series(records: list[Record], field: str) -> tuple[list[int], list[float]]:
-    points = [(record["step"], record[field]) for record in records if record.get(field) is not None]
+    curve = [record for record in records if "event" not in record]  # a spike's loss is no point of it
+    points = [(record["step"], record[field]) for record in curve if record.get(field) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 

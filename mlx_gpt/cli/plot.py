@@ -7,7 +7,9 @@ import click
 
 @click.command("plot")
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--out", metavar="FILE", help="The PNG to write.  [default: curves.png in the run's folder]")
+@click.option(
+    "--out", metavar="FILE", help="The PNG to write.  [default: curves.png in the run's folder; here for several]"
+)
 def command(runs: tuple[str, ...], out: str | None) -> None:
     """Draw the curves of a run, or of several on one picture. Takes the newest run when none is named.
 
@@ -17,6 +19,6 @@ def command(runs: tuple[str, ...], out: str | None) -> None:
     from mlx_gpt.training.run import newest_run
 
     folders = [Path(run) for run in runs] or [newest_run(Path("weights"), with_model=True)]
-    target = Path(out) if out else folders[0] / "curves.png"
+    target = Path(out) if out else (folders[0] if len(folders) == 1 else Path()) / "curves.png"
     draw(folders, target)
     click.echo(f"Written to {target}.")

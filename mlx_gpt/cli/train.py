@@ -22,7 +22,9 @@ from mlx_gpt.config import Config
     metavar="[PATH]",
     help="Go on with the run that the flags name, with the newest, or with the run or checkpoint at PATH.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the run that is in --out.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the run in --out; with --resume CHECKPOINT, what came after it."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan with its memory, and stop.")
 @settings_options(Config)
 def command(file: str | None, resume: str | None, overwrite: bool, dry_run: bool, **settings: Any) -> int:
@@ -31,15 +33,13 @@ def command(file: str | None, resume: str | None, overwrite: bool, dry_run: bool
     A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
     preset tiny on the text that is built in.
     """
-    from mlx_gpt.training import loop
-    from mlx_gpt.training.setup import plan, set_up
+    from mlx_gpt.training import loop, setup
 
     display = Terminal()
     if dry_run:
-        for line in plan(given(settings), display, file, resume, overwrite).lines():
-            click.echo(line)
+        setup.dry_run(given(settings), display, file, resume, overwrite)
         return 0
-    run = set_up(given(settings), display, file, resume, overwrite)
+    run = setup.set_up(given(settings), display, file, resume, overwrite)
     try:
         with StopSignals() as stop:
             outcome = loop.fit(run, display, stop.requested)

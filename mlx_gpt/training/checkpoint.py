@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from mlx_gpt.training.optimizer import Tree
 from mlx_gpt.weights import save_arrays, save_model
 
 MARKER = "training.json"
-SET_ASIDE = "set-aside"
-UNFINISHED = "unfinished"  # in it, with the step, while a run goes back
 
 
 @dataclass(frozen=True)
@@ -84,42 +81,18 @@ def remove_unfinished(run: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside_after(run: Path, step: int) -> list[str]:
-    """Move to `set-aside/` what a run that goes back to `step` leaves behind: the checkpoints after it, and the best.
+def later_than(run: Path, step: int) -> list[Path]:
+    """The checkpoints after `step`, oldest first."""
+    return [folder for folder in all_checkpoints(run) if step_of(folder) > step]
 
-    After a crash in between `finish_setting_aside` moves the rest, from which the run would go on otherwise.
 
-    Returns:
-        The names of what was moved; none when `step` is the newest.
+def remove_after(run: Path, step: int, best: bool) -> None:
+    """Remove what a run that goes back to `step` will make anew: later checkpoints, `final`, and `best` if it is later.
+
+    The newest checkpoint goes last, so that after a crash in between the run is as far as it was.
     """
-    aside, note = run / SET_ASIDE, run / SET_ASIDE / UNFINISHED
-    later = [folder for folder in all_checkpoints(run) if step_of(folder) > step]
-    if not later and not note.exists():
-        return []
-    aside.mkdir(exist_ok=True)
-    write_text_whole(note, str(step))
-    moved = [folder for folder in (*later, run / "best") if folder.exists()]
-    for folder in moved:
-        if (aside / folder.name).exists():  # from going back before, which is the better work
-            _remove(folder)
-        else:
-            folder.rename(aside / folder.name)
-    for changed in (aside, run / "checkpoints", run):
-        sync(changed)
-    note.unlink()
-    return [folder.name for folder in moved]
-
-
-def finish_setting_aside(run: Path) -> None:
-    """Do what a crash has left of going back to an earlier checkpoint."""
-    note = run / SET_ASIDE / UNFINISHED
-    if note.exists():
-        set_aside_after(run, int(note.read_text(encoding="utf-8")))
-
-
-def remove_set_aside(run: Path) -> None:
-    """Remove what was set aside, since there is a newer checkpoint."""
-    shutil.rmtree(run / SET_ASIDE, ignore_errors=True)
+    for folder in (run / "final", *([run / "best"] if best else []), *later_than(run, step)):
+        _remove(folder)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -144,22 +117,22 @@ def all_checkpoints(run: Path) -> list[Path]:
     return sorted(folder for folder in folders if (folder / MARKER).is_file())
 
 
-def newest_sound(run: Path, echo: Callable[[str], None]) -> tuple[Path, Progress] | None:
-    """The newest checkpoint whose files have their checksums, and how far it is.
-
-    A damaged one is set aside, and `echo` is told.
-    """
+def newest_sound(run: Path) -> tuple[tuple[Path, Progress] | None, dict[Path, str]]:
+    """The newest checkpoint whose files have their checksums, with how far it is; and why newer ones are not sound."""
+    damaged: dict[Path, str] = {}
     for folder in reversed(all_checkpoints(run)):
         try:
-            progress = read_progress(folder)
+            return (folder, read_progress(folder)), damaged
         except UserError as error:
-            aside = folder.with_name(f"damaged-{folder.name}")
-            _remove(aside)
-            folder.rename(aside)
-            echo(f"{error} It is set aside as {aside.name}; the one before it is tried.")
-        else:
-            return folder, progress
-    return None
+            damaged[folder] = str(error)
+    return None, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none any more; its new place."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    _remove(aside)
+    return folder.rename(aside)
 
 
 def read_progress(folder: Path) -> Progress:

@@ -102,7 +102,7 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
         if validates:
             validate(run, step, display)
         if saves:
-            save_checkpoint(run, step, over, stopping)
+            save_checkpoint(run, step, last=over or stopping)
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
     if over and step == began and (run.folder / "final/model.safetensors").exists():
@@ -134,8 +134,9 @@ def review(run: Run, step: int, result: StepResult) -> None:
     run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
     if bad_steps > training.max_bad_steps:
         before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
-        again = f"--config {run.folder / run_folder.SETTINGS} --overwrite"
-        way_back = f"mlx-gpt train {f'--resume {before[-1]}' if before else again}"
+        start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
+        newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
+        way_back = f"mlx-gpt train {start}{'' if newest else ' --overwrite'}"
         raise RunError(
             f"{bad_steps} steps in a row had no finite loss or gradient, and changed nothing. Likely causes: a "
             f"learning rate that is too high (it was {training.learning_rate:g}), bfloat16 (try --precision float32), "
@@ -159,8 +160,8 @@ def validate(run: Run, step: int, display: Display) -> None:
     run.monitor.aside(started)
 
 
-def save_checkpoint(run: Run, step: int, over: bool, stopping: bool) -> None:
-    """Save all that is needed to go on from `step`, after which training may be over, or stopping on request."""
+def save_checkpoint(run: Run, step: int, last: bool) -> None:
+    """Save all that is needed to go on from `step`; `last` when training ends here."""
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
 
@@ -168,10 +169,8 @@ def save_checkpoint(run: Run, step: int, over: bool, stopping: bool) -> None:
         keep = run.config.training.keep_checkpoints
         checkpoint.save(run.folder, run.model, run.tokenizer, run.step.optimizer_state, run.progress, keep)
         run.failed_saves = 0
-        if not stopping:  # who stops may just have seen that the run went back too far
-            checkpoint.remove_set_aside(run.folder)
 
-    guarded(run, f"the checkpoint of step {step:,}", save, last=over or stopping)
+    guarded(run, f"the checkpoint of step {step:,}", save, last)
     run.monitor.aside(started)
 
 

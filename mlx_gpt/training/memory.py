@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_gpt import ops
-from mlx_gpt.backend import Device, compute_dtype
-from mlx_gpt.config import ModelConfig, TrainingConfig
+from mlx_gpt.backend import GIB, Device, compute_dtype, share_count
+from mlx_gpt.config import PRESETS, Config, ModelConfig, TrainingConfig, build
 from mlx_gpt.model import GPT
 
 FLOAT32 = 4
-MARGIN = 1.15  # the estimate was at most a tenth off what was measured; see tests/training/peaks.py
+MARGIN = 1.15  # above how far off the estimate was of what was measured; see tests/training/peaks.py
 SHORTEST = 128  # windows that a suggestion cuts no shorter
 
 
@@ -37,21 +37,22 @@ class Held(NamedTuple):
     logits: tuple[float, float] = (0, 0)
 
 
-# Measured on MLX's CPU back end, which allocates about ten operations ahead of the one that runs. First what each
-# block keeps for the backward pass, by whether there is dropout; then what comes on top of all blocks in the moments
-# that can be the worst: while the loss is taken, and twice within the backward pass of a block.
-BLOCK = {False: Held(23, 1.6), True: Held(24.3, 2.7)}
+# Measured on MLX's CPU back end with two shares of a batch, where it allocates some ten operations ahead of those that
+# run. First what each block keeps for the backward pass, by whether there is dropout; then what comes on top of all
+# blocks in the moments that can be the worst: while the loss is taken, and twice within the backward pass of a block.
+BLOCK = {False: Held(25.7, 1.2), True: Held(27.2, 2.1)}
 MOMENTS = {
-    False: (Held(head=2.1, logits=(7.6, 16.8)), Held(49, 0, 38.7, head=1), Held(37.1, 3.7, head=1)),
-    True: (Held(head=3.5, logits=(6.2, 17.1)), Held(51.1, 0, 30.7, head=1), Held(26.3, 5.3, head=1)),
+    False: (Held(10.9, head=4.3, logits=(11, 19.8)), Held(29.8, 1.5, head=5.9), Held(4.5, 3.8, head=5.9)),
+    True: (Held(19.2, head=4.8, logits=(8.3, 18.7)), Held(3.2, 5.1, 10.3, head=5.7), Held(22.3, 0.1, 10.7, head=5.7)),
 }
-# The same with `grad_checkpoint`, where each block keeps what came into it.
-RECOMPUTED_BLOCK = Held(1)
+# The same with `grad_checkpoint`.
+RECOMPUTED_BLOCK = {False: Held(3), True: Held(3.5, 0.2)}
 RECOMPUTED_MOMENTS = {
-    False: (Held(61.2, 3.9, head=2.5, logits=(4.5, 8.7)), Held(98.8, 4.2, 24.9, head=1), Held(85.7, 8.3, head=1)),
-    True: (Held(62.3, 10.7, head=1.6, logits=(4.3, 7.1)), Held(19.5, 14.3, 87, head=1), Held(88.3, 9.8, 21.3, head=1)),
+    False: (Held(44.8, head=1.4, logits=(7.6, 15.5)), Held(49.8, 6.7, head=2.8), Held(85.9, 0.2, 31.2, head=2.8)),
+    True: (Held(39.3, 3.9, head=3.3, logits=(9.1, 13.9)), Held(60.6, 5.9, 80.1), Held(39.1, 9)),
 }
-UPDATE = Held(weight=170, head=2.2)  # new weights and means, made before the old ones go
+# New weights and means, made before the old ones and the last of the backward pass have gone.
+UPDATE = {False: Held(0.7, weight=163, head=3), True: Held(14, weight=165, head=0.7)}  # by `grad_checkpoint`
 
 
 @dataclass(frozen=True)
@@ -88,23 +89,25 @@ def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Me
     attention = training.batch_size * model.n_head * training.seq_len**2
     weight, head = model.n_embd**2, model.vocab_size * model.n_embd
     tokens = training.batch_size * training.seq_len
-    rows = ops.rows_at_once(tokens, model.vocab_size, device.kind != "cpu")
+    on_gpu = device.kind != "cpu"
+    in_share = tokens // share_count(training.batch_size, on_gpu)
+    rows = ops.rows_at_once(in_share, model.vocab_size, on_gpu)
 
     def size(held: Held) -> float:
         passing = held.hidden * hidden + held.attention * attention
-        fixed = held.weight * weight + held.head * head + held.logits[rows < tokens] * rows * model.vocab_size
+        fixed = held.weight * weight + held.head * head + held.logits[rows < in_share] * rows * model.vocab_size
         return passing * number_size + fixed * FLOAT32
 
     drops = model.dropout > 0
     if training.grad_checkpoint:
-        block, moments = RECOMPUTED_BLOCK, RECOMPUTED_MOMENTS[drops]
+        block, moments = RECOMPUTED_BLOCK[drops], RECOMPUTED_MOMENTS[drops]
     else:
         block, moments = BLOCK[drops], MOMENTS[drops]
     activations = model.n_layer * size(block) + max(size(moment) for moment in moments)
     parameters = FLOAT32 * n_params
     weights = 3 * parameters + (n_params * number_size if number_size < FLOAT32 else 0)  # with a copy to compute with
     summed = parameters if training.gradient_accumulation_steps > 1 else 0
-    update = parameters + min(3 * parameters, size(UPDATE))
+    update = parameters + min(3 * parameters, size(UPDATE[training.grad_checkpoint]))
     return Memory(
         weights=int(weights),
         gradients=parameters,
@@ -118,21 +121,46 @@ def fits(memory: Memory, device: Device) -> bool:
     return memory.peak * MARGIN <= device.usable
 
 
-def cheapest_fit(model: ModelConfig, training: TrainingConfig, device: Device) -> TrainingConfig | None:
-    """The first of `changes` that fits the device; None when none does."""
+def fit(model: ModelConfig, training: TrainingConfig, device: Device) -> tuple[TrainingConfig, str]:
+    """The settings to train with on `device`, and what is wrong with them: empty if they fit.
+
+    They are those given; if the batch was left to us, it is chosen, and whether activations are computed twice.
+    """
+    asked = training
+    if training.auto_batch_size:
+        windows = training.batch_size * training.gradient_accumulation_steps
+        asked = dataclasses.replace(training, batch_size=windows, gradient_accumulation_steps=1, auto_batch_size=False)
+    fitting = _first_that_fits(model, asked, device)
+    if fitting == asked or (fitting and training.auto_batch_size and fitting.seq_len == asked.seq_len):
+        return fitting, ""
+    held = estimate(model, asked, device)
+    problem = (
+        f"Training would hold about {in_words(held.peak)} at its peak, and {device} can safely spare "
+        f"{in_words(device.usable / MARGIN)}."
+    )
+    if fitting:
+        held = estimate(model, fitting, device)
+        return asked, f"{problem} This fits: {flags(training, fitting)} (about {in_words(held.peak)})."
+    smaller = _largest_preset(device, below=parameters_of(model))
+    way_out = f"{smaller} would" if smaller else "free some memory, or take another machine"
+    return asked, f"{problem} No batch of this model fits: {way_out}."
+
+
+def _first_that_fits(model: ModelConfig, training: TrainingConfig, device: Device) -> TrainingConfig | None:
+    """The first of `changes` that fits, which is the cheapest."""
     return next((changed for changed in changes(training) if fits(estimate(model, changed, device), device)), None)
 
 
 def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
     """Ways to hold less, those first that cost least; the windows per step stay the same.
 
-    Smaller micro-batches change only the time, and that little; recomputed activations cost a third more of it;
-    shorter windows change what is learnt.
+    Smaller micro-batches change only the time; activations that are computed twice cost a third more of it; shorter
+    windows change what is learnt.
     """
     windows = training.batch_size * training.gradient_accumulation_steps
     seq_len = training.seq_len
     while True:
-        for recompute in sorted({training.grad_checkpoint, True}):
+        for recompute in [True] if training.grad_checkpoint else [False, True]:
             for batch_size in range(training.batch_size, 0, -1):
                 if windows % batch_size == 0:
                     yield dataclasses.replace(
@@ -147,12 +175,6 @@ def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
         seq_len //= 2
 
 
-def one_batch(training: TrainingConfig) -> TrainingConfig:
-    """The settings with all windows of a step in one micro-batch: what `--batch-size auto` cuts down from."""
-    windows = training.batch_size * training.gradient_accumulation_steps
-    return dataclasses.replace(training, batch_size=windows, gradient_accumulation_steps=1)
-
-
 def flags(before: TrainingConfig, after: TrainingConfig) -> str:
     """The command-line flags that turn the one into the other."""
     words = []
@@ -161,3 +183,18 @@ def flags(before: TrainingConfig, after: TrainingConfig) -> str:
         if value != getattr(before, name):
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
     return " ".join(words)
+
+
+def _largest_preset(device: Device, below: int) -> str:
+    """The flags of the largest preset that fits, of those with fewer parameters than `below`; empty if none does."""
+    for name, values in reversed(PRESETS.items()):
+        preset = build(Config, values)
+        fitting = _first_that_fits(preset.model, preset.training, device)
+        if fitting and parameters_of(preset.model) < below:
+            return f"--preset {name} {flags(preset.training, fitting)}".rstrip()
+    return ""
+
+
+def in_words(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"

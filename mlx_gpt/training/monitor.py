@@ -199,6 +199,20 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def improved_after(run: Path, step: int, best_loss: float | None) -> bool:
+    """Whether the metrics of a run have a lower validation loss after `step` than `best_loss`."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash left unfinished
+            record = json.loads(line)
+            if record["step"] > step and (best_loss is None or record["val_loss"] < best_loss):
+                return True
+    return False
+
+
 def _drop_records_after(path: Path, step: int) -> None:
     """Cut off the records of steps that will be made again, and a last line that a crash left unfinished."""
     if not path.exists():

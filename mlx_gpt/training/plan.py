@@ -1,17 +1,15 @@
 """What a run is about to do, before it does it."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
-from mlx_gpt.backend import GIB, Device
-from mlx_gpt.config import PRESETS, Config, ModelConfig, TrainingConfig, build
+from mlx_gpt.backend import Device
+from mlx_gpt.config import Config
 from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.data.tokens import Tokens
-from mlx_gpt.errors import UserError
 from mlx_gpt.model import GPT
 from mlx_gpt.training import memory
-from mlx_gpt.training.memory import Memory
+from mlx_gpt.training.memory import Memory, in_words
 
 FEW_STEPS = 300
 CPU_FLOPS = 1e11  # per second: what two to four good cores reach in large products
@@ -49,8 +47,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        training, model, memory = self.config.training, self.config.model, self.memory
-        steps = f"{self.total_steps:,} of {self.tokens(1):,} tokens"
+        training, model, held = self.config.training, self.config.model, self.memory
+        steps = f"{self.total_steps:,}, each of {self.tokens(1):,} tokens"
         steps += f" ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
         if training.max_minutes:
             steps += f", or {training.max_minutes:g} minutes"
@@ -67,12 +65,14 @@ class Plan:
             f"Batch        {training.batch_size} x {training.seq_len} tokens, "
             f"{training.gradient_accumulation_steps} per step, "
             f"activations {'computed twice' if training.grad_checkpoint else 'kept'}",
-            f"Memory       about {size(memory.peak)} at the peak, of {size(self.device.usable)} usable: "
-            f"weights and means {size(memory.weights)}, gradients {size(memory.gradients)}, "
-            f"activations {size(memory.activations)}",
+            f"Memory       about {in_words(held.peak)} at the peak, of {in_words(self.device.usable)} usable: weights "
+            f"and means {in_words(held.weights)}, gradients {in_words(held.gradients)}, "
+            f"activations {in_words(held.activations)}",
         ]
+        if not memory.fits(held, self.device):
+            lines.append("WARNING      That is more than can safely be spared now: close other programs.")
         if self.device.kind == "metal":
-            wired = size(self.device.usable)
+            wired = in_words(self.device.usable)
             lines.append(f"             Up to {wired} stay wired, so that macOS pages nothing out between two steps")
         hours = self.flops_per_token * self.tokens(self.total_steps) / CPU_FLOPS / 3600
         if self.device.kind == "cpu" and hours > 1 and not training.max_minutes:
@@ -108,44 +108,3 @@ def make_plan(config: Config, tokens: Tokens, device: Device) -> Plan:
         total_steps=min(total_steps, training.max_steps or total_steps),
         memory=memory.estimate(config.model, training, device),
     )
-
-
-def fit_memory(model: ModelConfig, training: TrainingConfig, device: Device) -> TrainingConfig:
-    """The settings as they are if they fit the device's memory, or with the batch chosen if that was left to us.
-
-    Raises:
-        UserError: they don't fit; names the flags that would, those that cost least.
-    """
-    if training.auto_batch_size:
-        asked = dataclasses.replace(memory.one_batch(training), auto_batch_size=False)
-    else:
-        asked = training
-    fitting = memory.cheapest_fit(model, asked, device)
-    if fitting == asked or (fitting and training.auto_batch_size):
-        return fitting
-    needed = memory.estimate(model, asked, device).peak
-    problem = (
-        f"Training would hold about {size(needed)} at its peak, and {device} can spare {size(device.usable)}, of which "
-        f"{1 - 1 / memory.MARGIN:.0%} are kept in reserve."
-    )
-    if fitting:
-        costs = "" if fitting.seq_len == asked.seq_len else "; shorter windows teach shorter context"
-        peak = memory.estimate(model, fitting, device).peak
-        raise UserError(f"{problem} This fits: {memory.flags(training, fitting)} (about {size(peak)}{costs}).")
-    smaller = _largest_preset(device, below=memory.parameters_of(model))
-    way_out = f"--preset {smaller} would" if smaller else "free some memory, or take another machine"
-    raise UserError(f"{problem} No batch of this model fits: {way_out}.")
-
-
-def _largest_preset(device: Device, below: int) -> str | None:
-    """The largest preset that fits, of those with fewer parameters than `below`."""
-    for name, values in reversed(PRESETS.items()):
-        preset = build(Config, values)
-        if memory.parameters_of(preset.model) < below and memory.cheapest_fit(preset.model, preset.training, device):
-            return name
-    return None
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"

@@ -167,4 +167,6 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _numbers(record: Record) -> dict[str, float]:
+    if "event" in record:  # the loss of a spike is no point of the curve, which has every `log_every`-th step
+        return {}
     return {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.config import Config, flat, read_toml, resolve
+from mlx_gpt.config import Config, TrainingConfig, flat, read_toml, resolve
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import checkpoint
 
@@ -17,14 +17,13 @@ LOCK = ".lock"
 # In the order in which they are removed: while run.toml is there, the folder is a run.
 CONTENTS = (
     "final", "best", "checkpoints", "metrics.jsonl", "training.log", "curves.png", "tensorboard", "wandb",
-    checkpoint.SET_ASIDE, SETTINGS,
+    SETTINGS,
 )  # fmt: skip
 # What may differ when a run goes on. Anything else would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
     "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
 }  # fmt: skip
-CHOSEN = {"batch_size", "gradient_accumulation_steps", "grad_checkpoint", "seq_len"}  # by `--batch-size auto`
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -120,9 +119,7 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
     if resume != "newest":
         run = Path(resume)
         if (run / checkpoint.MARKER).is_file():
-            run, chosen = run.resolve().parent.parent, run
-            if chosen.resolve().parent.name == checkpoint.SET_ASIDE:
-                raise UserError(f"{chosen} was set aside: move it back to {run / 'checkpoints'} to go on from it.")
+            run, chosen = _run_of(run), run
     elif {"out", "data", "preset"} & given.keys():
         run = Path(resolve(given).out)
     else:
@@ -130,6 +127,11 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
     if not (run / SETTINGS).is_file():
         raise UserError(f"There is no run in {run}: leave --resume out to start one.")
     return run, chosen
+
+
+def _run_of(saved: Path) -> Path:
+    """The run of a checkpoint, in the words in which the checkpoint was named where they lead there."""
+    return saved.parent.parent if saved.parent.name == "checkpoints" else saved.resolve().parent.parent
 
 
 def newest_run(weights: Path, with_model: bool = False) -> Path:
@@ -175,8 +177,8 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
         UserError: a setting was given that would make it another run; names all of them.
     """
     saved = read_toml(run / SETTINGS)
-    if given.get("batch_size") == "auto":  # what was chosen then holds
-        given = {name: given[name] for name in given if name not in CHOSEN}
+    if given.get("batch_size") == "auto":  # what was chosen then holds, if it makes as many windows
+        given = _chosen(saved, given)
     config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
     changed = [name for name in given if name not in MAY_CHANGE and resolved.get(name) != saved.get(name)]
@@ -189,6 +191,14 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
             )
         )
     return config
+
+
+def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings given, with the saved batch in place of "auto" where a step has the windows that were asked for."""
+    count = given.get("gradient_accumulation_steps", 0)
+    same = TrainingConfig.batch_size * count == saved["batch_size"] * saved["gradient_accumulation_steps"]
+    left_to_us = {"batch_size", "gradient_accumulation_steps"} if same else {"batch_size"}
+    return {name: value for name, value in given.items() if name not in left_to_us}
 
 
 def model_directory(path: Path) -> Path:

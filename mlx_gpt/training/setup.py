@@ -19,11 +19,11 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint, reporters
+from mlx_gpt.training import checkpoint, memory, reporters
 from mlx_gpt.training import run as run_folder
 from mlx_gpt.training.checkpoint import Progress
-from mlx_gpt.training.monitor import Display, Monitor
-from mlx_gpt.training.plan import Plan, fit_memory, make_plan
+from mlx_gpt.training.monitor import Display, Monitor, improved_after
+from mlx_gpt.training.plan import Plan, make_plan
 from mlx_gpt.training.run import Lock
 from mlx_gpt.training.step import TrainingStep
 from mlx_gpt.weights import load_model
@@ -74,6 +74,8 @@ def set_up(
     """
     with contextlib.ExitStack() as resources:
         start = check(settings, display, file, resume, overwrite, resources)
+        if start.problem:
+            raise UserError(start.problem)
         config, tokenizer, tokens, progress = start.plan.config, start.tokenizer, start.tokens, start.progress
         training, out = config.training, Path(config.out)
 
@@ -91,8 +93,11 @@ def set_up(
         if not start.source:
             run_folder.clear(out)
         checkpoint.remove_unfinished(out)
-        # The best model too, which may be of a later step that this run may never see again.
-        left_behind = checkpoint.set_aside_after(out, progress.step)
+        for folder, why in start.damaged.items():
+            aside = checkpoint.set_aside(folder)
+            display.line(f"{why} It is set aside as {aside.name}, and an earlier one is taken.")
+        if checkpoint.later_than(out, progress.step):  # with --overwrite
+            checkpoint.remove_after(out, progress.step, improved_after(out, progress.step, progress.best_loss))
         if not (out / "best").exists():
             progress = dataclasses.replace(progress, best_loss=None)
         write_toml(start.settings, out / run_folder.SETTINGS)
@@ -103,9 +108,6 @@ def set_up(
         monitor.listen(told.record)
         if start.source:
             monitor.line(f"Going on from {start.source}, after step {progress.step}.")
-        if left_behind:
-            aside = out / checkpoint.SET_ASIDE
-            monitor.line(f"In {aside} until the next checkpoint, should you want them back: {', '.join(left_behind)}.")
         for line in start.plan.lines():
             monitor.line(line)
         return Run(
@@ -137,29 +139,35 @@ def set_up(
         )
 
 
-def plan(
+def dry_run(
     settings: Mapping[str, Any],
     display: Display,
     file: str | Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
-) -> Plan:
+) -> None:
     """What `set_up` would begin, checked in the same way, with the run's folder left as it is.
 
     Raises:
-        UserError: as `set_up`.
+        UserError: as `set_up`; where memory is too small, the plan is shown before.
     """
     with contextlib.ExitStack() as resources:
-        return check(settings, display, file, resume, overwrite, resources).plan
+        start = check(settings, display, file, resume, overwrite, resources)
+        for line in start.plan.lines():
+            display.line(line)
+        if start.problem:
+            raise UserError(start.problem)
 
 
 @dataclass(frozen=True)
 class Start:
-    """A run that nothing speaks against.
+    """A run that has been checked.
 
     Attributes:
         settings: what run.toml keeps.
         source: the checkpoint to go on from.
+        damaged: newer ones, and what is wrong with them.
+        problem: why it does not fit in memory, and what would.
     """
 
     settings: Config
@@ -168,6 +176,8 @@ class Start:
     tokens: Tokens
     source: Path | None
     progress: Progress
+    damaged: dict[Path, str]
+    problem: str
 
 
 def check(
@@ -183,16 +193,21 @@ def check(
     Raises:
         UserError: as `set_up`.
     """
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other: give one of them.")
     source, progress = None, Progress()
+    damaged: dict[Path, str] = {}
     if resume:
         given = (read_toml(file) if file else {}) | dict(settings)
         folder, source = run_folder.run_to_resume(resume, given)
         config = run_folder.resumed_config(folder, given)
         reporters.check(config.training.report_to)
         resources.enter_context(Lock(folder))
-        source, progress = find_checkpoint(folder, source, display)
+        if overwrite and not source:
+            raise UserError(
+                "--resume and --overwrite go together only where --resume names a checkpoint to go back to."
+            )
+        source, progress, damaged = find_checkpoint(folder, source, overwrite)
+        if not source:
+            display.line(f"{folder} has no checkpoint yet: it starts from the beginning.")
     else:
         config = resolve(settings, file)
         reporters.check(config.training.report_to)
@@ -206,7 +221,10 @@ def check(
 
     # The tokenizer may be smaller than was asked for; run.toml keeps what was asked.
     shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(config, training=fit_memory(shape, config.training, device))
+    problem = ""
+    if not resume:
+        training, problem = memory.fit(shape, config.training, device)
+        config = dataclasses.replace(config, training=training)
     plan = make_plan(dataclasses.replace(config, model=shape), tokens, device)
     if progress.step > plan.total_steps:
         raise UserError(
@@ -214,25 +232,36 @@ def check(
             "give more with --max-steps or --max-epochs."
         )
     run_folder.check_room(Path(config.out), plan.n_params, overwrite)
-    return Start(config, plan, tokenizer, tokens, source, progress)
+    return Start(config, plan, tokenizer, tokens, source, progress, damaged, problem)
 
 
-def find_checkpoint(folder: Path, chosen: Path | None, display: Display) -> tuple[Path | None, Progress]:
-    """The checkpoint to go on from, and how far it is; none when the run was stopped before its first.
+def find_checkpoint(
+    folder: Path, chosen: Path | None, overwrite: bool
+) -> tuple[Path | None, Progress, dict[Path, str]]:
+    """The checkpoint to go on from, how far it is, and newer ones that are damaged, with what is wrong with them.
+
+    There is none when the run was stopped before its first.
 
     Raises:
-        UserError: the chosen one is damaged, or none of them is sound.
+        UserError: the chosen one is damaged or, without `overwrite`, not the newest; or none of them is sound.
     """
     if chosen:
-        return chosen, checkpoint.read_progress(chosen)
-    checkpoint.finish_setting_aside(folder)
-    if not checkpoint.all_checkpoints(folder):
-        display.line(f"{folder} has no checkpoint yet: it starts from the beginning.")
-        return None, Progress()
-    found = checkpoint.newest_sound(folder, display.line)
-    if found is None:
-        raise UserError(f"None of the checkpoints in {folder} is sound: start it again with --overwrite.")
-    return found
+        progress = checkpoint.read_progress(chosen)
+        later = checkpoint.later_than(folder, progress.step)
+        if later and not overwrite:
+            raise UserError(
+                f"{folder} goes on to step {checkpoint.step_of(later[-1]):,}: --overwrite drops what came after step "
+                f"{progress.step:,}; to keep it, copy the run's folder and go back in the copy."
+            )
+        return chosen, progress, {}
+    found, damaged = checkpoint.newest_sound(folder)
+    if found:
+        return *found, damaged
+    if damaged:
+        raise UserError(
+            "\n".join([*damaged.values(), f"No checkpoint in {folder} is sound: --overwrite starts again."])
+        )
+    return None, Progress(), {}
 
 
 def read_text(config: Config, source: Path | None, display: Display) -> tuple[Tokenizer, Tokens]:

@@ -36,7 +36,8 @@ class Shape(NamedTuple):
     V: int
 
 
-# Narrow and wide, shallow and deep; few tokens and many; where attention, the logits or the weights are the most.
+# Narrow and wide, shallow and deep; few tokens and many; where attention, the logits or the weights are the most. The
+# coefficients of memory.py were fitted to these.
 GRID = [
     Shape(4, 4, 128, 128, 16, 2048),
     Shape(4, 4, 128, 64, 12, 65),
@@ -53,13 +54,24 @@ GRID = [
     Shape(3, 4, 64, 64, 64, 512),
     Shape(2, 8, 512, 512, 2, 8192),
     Shape(16, 4, 128, 32, 8, 256),
-    # Not among those from which the coefficients of memory.py were fitted.
     Shape(5, 5, 320, 96, 6, 3000),
     Shape(12, 6, 192, 192, 4, 10000),
     Shape(6, 8, 512, 256, 4, 8192),
-    Shape(10, 10, 640, 64, 1, 500),
     Shape(3, 3, 96, 384, 6, 700),
-    Shape(12, 12, 768, 256, 1, 16384),
+    Shape(3, 8, 128, 128, 4, 1000),
+    Shape(4, 4, 128, 64, 4, 3000),
+    Shape(2, 4, 64, 256, 4, 300),
+    Shape(24, 8, 128, 128, 8, 10000),
+    Shape(24, 8, 256, 256, 2, 2048),
+    Shape(24, 4, 64, 128, 8, 300),
+    Shape(36, 4, 64, 64, 8, 500),
+    Shape(6, 4, 128, 128, 8, 20000),
+]
+# And not to these.
+GRID += [
+    Shape(24, 16, 512, 256, 2, 8192),
+    Shape(8, 6, 192, 128, 12, 6000),
+    Shape(12, 12, 768, 256, 2, 16384),
 ]
 
 

@@ -161,14 +161,14 @@ def test_the_sentence_names_causes_and_the_way_back(corpus):
     assert "\n" not in told
     assert all(cause in told for cause in ("learning rate", "bfloat16", "weights that had grown too large"))
     back = "run/checkpoints/step-00000002"
-    assert told.endswith(f"mlx-gpt train --resume {back} --learning-rate 0.003")
+    assert told.endswith(f"mlx-gpt train --resume {back} --overwrite --learning-rate 0.003")
     assert state(5) == state(2)
 
     # Stopped when it has hardly gone back: what it went back from is not taken up again.
     slower = {**settings, "learning_rate": 0.003}
-    with contextlib.closing(loop.set_up(slower, Silent(), resume=back)):
+    with contextlib.closing(loop.set_up(slower, Silent(), resume=back, overwrite=True)):
         assert [path.name for path in checkpoint.all_checkpoints(Path("run"))] == ["step-00000001", "step-00000002"]
-    assert train(corpus, GPT, resume=back, stop_after=1, **slower).step == 3
+    assert train(corpus, GPT, resume="run", stop_after=1, **slower).step == 3
     run = train(corpus, GPT, resume="run", **(slower | {"max_steps": 5}))
     assert (run.step, steps_with("skipped")) == (5, [])
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == [f"step-0000000{n}" for n in range(1, 6)]

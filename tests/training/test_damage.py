@@ -72,16 +72,16 @@ def test_any_damage_is_noticed(run, name):
 @pytest.mark.parametrize("name", FILES)
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(run, name):
     draw = random.Random(name)
-    lines: list[str] = []
     content = draw.choice(list(damaged((run / "checkpoints" / NEWEST / name).read_bytes(), draw)))
     (run / "checkpoints" / NEWEST / name).write_bytes(content)
-    found = checkpoint.newest_sound(run, lines.append)
+    found, why = checkpoint.newest_sound(run)
     assert found is not None
     assert found[0] == run / "checkpoints" / BEFORE
+    (broken,) = why
+    aside = checkpoint.set_aside(broken)
     assert [path.name for path in checkpoint.all_checkpoints(run)] == [BEFORE]
-    assert (run / "checkpoints" / f"damaged-{NEWEST}" / name).read_bytes() == content
-    assert len(lines) == 1
-    assert f"set aside as damaged-{NEWEST}" in lines[0]
+    assert aside.name == f"damaged-{NEWEST}"
+    assert (aside / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "tokenizer.json", "training.json"])
@@ -89,6 +89,7 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_end(train, trained, run, 
     file = run / "checkpoints" / NEWEST / name
     file.write_bytes(file.read_bytes()[:-1])
     outcome = train(run, resume=run, max_steps=2)
+    assert any(f"{name} is not as it was written. It is set aside" in line for line in outcome.lines)
     assert any(f"Going on from {run}/checkpoints/{BEFORE}" in line for line in outcome.lines)
     for path in ("final/model.safetensors", f"checkpoints/{NEWEST}/optimizer.safetensors"):
         assert (run / path).read_bytes() == (trained / path).read_bytes()
@@ -103,6 +104,6 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(train, run):
 def test_with_no_sound_one_left_the_run_is_refused(train, run):
     for name in (NEWEST, BEFORE):
         (run / "checkpoints" / name / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"None of the checkpoints in .* is sound: start it again with --overwrite\.$"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* is sound: --overwrite starts again\.$"):
         train(run, resume=run)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [f"damaged-{BEFORE}", f"damaged-{NEWEST}"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [BEFORE, NEWEST]

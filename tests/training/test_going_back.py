@@ -1,4 +1,4 @@
-"""A run that goes back to an earlier checkpoint loses nothing that it came from before it has something new."""
+"""A run goes back to an earlier checkpoint only when it is told to drop what came after it."""
 
 import contextlib
 import shutil
@@ -7,13 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_gpt.api import load
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import checkpoint
-from mlx_gpt.training.run import model_directory
+from mlx_gpt.training.monitor import improved_after
 
 EACH_STEP = {"save_every": 1, "eval_every": 1, "keep_checkpoints": 9, "max_steps": 5}
-LATER = ["step-00000003", "step-00000004", "step-00000005"]
 BACK = "run/checkpoints/step-00000002"
 BRANCH = EACH_STEP | {"learning_rate": 0.001, "max_steps": 4}
 
@@ -40,92 +38,77 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def names(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
+def test_it_is_refused_without_overwrite(train, trained):
+    with pytest.raises(UserError, match=r"^run goes on to step 5: --overwrite drops what came after step 2; to keep"):
+        train("run", resume=BACK, **BRANCH)
+    assert contents("run").keys() - {Path(".lock")} == contents(trained).keys() - {Path(".lock")}
 
 
-def crash(*_):
-    raise SystemExit
-
-
-def test_what_is_left_behind_waits_for_the_next_checkpoint(train, trained):
-    before: list[list[str]] = []
-
-    def tick():  # after a step, before it is saved
-        if not before:
-            before.append(names("run/checkpoints"))
-            assert contents("run/set-aside/best") == contents(trained / "best")
-            for name in LATER:
-                assert contents(f"run/set-aside/{name}") == contents(trained / "checkpoints" / name)
-
-    outcome = train("run", resume=BACK, **BRANCH, tick=tick)
-    assert before == [["step-00000001", "step-00000002"]]
-    assert any("run/set-aside until the next checkpoint" in line and LATER[0] in line for line in outcome.lines)
-    assert not Path("run/set-aside").exists()
-    assert names("run/checkpoints") == [f"step-0000000{step}" for step in (1, 2, 3, 4)]
-
-
-def test_who_stops_at_once_has_it_all_back(train, trained):
-    train("run", resume=BACK, **EACH_STEP, stop_after=1)
-    assert names("run/set-aside") == ["best", *LATER]
-    shutil.rmtree("run/checkpoints/step-00000003")
-    shutil.rmtree("run/best")
-    for name in LATER:
-        Path("run/set-aside", name).rename(f"run/checkpoints/{name}")
-    Path("run/set-aside/best").rename("run/best")
-    outcome = train("run", resume="run", **EACH_STEP)
-    assert any("Going on from run/checkpoints/step-00000005" in line for line in outcome.lines)
+def test_a_copy_goes_back_and_leaves_the_original(train, trained):
+    shutil.copytree("run", "copy")
+    outcome = train("copy", resume="copy/checkpoints/step-00000002", overwrite=True, **BRANCH)
+    assert any("Going on from copy/checkpoints/step-00000002" in line for line in outcome.lines)
     for name in ("best", "final", "checkpoints"):
         assert contents(f"run/{name}") == contents(trained / name)
 
 
-def test_nobody_takes_it_for_the_run_s_own(train):
-    train("run", resume=BACK, **(EACH_STEP | {"eval_every": 9}), stop_after=1)
-    shutil.rmtree("run/final")
-    assert [checkpoint.step_of(path) for path in checkpoint.all_checkpoints(Path("run"))] == [1, 2, 3]
-    assert model_directory(Path("run")) == Path("run/checkpoints/step-00000003")
-    load("run/set-aside/best")  # but it can be looked at
-    with pytest.raises(UserError, match=r"was set aside: move it back to .*run/checkpoints to go on from it\.$"):
-        train("run", resume="run/set-aside/step-00000005", **EACH_STEP)
-    outcome = train("run", resume="run", **EACH_STEP)
-    assert any("Going on from run/checkpoints/step-00000003" in line for line in outcome.lines)
-    assert not Path("run/set-aside").exists()
+def test_what_came_after_goes_before_the_first_step(train):
+    """`final` too, and `best`, which is of the last step; metrics.jsonl forgets them."""
+    seen = []
+
+    def tick():
+        seen.append(
+            (len(checkpoint.all_checkpoints(Path("run"))), Path("run/final").exists(), Path("run/best").exists())
+        )
+
+    train("run", resume=BACK, overwrite=True, **(BRANCH | {"eval_every": 9}), tick=tick)
+    assert seen[0] == (2, False, False)
+    assert not improved_after(Path("run"), 4, None)
 
 
-def test_going_back_twice_keeps_what_was_set_aside_first(train, trained):
-    for _ in range(2):
-        train("run", resume=BACK, **BRANCH, stop_after=1)
-    for name in LATER:
-        assert contents(f"run/set-aside/{name}") == contents(trained / "checkpoints" / name)
-    assert contents("run/set-aside/best") == contents(trained / "best")
+def test_the_best_of_the_steps_before_stays(train):
+    """After step 3 the rate ruins the model, which is why one goes back; the best is from before."""
+    train("ruined", **(EACH_STEP | {"max_steps": 3}))
+    best = contents("ruined/best")
+    train("ruined", resume="ruined", **(EACH_STEP | {"learning_rate": 50.0}))
+    assert contents("ruined/best") == best
+    back = "ruined/checkpoints/step-00000003"
+    outcome = train("ruined", resume=back, overwrite=True, **(EACH_STEP | {"max_steps": 3}))
+    assert contents("ruined/best") == best
+    assert outcome.best_loss == checkpoint.read_progress(Path(back)).best_loss
+    assert contents("ruined/final")[Path("model.safetensors")] == contents(back)[Path("model.safetensors")]
 
 
-def test_replacing_a_run_takes_what_it_set_aside_along(train):
-    train("run", resume=BACK, **EACH_STEP, stop_after=1)
-    train("run", overwrite=True, **(EACH_STEP | {"max_steps": 1}))
-    assert not Path("run/set-aside").exists()
+def test_only_a_checkpoint_can_be_gone_back_to(train):
+    with pytest.raises(UserError, match="only where --resume names a checkpoint"):
+        train("run", resume="run", overwrite=True)
 
 
-@pytest.mark.parametrize("moves", [0, 1, 3, 4])
-def test_a_crash_while_it_goes_back_leaves_a_run_at_the_chosen_checkpoint(train, trained, monkeypatch, moves):
+def test_the_same_way_again_ends_in_the_same_bytes(train, trained):
+    train("run", resume=BACK, overwrite=True, **EACH_STEP)
+    for name in (
+        "best/model.safetensors",
+        "final/model.safetensors",
+        "checkpoints/step-00000005/optimizer.safetensors",
+    ):
+        assert Path("run", name).read_bytes() == (trained / name).read_bytes()
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_a_crash_while_it_goes_back_leaves_a_run_to_go_on_with(train, trained, monkeypatch, moves):
     def rename(self, target):
         nonlocal moves
-        if Path(target).parent.name == "set-aside":
+        if ".removed" in Path(target).name:
             if moves == 0:
-                crash()
+                raise SystemExit
             moves -= 1
         return original(self, target)
 
     original = Path.rename
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
-        if moves == 4:  # all that there is: the crash comes after them
-            patch.setattr("mlx_gpt.training.setup.write_toml", crash)
         with pytest.raises(SystemExit):
-            train("run", resume=BACK, **EACH_STEP)
+            train("run", resume=BACK, overwrite=True, **EACH_STEP)
     outcome = train("run", resume="run", **EACH_STEP)
-    assert any(f"Going on from {BACK}" in line for line in outcome.lines)
-    for name in ("best", "final", "checkpoints"):
-        assert contents(f"run/{name}").keys() == contents(trained / name).keys()
-    for name in ("best/model.safetensors", "final/model.safetensors", f"checkpoints/{LATER[-1]}/optimizer.safetensors"):
-        assert Path("run", name).read_bytes() == (trained / name).read_bytes()
+    assert outcome.finished
+    assert (Path("run/final/model.safetensors")).read_bytes() == (trained / "final/model.safetensors").read_bytes()

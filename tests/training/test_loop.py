@@ -131,7 +131,14 @@ def test_the_log_has_the_lines_that_scripts_read(whole):
 def test_before_it_starts_it_says_what_it_will_do(whole):
     log = (whole.folder / "training.log").read_text()
     plan = log[: log.index("Validation Loss")]
-    for words in ("Device", "parameters", "tokens to train on", "8 of 128 tokens", "tokens per parameter", "Memory"):
+    for words in (
+        "Device",
+        "parameters",
+        "tokens to train on",
+        "8, each of 128 tokens",
+        "tokens per parameter",
+        "Memory",
+    ):
         assert words in plan
 
 
@@ -217,7 +224,7 @@ def test_two_half_runs_are_one_whole_run(train, whole, tmp_path):
 
 def test_going_back_to_an_earlier_checkpoint_makes_the_same_steps_again(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
-    outcome = train(run, resume=run / "checkpoints/step-00000003", only={})
+    outcome = train(run, resume=run / "checkpoints/step-00000003", overwrite=True, only={})
     assert (outcome.finished, outcome.step, outcome.folder) == (True, 8, run)
     assert weights(run / "final") == weights(whole.folder / "final")
     assert records(run, timeless=True) == records(whole.folder, timeless=True)
@@ -319,7 +326,7 @@ def test_going_back_leaves_the_later_checkpoints_behind(train, whole, tmp_path):
     """Or the next resume would go on with the branch that was given up."""
     run = copy_of(whole.folder, tmp_path / "run")
     back = run / "checkpoints/step-00000003"
-    train(run, resume=back, learning_rate=0.001, keep_checkpoints=1, stop_after=1)
+    train(run, resume=back, overwrite=True, learning_rate=0.001, keep_checkpoints=1, stop_after=1)
     assert checkpoints(run) == ["step-00000004"]
     outcome = train(run, resume=run, learning_rate=0.001)
     assert any("after step 4." in line for line in outcome.lines)
@@ -354,10 +361,10 @@ def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eag
         train(tmp_path / "stopped", max_steps=5, stop_after=1)
 
 
-def test_to_go_on_and_to_overwrite_exclude_each_other(train, whole, tmp_path):
+def test_to_go_on_and_to_overwrite_go_together_only_to_go_back(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     before = contents(run)
-    assert "exclude each other" in refusal(lambda: train(run, resume=run, overwrite=True))
+    assert "only where --resume names a checkpoint" in refusal(lambda: train(run, resume=run, overwrite=True))
     assert contents(run) == before
 
 

@@ -54,7 +54,7 @@ def test_after_a_resume_it_shows_each_step_once(train, back):
     train("run", **EACH_STEP, keep_checkpoints=9, max_steps=8, stop_after=5)
     # Beyond the newest checkpoint, as when the process is killed.
     shutil.rmtree("run/checkpoints/step-00000005")
-    train("run", resume=back, **(EACH_STEP | {"max_steps": 6}))
+    train("run", resume=back, overwrite=back != "run", **(EACH_STEP | {"max_steps": 6}))
     assert curves() == metrics()
     assert [step for step, _ in curves()["train_loss"]] == [1, 2, 3, 4, 5, 6]
 
