@@ -77,8 +77,8 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
 
 def remove_unfinished(run: Path) -> None:
     """Remove what a process that was killed had half written or half removed."""
-    for folder in (*run.glob(".*.part"), *run.glob("checkpoints/.*.part")):
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in (*run.glob(".*.part*"), *run.glob("*/.*.part*")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def later_than(run: Path, step: int) -> list[Path]:

@@ -41,7 +41,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
                 f"{folder} already holds a run: go on with it (--resume), replace it (--overwrite) "
                 "or choose another --out."
             )
-    elif folder.is_file() or (folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())):
+    elif folder.is_file() or (folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())):
         raise UserError(f"{folder} is there and is no run: choose another --out.")
 
 

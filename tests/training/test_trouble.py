@@ -246,7 +246,17 @@ def test_the_leavings_of_a_killed_save_go(train):
     train("run", **EACH_STEP, max_steps=1)
     for name in ("checkpoints/.step-00000007.part", "checkpoints/.step-00000001.removed.part", ".best.removed.part"):
         (Path("run") / name / "half").mkdir(parents=True)
+    for name in (".run.1-1.part.toml", "best/.model.1-1.part.safetensors"):
+        (Path("run") / name).touch()
     train("run", resume="run", max_steps=2)
+    assert not unfinished()
+
+
+def test_a_run_that_was_killed_before_its_settings_stood_can_begin_again(train):
+    Path("run").mkdir()
+    for name in (".lock", ".run.1-1.part.toml"):
+        (Path("run") / name).touch()
+    assert train("run", **EACH_STEP, max_steps=1).finished
     assert not unfinished()
 
 
