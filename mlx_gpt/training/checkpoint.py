@@ -70,9 +70,14 @@ def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, pro
         shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
         raise
     sync(folder.parent)
-    for old in [at for at in all_checkpoints(run) if step_of(at) <= progress.step][:-keep]:
-        _remove(old)
+    remove_older(run, progress.step, keep)
     return folder
+
+
+def remove_older(run: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`."""
+    for old in [folder for folder in all_checkpoints(run) if step_of(folder) <= step][:-keep]:
+        _remove(old)
 
 
 def remove_unfinished(run: Path) -> None:

@@ -98,6 +98,7 @@ def set_up(
             display.line(f"{why} It is set aside as {aside.name}, and an earlier one is taken.")
         if checkpoint.later_than(out, progress.step):  # with --overwrite
             checkpoint.remove_after(out, progress.step, improved_after(out, progress.step, progress.best_loss))
+        checkpoint.remove_older(out, progress.step, training.keep_checkpoints)  # a kill may have come before that
         if not (out / "best").exists():
             progress = dataclasses.replace(progress, best_loss=None)
         write_toml(start.settings, out / run_folder.SETTINGS)

@@ -252,6 +252,13 @@ def test_the_leavings_of_a_killed_save_go(train):
     assert not unfinished()
 
 
+def test_a_checkpoint_that_a_kill_left_too_many_goes(train):
+    train("run", **EACH_STEP, max_steps=3, keep_checkpoints=9)
+    shutil.copytree("run", "killed")
+    train("killed", resume="killed", **EACH_STEP, max_steps=3, keep_checkpoints=2)
+    assert sorted(path.name for path in Path("killed/checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_a_run_that_was_killed_before_its_settings_stood_can_begin_again(train):
     Path("run").mkdir()
     for name in (".lock", ".run.1-1.part.toml"):
