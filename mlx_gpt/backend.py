@@ -45,8 +45,13 @@ def device() -> Device:
     """
     if _blas.problem:
         raise UserError(_blas.problem)
-    on_gpu = mx.default_device() == mx.gpu
-    return device_from(on_gpu and mx.metal.isavailable(), on_gpu and mx.cuda.isavailable(), dict(mx.device_info()))
+    on_metal, on_cuda = on_gpu() and mx.metal.is_available(), on_gpu() and mx.cuda.is_available()
+    return device_from(on_metal, on_cuda, dict(mx.device_info()))
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU, whose exponentials are fast and whose attention is fused."""
+    return mx.default_device() == mx.gpu
 
 
 def device_from(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> Device:
@@ -97,12 +102,10 @@ def shares(*batches: np.ndarray) -> Iterator[list[mx.array]]:
     MLX's CPU back end runs the operations of a stream one by one and, but for products, each on one core: there every
     share has a stream to itself. A GPU is filled by a single one.
     """
-    on_gpu = mx.default_device() == mx.gpu
-    count = share_count(len(batches[0]), on_gpu)
-    if not on_gpu:
-        _blas.set_threads(max(1, cores() // count))
+    count = share_count(len(batches[0]), on_gpu())
+    _blas.set_threads(max(1, cores() // count))
     for i, parts in enumerate(zip(*(np.split(batch, count) for batch in batches), strict=True)):
-        with mx.stream(mx.gpu if on_gpu else _cpu_stream(i)):
+        with mx.stream(_further_cpu_stream(i) if i else mx.default_device()):
             yield [mx.array(part) for part in parts]
 
 
@@ -112,8 +115,8 @@ def share_count(batch_size: int, on_gpu: bool) -> int:
 
 
 @functools.cache
-def _cpu_stream(number: int) -> mx.Stream:
-    return mx.new_stream(mx.cpu) if number else mx.default_stream(mx.cpu)
+def _further_cpu_stream(number: int) -> mx.Stream:
+    return mx.new_stream(mx.cpu)
 
 
 def use_all_cores() -> None:
@@ -122,8 +125,10 @@ def use_all_cores() -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, fewer if a variable that BLAS libraries read says so."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = (os.environ.get(name, "") for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+    return min([there, *(int(count) for count in asked if count.isdecimal() and int(count) > 0)])
 
 
 def compute_dtype(precision: str, device: Device) -> mx.Dtype:

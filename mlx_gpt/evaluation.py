@@ -17,7 +17,7 @@ def token_losses(model: GPT, windows_bt: mx.array) -> mx.array:
     """Cross-entropy (B, T - 1), in nats and float32, of each token of (B, T) windows but the first."""
     x_nc = model.hidden(windows_bt[:, :-1]).flatten(0, 1)
     targets_bt = windows_bt[:, 1:]
-    size = ops.rows_at_once(targets_bt.size, model.config.vocab_size, ops.on_gpu())
+    size = ops.rows_at_once(targets_bt.size, model.config.vocab_size, backend.on_gpu())
     losses: list[mx.array] = []
     for start in range(0, targets_bt.size, size):
         # One after the other, so that the logits of all tokens never stand at once.

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_gpt import ops
+from mlx_gpt import backend, ops
 from mlx_gpt.config import ModelConfig
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self, q_bhtd: mx.array, k_bhtd: mx.array, v_bhtd: mx.array, scale: float, key: mx.array | None
     ) -> mx.array:
         T, S = q_bhtd.shape[2], k_bhtd.shape[2]
-        if T == 1 or (ops.on_gpu() and key is None):
+        if T == 1 or (backend.on_gpu() and key is None):
             mask = "causal" if T > 1 else None  # a single query may see all that is there
             return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhtd, v_bhtd, scale=scale, mask=mask)
         # The fused kernel has no dropout. The T queries are the last of S tokens.

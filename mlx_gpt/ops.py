@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_gpt import backend
+
 # exp(r) on [-ln 2 / 2, ln 2 / 2] to float32 rounding: the polynomial through its Chebyshev nodes, lowest power first.
 EXP = (1.0, 1.0, 0.5, 0.16666415, 0.04166635, 0.0083751325, 0.0013941117)
 # ln 2 in two parts: times a small whole number the first is exact in float32.
@@ -83,11 +85,6 @@ def split(key: mx.array | None, count: int) -> Sequence[mx.array | None]:
     return [None] * count if key is None else list(mx.random.split(key, count))
 
 
-def on_gpu() -> bool:
-    """Whether MLX computes on a GPU, whose exponentials are fast and whose attention is fused."""
-    return mx.default_device().type != mx.DeviceType.cpu
-
-
 def rows_at_once(rows: int, vocab_size: int, on_gpu: bool) -> int:
     """How many of `rows` rows of logits `linear_cross_entropy` makes at a time."""
     most = max(MIN_ROWS, (CHUNK_GPU if on_gpu else CHUNK_CPU) // vocab_size)
@@ -95,7 +92,7 @@ def rows_at_once(rows: int, vocab_size: int, on_gpu: bool) -> int:
 
 
 def _slow_exp(x: mx.array) -> bool:
-    return not on_gpu() and x.dtype == mx.float32
+    return not backend.on_gpu() and x.dtype == mx.float32
 
 
 @mx.custom_function
@@ -155,7 +152,7 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
     def share(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
         return cross_entropy(x @ weight.T, targets).sum() / rows
 
-    size = rows_at_once(rows, len(weight), on_gpu())
+    size = rows_at_once(rows, len(weight), backend.on_gpu())
     dx: list[mx.array] = []
     total, dweight = mx.array(0.0), mx.array(0.0)
     for start in range(0, rows, size):

@@ -27,14 +27,16 @@ class Held(NamedTuple):
         attention: per B H T T, its attention weights in one block.
         weight: per C C.
         head: per V C.
-        logits: per logit that is made at once, where one chunk has all, and where there are several.
+        logits: per logit, where all are made at once.
+        chunked_logits: per logit of a chunk, where there are several.
     """
 
     hidden: float = 0
     attention: float = 0
     weight: float = 0
     head: float = 0
-    logits: tuple[float, float] = (0, 0)
+    logits: float = 0
+    chunked_logits: float = 0
 
 
 # Measured on MLX's CPU back end with two shares of a batch, where it allocates some ten operations ahead of those that
@@ -42,14 +44,22 @@ class Held(NamedTuple):
 # blocks in the moments that can be the worst: while the loss is taken, and twice within the backward pass of a block.
 BLOCK = {False: Held(25.7, 1.2), True: Held(27.2, 2.1)}
 MOMENTS = {
-    False: (Held(10.9, head=4.3, logits=(11, 19.8)), Held(29.8, 1.5, head=5.9), Held(4.5, 3.8, head=5.9)),
-    True: (Held(19.2, head=4.8, logits=(8.3, 18.7)), Held(3.2, 5.1, 10.3, head=5.7), Held(22.3, 0.1, 10.7, head=5.7)),
+    False: (Held(10.9, head=4.3, logits=11, chunked_logits=19.8), Held(29.8, 1.5, head=5.9), Held(4.5, 3.8, head=5.9)),
+    True: (
+        Held(19.2, head=4.8, logits=8.3, chunked_logits=18.7),
+        Held(3.2, 5.1, 10.3, head=5.7),
+        Held(22.3, 0.1, 10.7, head=5.7),
+    ),
 }
 # The same with `grad_checkpoint`.
 RECOMPUTED_BLOCK = {False: Held(3), True: Held(3.5, 0.2)}
 RECOMPUTED_MOMENTS = {
-    False: (Held(44.8, head=1.4, logits=(7.6, 15.5)), Held(49.8, 6.7, head=2.8), Held(85.9, 0.2, 31.2, head=2.8)),
-    True: (Held(39.3, 3.9, head=3.3, logits=(9.1, 13.9)), Held(60.6, 5.9, 80.1), Held(39.1, 9)),
+    False: (
+        Held(44.8, head=1.4, logits=7.6, chunked_logits=15.5),
+        Held(49.8, 6.7, head=2.8),
+        Held(85.9, 0.2, 31.2, head=2.8),
+    ),
+    True: (Held(39.3, 3.9, head=3.3, logits=9.1, chunked_logits=13.9), Held(60.6, 5.9, 80.1), Held(39.1, 9)),
 }
 # New weights and means, made before the old ones and the last of the backward pass have gone.
 UPDATE = {False: Held(0.7, weight=163, head=3), True: Held(14, weight=165, head=0.7)}  # by `grad_checkpoint`
@@ -85,17 +95,17 @@ def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Me
     """
     n_params = parameters_of(model)
     number_size = compute_dtype(training.precision, device).size
-    hidden = training.batch_size * training.seq_len * model.n_embd
-    attention = training.batch_size * model.n_head * training.seq_len**2
-    weight, head = model.n_embd**2, model.vocab_size * model.n_embd
-    tokens = training.batch_size * training.seq_len
     on_gpu = device.kind != "cpu"
+    tokens = training.batch_size * training.seq_len
+    hidden, attention = tokens * model.n_embd, tokens * model.n_head * training.seq_len
+    weight, head = model.n_embd**2, model.vocab_size * model.n_embd
     in_share = tokens // share_count(training.batch_size, on_gpu)
     rows = ops.rows_at_once(in_share, model.vocab_size, on_gpu)
 
     def size(held: Held) -> float:
+        per_logit = held.chunked_logits if rows < in_share else held.logits
         passing = held.hidden * hidden + held.attention * attention
-        fixed = held.weight * weight + held.head * head + held.logits[rows < in_share] * rows * model.vocab_size
+        fixed = held.weight * weight + held.head * head + per_logit * rows * model.vocab_size
         return passing * number_size + fixed * FLOAT32
 
     drops = model.dropout > 0

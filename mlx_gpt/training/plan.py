@@ -69,11 +69,11 @@ class Plan:
             f"and means {in_words(held.weights)}, gradients {in_words(held.gradients)}, "
             f"activations {in_words(held.activations)}",
         ]
-        if not memory.fits(held, self.device):
-            lines.append("WARNING      That is more than can safely be spared now: close other programs.")
         if self.device.kind == "metal":
             wired = in_words(self.device.usable)
             lines.append(f"             Up to {wired} stay wired, so that macOS pages nothing out between two steps")
+        if not memory.fits(held, self.device):
+            lines.append("WARNING      That is more than can safely be spared.")
         hours = self.flops_per_token * self.tokens(self.total_steps) / CPU_FLOPS / 3600
         if self.device.kind == "cpu" and hours > 1 and not training.max_minutes:
             lines.append(f"Hint         On a CPU this takes {hours:,.0f} hours or more; --preset tiny takes minutes.")

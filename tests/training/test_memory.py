@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import click
+import mlx.core as mx
 import pytest
 
 from mlx_gpt import backend
@@ -76,6 +77,33 @@ def test_a_container_s_limit_counts(tmp_path):
     (groups / "memory.max").write_text("5000\n")
     assert backend.available(tmp_path) == 4000
     assert backend.available(tmp_path / "elsewhere") == 0
+
+
+def test_the_device_is_the_one_that_mlx_describes(monkeypatch):
+    """As on a Mac: the real functions are asked whether Metal and CUDA are there, then Metal says yes."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert backend.device().kind == (
+        "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
+    )
+    facts = {"memory_size": 16 * GIB, "max_recommended_working_set_size": WORKING_SETS[16], "device_name": "a Mac"}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: facts)
+    device = backend.device()
+    assert (device.kind, device.usable) == ("metal", WORKING_SETS[16])
+    limits: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(mx, "set_memory_limit", limits.append)
+    backend.prepare(device)
+    assert limits == [WORKING_SETS[16]] * 2
+
+
+def test_no_more_cores_are_used_than_the_environment_allows(monkeypatch):
+    there = backend.cores()
+    monkeypatch.setenv("OMP_NUM_THREADS", str(there + 1))
+    assert backend.cores() == there
+    monkeypatch.setenv("MKL_NUM_THREADS", "1")
+    assert backend.cores() == 1
+    assert backend.share_count(16, on_gpu=False) == 1
 
 
 def test_what_fits_is_left_as_it_is():
