@@ -1,12 +1,12 @@
 """Pictures of runs, drawn from their metrics.jsonl."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_gpt.errors import UserError
+from mlx_gpt.training.monitor import read_records
 
 PANELS = (
     ("train_loss", "loss (nats per token)"),
@@ -27,15 +27,9 @@ def read_metrics(run: Path) -> list[Record]:
     """
     path = run / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        records = read_records(run)
     except OSError:
         raise UserError(f"There is no {path}: name a run.") from None
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # a line that is being written
     if not any("train_loss" in record or "val_loss" in record for record in records):
         raise UserError(f"{path} has no losses yet: let the run log a few steps.")
     return records

@@ -46,6 +46,18 @@ def test_the_loss_of_bfloat16_is_float32_and_its_gradients_bfloat16(hidden):
     assert loss.item() == pytest.approx(reference(x, weight, targets)[0], rel=0.02)
 
 
+def test_the_gradient_of_the_head_is_summed_in_float32(monkeypatch):
+    """In bfloat16 the sum of 128 chunks is 1 % off, in float32 0.3 %."""
+    monkeypatch.setattr(ops, "CHUNK_CPU", 0)
+    monkeypatch.setattr(ops, "MIN_ROWS", 4)
+    draw = np.random.default_rng(3)
+    x, weight, targets = draw.normal(size=(512, 8)), draw.normal(size=(30, 8)), draw.integers(0, 30, 512)
+    function = mx.grad(lambda w, x: ops.linear_cross_entropy(x, w, mx.array(targets)))
+    dweight = np.array(function(mx.array(weight, mx.bfloat16), mx.array(x, mx.bfloat16)).astype(mx.float32))
+    whole = reference(x, weight, targets)[2]
+    assert np.linalg.norm(dweight - whole) < 0.006 * np.linalg.norm(whole)
+
+
 def test_rows_at_once_are_even_shares(monkeypatch):
     monkeypatch.setattr(ops, "CHUNK_CPU", 1000)
     monkeypatch.setattr(ops, "MIN_ROWS", 10)

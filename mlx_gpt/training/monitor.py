@@ -199,18 +199,29 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, in order.
+
+    Raises:
+        OSError: there are none.
+    """
+    records = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n"):
+        with contextlib.suppress(ValueError):  # a line that is being written, or that a crash left unfinished
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
+    return records
+
+
 def improved_after(run: Path, step: int, best_loss: float | None) -> bool:
     """Whether the metrics of a run have a lower validation loss after `step` than `best_loss`."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = read_records(run)
     except OSError:
         return False
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash left unfinished
-            record = json.loads(line)
-            if record["step"] > step and (best_loss is None or record["val_loss"] < best_loss):
-                return True
-    return False
+    later = [record["val_loss"] for record in records if record["step"] > step and record.get("val_loss") is not None]
+    return any(best_loss is None or loss < best_loss for loss in later)
 
 
 def _drop_records_after(path: Path, step: int) -> None:

@@ -141,7 +141,9 @@ class Reporters:
                 self._open[name] = REPORTERS[name](Path(config.out), config, resumed_at)
 
     def record(self, record: Record) -> None:
-        """Pass a record on."""
+        """Pass a record on, but for events: a spike's loss is no point of a curve of every `log_every`-th step."""
+        if "event" in record:
+            return
         for name, reporter in list(self._open.items()):
             with self._guarded(name):
                 reporter.record(record)
@@ -167,6 +169,4 @@ def _chosen(names: Sequence[str]) -> list[str]:
 
 
 def _numbers(record: Record) -> dict[str, float]:
-    if "event" in record:  # the loss of a spike is no point of the curve, which has every `log_every`-th step
-        return {}
     return {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}

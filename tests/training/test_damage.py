@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.training import checkpoint
+from mlx_gpt.training import checkpoint, setup
+from tests.training.conftest import Silent
 
 FILES = [
     "config.json",
@@ -93,6 +94,13 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_end(train, trained, run, 
     assert any(f"Going on from {run}/checkpoints/{BEFORE}" in line for line in outcome.lines)
     for path in ("final/model.safetensors", f"checkpoints/{NEWEST}/optimizer.safetensors"):
         assert (run / path).read_bytes() == (trained / path).read_bytes()
+
+
+def test_a_dry_run_leaves_a_damaged_checkpoint_where_it_is(run):
+    (run / "checkpoints" / NEWEST / "model.safetensors").write_bytes(b"")
+    before = sorted(run.rglob("*"))
+    setup.dry_run({}, Silent(), resume=str(run))
+    assert sorted(path for path in run.rglob("*") if path.name != ".lock") == [p for p in before if p.name != ".lock"]
 
 
 def test_a_damaged_checkpoint_that_is_asked_for_is_refused(train, run):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mlx_gpt import plot
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import reporters
+from mlx_gpt.training.monitor import read_records
 
 EACH_STEP = {"log_every": 1, "save_every": 1, "eval_every": 2, "report_to": ["tensorboard"]}
 
@@ -57,6 +59,15 @@ def test_after_a_resume_it_shows_each_step_once(train, back):
     train("run", resume=back, overwrite=back != "run", **(EACH_STEP | {"max_steps": 6}))
     assert curves() == metrics()
     assert [step for step, _ in curves()["train_loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_spike_is_no_point_of_a_curve(train):
+    """Or the curve of a run that logs every fourth step would be one of its spikes."""
+    train("run", **(EACH_STEP | {"log_every": 4, "learning_rate": 50.0}), max_steps=8)
+    records = read_records(Path("run"))
+    assert any(record.get("event") == "spike" for record in records)
+    assert [step for step, _ in curves()["train_loss"]] == [4, 8]
+    assert plot._series(records, "train_loss")[0] == [4, 8]
 
 
 def test_a_run_that_is_replaced_leaves_no_curves(train):
