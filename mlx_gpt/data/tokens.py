@@ -15,13 +15,14 @@ from mlx_gpt.data.readers import read_documents
 from mlx_gpt.data.sources import find_files
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import write_text_whole, write_whole
-from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
+TOKENIZER_BYTES = 32_000_000  # of text that a tokenizer learns from: twice as much gave 0.06 % fewer tokens
 # Where a piece may end so that GPT-2's split into words stays the same: before a space that begins a word.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
@@ -43,6 +44,8 @@ class Tokens:
 def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Callable[[str], None]) -> Tokenizer:
     """The tokenizer that `--tokenizer` names; BPE is trained on the corpus the first time and loaded afterwards.
 
+    It learns from 32 MB, taken evenly from the whole training text, or from all of a smaller one.
+
     Raises:
         UserError: there is no such tokenizer.
     """
@@ -53,8 +56,11 @@ def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Callable[[
     path = corpus.folder / f"{corpus.fingerprint[:16]}-{vocab_size}.tokenizer.json"
     if path.exists():
         return Tokenizer.load(path)
-    echo(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name} ...")
-    tokenizer = Tokenizer.train(corpus.documents("train"), vocab_size)
+    size = corpus.path("train").stat().st_size
+    part = f"{TOKENIZER_BYTES // 10**6} of the {size // 10**6:,} MB of " if size > TOKENIZER_BYTES else ""
+    echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
+    texts = (text for text, _ in _pieces(corpus.documents("train")))
+    tokenizer = Tokenizer.train(_evenly(texts, TOKENIZER_BYTES / size), vocab_size)
     write_text_whole(path, tokenizer.to_json())
     return tokenizer
 
@@ -99,17 +105,14 @@ def encode_file(
 
 def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None], path: Path) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    end_of_text = np.array([tokenizer.end_of_text], dtype)
+    end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
+    encoder = CorpusEncoder(tokenizer, dtype)
     length = encoded = 0
     with path.open("wb") as file:
         _write_header(file, dtype, 0)
         for pieces in _batches(_pieces(documents)):
-            for ids, (_, is_last) in zip(tokenizer.encode_batch([text for text, _ in pieces]), pieces, strict=True):
-                np.array(ids, dtype).tofile(file)
-                length += len(ids)
-                if is_last:
-                    end_of_text.tofile(file)
-                    length += 1
+            for ids, (_, is_last) in zip(encoder.encode_batch([text for text, _ in pieces]), pieces, strict=True):
+                length += file.write(ids + end_of_text if is_last else ids) // dtype.itemsize
             encoded += sum(len(text) for text, _ in pieces)
             advance(encoded)
         # The header leaves room for a larger length, so it is written again in place.
@@ -127,6 +130,16 @@ def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
             yield document[start:end], False
             start = end
         yield document[start:], True
+
+
+def _evenly(texts: Iterable[str], share: float) -> Iterator[str]:
+    """About this share of the texts by length, from all over: all of them from 1 on."""
+    seen = taken = 0
+    for text in texts:
+        if taken <= share * seen:
+            yield text
+            taken += len(text)
+        seen += len(text)
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

@@ -10,7 +10,7 @@ import pytest
 from mlx_gpt.data import tokens as tokens_module
 from mlx_gpt.data.tokens import PIECE_CHARACTERS, check_windows, get_tokenizer, tokenize
 from mlx_gpt.errors import UserError
-from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
 
 
 @pytest.fixture
@@ -111,17 +111,17 @@ def test_a_side_that_was_lost_is_encoded_anew(bpe, make_corpus):
 
 
 def test_what_fails_half_way_leaves_no_file(byte_tokenizer, make_corpus, sentences, monkeypatch):
-    encode, rounds = byte_tokenizer.encode_batch, itertools.count()
+    encode, rounds = CorpusEncoder.encode_batch, itertools.count()
 
-    def fail_the_third_time(texts):
+    def fail_the_third_time(encoder, texts):
         if next(rounds) == 2:
             raise OSError("the disk is full")
-        return encode(texts)
+        return encode(encoder, texts)
 
     corpus = make_corpus(sentences)
     before = sorted(corpus.folder.iterdir())
     monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 1000)
-    monkeypatch.setattr(byte_tokenizer, "encode_batch", fail_the_third_time)
+    monkeypatch.setattr(CorpusEncoder, "encode_batch", fail_the_third_time)
     with pytest.raises(OSError, match="full"):
         tokenize(corpus, byte_tokenizer)
     assert sorted(corpus.folder.iterdir()) == before
@@ -150,6 +150,29 @@ def test_the_corpus_keeps_the_tokenizer_that_was_trained_on_it(make_corpus, sent
     assert first.to_json() == second.to_json() == Tokenizer.train(sentences, 280).to_json()
     assert len(said) == 1
     assert get_tokenizer("bpe", 290, corpus, said.append).vocab_size == 290
+
+
+def test_a_large_corpus_is_learnt_from_a_sample_from_all_over(make_corpus, sentences, monkeypatch):
+    half = len(sentences) // 2
+    corpus = make_corpus(["zzz " + text for text in sentences[:half]] + ["qqq " + text for text in sentences[half:]])
+    size = corpus.path("train").stat().st_size
+    monkeypatch.setattr(tokens_module, "TOKENIZER_BYTES", size // 10)
+    learnt: list[str] = []
+    train = Tokenizer.train
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, size: train(learnt.extend(texts) or learnt, size))
+    said: list[str] = []
+    get_tokenizer("bpe", 300, corpus, said.append)
+    assert sum(map(len, learnt)) == pytest.approx(sum(map(len, corpus.documents("train"))) / 10, rel=0.2)
+    assert sum(text.startswith("zzz") for text in learnt) == pytest.approx(len(learnt) / 2, rel=0.2)
+    assert "of the 0 MB of" in said[0]
+
+
+def test_a_long_document_is_learnt_from_in_pieces(make_corpus, long_text, monkeypatch):
+    corpus = make_corpus([long_text])
+    whole = get_tokenizer("bpe", 280, corpus, print).to_json()
+    assert whole == Tokenizer.train([long_text], 280).to_json()
+    monkeypatch.setattr(tokens_module, "TOKENIZER_BYTES", 100_000)
+    assert get_tokenizer("bpe", 281, corpus, print).vocab_size == 281
 
 
 def test_a_tokenizer_is_bytes_or_a_path_too(byte_tokenizer, bpe, make_corpus):
