@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 
-def resident_memory() -> int:
-    """Bytes of main memory that this process has held at its peak, libraries included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident_memory(whose: int = resource.RUSAGE_SELF) -> int:
+    """Bytes of main memory that this process, or its largest child, has held at the peak, libraries included."""
+    peak = resource.getrusage(whose).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 

@@ -38,7 +38,7 @@ def main(megabytes: Sequence[int], vocab_size: int, trials: int, threads: int, j
 
 
 def measure(megabytes: int, vocab_size: int, trials: int, threads: int) -> list[dict[str, Any]]:
-    """A row for each part, and one for preparing and tokenising together.
+    """A row for each part, one for preparing and tokenising, as with a tokenizer that is there, and one for it all.
 
     Raises:
         click.ClickException: there is no room for it, or a part failed.
@@ -59,14 +59,17 @@ def measure(megabytes: int, vocab_size: int, trials: int, threads: int) -> list[
                         answers.append({part: worker.ask(part) for part in PARTS})
                 turn()
     found = [row(megabytes, name, [answer[part] for answer in answers]) for part, name in PARTS.items()]
-    both = [
-        {
-            "seconds": answer["prepare"]["seconds"] + answer["tokenise"]["seconds"],
-            "resident_memory": answer["tokenise"]["resident_memory"],
-        }
-        for answer in answers
-    ]
-    return [*found, row(megabytes, "prepare and tokenise", both)]
+    both = [together(answer, ["prepare", "tokenise"]) for answer in answers]
+    every = [together(answer, list(PARTS)) for answer in answers]
+    return [*found, row(megabytes, "prepare and tokenise", both), row(megabytes, "all three", every)]
+
+
+def together(answer: dict[str, dict[str, Any]], parts: Sequence[str]) -> dict[str, Any]:
+    """Some parts of one trial as if they were one."""
+    return {
+        "seconds": sum(answer[part]["seconds"] for part in parts),
+        "resident_memory": max(answer[part]["resident_memory"] for part in parts),
+    }
 
 
 def row(megabytes: int, program: str, answers: list[dict[str, Any]]) -> dict[str, Any]:

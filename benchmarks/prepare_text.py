@@ -1,6 +1,7 @@
 """From a text to training windows in a process of its own: `mlx-gpt prepare`, then what `mlx-gpt train` does first."""
 
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +53,11 @@ class Preparation:
 
 
 def timed(work: Callable[[], object]) -> dict[str, Any]:
-    """Seconds that it takes, and the peak of the process up to its end."""
+    """Seconds that it takes, and the peak up to its end of the process, and of a child if it has had any."""
     started = time.perf_counter()
     work()
-    return {"seconds": time.perf_counter() - started, "resident_memory": resident_memory()}
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "resident_memory": resident_memory() + resident_memory(resource.RUSAGE_CHILDREN)}
 
 
 if __name__ == "__main__":

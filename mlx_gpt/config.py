@@ -76,7 +76,8 @@ class DataConfig:
     column: str = setting("", "Column that holds the text. [default: `text`, or the only long one]")
     val_fraction: float = setting(0.1, "Share of the documents kept for validation.", above=0, below=1)
     tokenizer: str = setting(
-        "bpe", "`bpe` trains one on the text, `bytes` is plain bytes, or the PATH of a tokenizer.json."
+        "bpe",
+        "`bpe` trains one on the text (32 MB of it at most), `bytes` is plain bytes, or the PATH of a tokenizer.json.",
     )
 
 

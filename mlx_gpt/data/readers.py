@@ -17,7 +17,7 @@ from mlx_gpt.errors import UserError
 
 DOCUMENTS = ("auto", "line", "blank-line", "file")  # what is one document in a plain text file
 HAND_MADE = ("train.txt", "val.txt")  # corpora that people type by hand: one document per line
-MAX_DOCUMENT = 256_000_000  # characters: what a laptop can hold several times over
+MAX_DOCUMENT = 100_000_000  # characters, thirty times War and Peace: preparing holds it four times over
 MAX_LINE = 8 * MAX_DOCUMENT  # bytes: such a document still fits into a line of JSON, escapes and all
 
 SAMPLE = 100  # rows looked at to find the text column

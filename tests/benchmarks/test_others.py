@@ -1,5 +1,7 @@
 """The other benchmarks run, and say what they have to."""
 
+import pytest
+
 import report
 
 
@@ -35,8 +37,11 @@ def test_loop(benchmark):
 
 def test_data(benchmark):
     done = benchmark("data.py", "--megabytes", "1", "--vocab-size", "300", "--trials", "1")
-    programs = ["prepare", "learn the tokenizer", "tokenise", "prepare and tokenise"]
+    programs = ["prepare", "learn the tokenizer", "tokenise", "prepare and tokenise", "all three"]
     assert rows(done, "megabytes", "program") == [(1, program) for program in programs]
+    seconds = [row["seconds"]["median"] for row in done.result["rows"]]
+    assert seconds[3:] == pytest.approx([seconds[0] + seconds[2], sum(seconds[:3])])
+    assert seconds[4] * done.result["rows"][4]["megabytes_per_second"]["median"] == pytest.approx(1)
 
 
 def test_startup(benchmark):
