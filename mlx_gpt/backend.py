@@ -4,10 +4,10 @@ import contextlib
 import functools
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +16,7 @@ from mlx_gpt import _blas
 from mlx_gpt.errors import UserError
 
 GIB = 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,17 @@ def shares(*batches: np.ndarray) -> Iterator[list[mx.array]]:
     share has a stream to itself. A GPU is filled by a single one.
     """
     count = share_count(len(batches[0]), on_gpu())
-    _blas.set_threads(max(1, cores() // count))
+    use_all_cores(count)
     for i, parts in enumerate(zip(*(np.split(batch, count) for batch in batches), strict=True)):
         with mx.stream(_further_cpu_stream(i) if i else mx.default_device()):
             yield [mx.array(part) for part in parts]
+
+
+def side_by_side(parts: Iterable[T]) -> Iterator[T]:
+    """Each part in turn; what is done with it is computed beside the others, each on a CPU stream of its own."""
+    for i, part in enumerate(parts):
+        with mx.stream(_further_cpu_stream(i) if i else mx.default_device()):
+            yield part
 
 
 def share_count(batch_size: int, on_gpu: bool) -> int:
@@ -119,9 +127,9 @@ def _further_cpu_stream(number: int) -> mx.Stream:
     return mx.new_stream(mx.cpu)
 
 
-def use_all_cores() -> None:
-    """Give each product all cores again, which `shares` has divided."""
-    _blas.set_threads(cores())
+def use_all_cores(products: int = 1) -> None:
+    """Divide the cores among so many products at a time: one, unless streams compute side by side."""
+    _blas.set_threads(max(1, cores() // products))
 
 
 def cores() -> int:

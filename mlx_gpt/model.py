@@ -38,17 +38,31 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def __call__(self, x_btc: mx.array, cache: Cache | None = None, key: mx.array | None = None) -> mx.array:
-        B, T, C = x_btc.shape
-        q_bhtd, k_bhtd, v_bhtd = (
-            part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3)
-            for part in mx.split(self.c_attn(x_btc), 3, axis=-1)
-        )
+        weights_key, output_key = ops.split(key, 2)
+        q_bhtd, k_bhtd, v_bhtd = self.qkv(x_btc)
+        y_btc = self.attend(q_bhtd, k_bhtd, v_bhtd, cache, weights_key)
+        return ops.dropout(self.c_proj(y_btc), self.dropout, output_key)
+
+    def qkv(self, x_btc: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values, each (B, H, T, D)."""
+        B, T, _ = x_btc.shape
+        parts = mx.split(self.c_attn(x_btc), 3, axis=-1)
+        q_bhtd, k_bhtd, v_bhtd = (part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3) for part in parts)
+        return q_bhtd, k_bhtd, v_bhtd
+
+    def attend(
+        self,
+        q_bhtd: mx.array,
+        k_bhtd: mx.array,
+        v_bhtd: mx.array,
+        cache: Cache | None = None,
+        key: mx.array | None = None,
+    ) -> mx.array:
+        """What each query gathers from the values up to its token, all heads side by side, (B, T, H D)."""
         if cache is not None:
             k_bhtd, v_bhtd = cache.update(k_bhtd, v_bhtd)
-        weights_key, output_key = ops.split(key, 2)
-        y_bhtd = self._attend(q_bhtd, k_bhtd, v_bhtd, 1 / math.sqrt(C // self.n_head), weights_key)
-        y_btc = y_bhtd.transpose(0, 2, 1, 3).reshape(B, T, C)
-        return ops.dropout(self.c_proj(y_btc), self.dropout, output_key)
+        y_bhtd = self._attend(q_bhtd, k_bhtd, v_bhtd, 1 / math.sqrt(q_bhtd.shape[-1]), key)
+        return y_bhtd.transpose(0, 2, 1, 3).flatten(2)
 
     def _attend(
         self, q_bhtd: mx.array, k_bhtd: mx.array, v_bhtd: mx.array, scale: float, key: mx.array | None
@@ -115,15 +129,18 @@ class GPT(nn.Module):
 
     def hidden(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None, key: mx.array | None = None) -> mx.array:
         """The last block's normalised output, (B, T, C)."""
-        start = cache[0].offset if cache else 0
-        positions_t = mx.arange(start, start + ids_bt.shape[1])
         embedding_key, *block_keys = ops.split(key, 1 + len(self.h))
-        x_btc = ops.dropout(self.wte(ids_bt) + self.wpe(positions_t), self.config.dropout, embedding_key)
+        embedded_btc = self.embed(ids_bt, cache[0].offset if cache else 0)
+        x_btc = ops.dropout(embedded_btc, self.config.dropout, embedding_key)
         for i, block in enumerate(self.h):
             # Bound here, the key is a constant of the block, not an input that would want a gradient.
             call = functools.partial(block, cache=cache[i] if cache else None, key=block_keys[i])
             x_btc = nn.utils.checkpoint(block, call)(x_btc) if self.recompute else call(x_btc)
         return self.ln_f(x_btc)
+
+    def embed(self, ids_bt: mx.array, start: int = 0) -> mx.array:
+        """What enters the first block, (B, T, C), for tokens of which the first is at position `start`."""
+        return self.wte(ids_bt) + self.wpe(mx.arange(start, start + ids_bt.shape[1]))
 
     def head(self, x_btc: mx.array) -> mx.array:
         """Logits (B, T, V) from hidden states (B, T, C)."""

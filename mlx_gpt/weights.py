@@ -23,6 +23,8 @@ from mlx_gpt.tokenizer import Tokenizer
 
 # GPT-2 stores these as (in, out), the transpose of nn.Linear's.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Decoding on a CPU takes some of the outputs of these at a time, which should lie in one piece.
+SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
 # Causal masks that old files store as if they were weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
 FLOATS = ("F32", "F16", "BF16")
@@ -90,7 +92,7 @@ def load_model(folder: str | Path) -> GPT:
     model = GPT(config)
     if "lm_head.weight" in arrays and not mx.array_equal(arrays["lm_head.weight"], arrays["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding.")
-    model.update(tree_unflatten([(name, _turn(name, arrays.pop(name)).astype(mx.float32)) for name in expected]))
+    model.update(tree_unflatten([(name, _laid_out(name, arrays.pop(name)).astype(mx.float32)) for name in expected]))
     mx.eval(model.parameters())  # the reader is lazy: have it all while the file is there
     return model
 
@@ -265,3 +267,9 @@ def _plain(name: str) -> str:
 def _turn(name: str, weight: mx.array) -> mx.array:
     """Between nn.Linear's (out, in) and the file's (in, out); its own inverse."""
     return weight.T if name.endswith(CONV1D) else weight
+
+
+def _laid_out(name: str, weight: mx.array) -> mx.array:
+    """As nn.Linear has it, the rows of `SPLIT_BY_OUTPUT` one after the other in memory."""
+    weight = _turn(name, weight)
+    return mx.contiguous(weight) if name.endswith(SPLIT_BY_OUTPUT) else weight

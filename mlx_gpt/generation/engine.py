@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_gpt import backend
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.generation.parts import GPTInParts, in_parts
 from mlx_gpt.generation.sampling import penalise_repetition, sample
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Detokenizer, Tokenizer
@@ -63,7 +64,7 @@ class Stats:
 
 
 class KVCache:
-    """Keys and values of one layer, (B, H, capacity, D), allocated once and filled from the left."""
+    """Keys and values of one layer's heads, (B, H, capacity, D), allocated once and filled from the left."""
 
     def __init__(self, capacity: int) -> None:
         self.offset = 0
@@ -137,42 +138,47 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
 
     The device computes the tokens after those that the caller is working on.
     """
-    backend.use_all_cores()
+    network = in_parts(model)
+    backend.use_all_cores(network.count if isinstance(network, GPTInParts) else 1)
     seed = random.SystemRandom().randrange(2**62) if config.seed is None else config.seed
     samples, entries, positions = config.num_samples, model.config.vocab_size, model.config.n_positions
     texts = [list(prompt) for _ in range(samples)]
-    unknown_v = mx.arange(entries) >= tokenizer.vocab_size  # where a vocabulary was padded to a round size
-    seen_bv = mx.zeros((samples, entries), mx.bool_)
-    seen_bv[:, mx.array(prompt)] = True
+    # Where a vocabulary was padded to a round size.
+    unknown_v = mx.arange(entries) >= tokenizer.vocab_size if tokenizer.vocab_size < entries else None
+    seen_bs = mx.array([prompt] * samples)
 
     def pick(logits_bv: mx.array, n: int) -> mx.array:
         """Token number `n` of each text, (B,)."""
-        nonlocal seen_bv
-        logits_bv = mx.where(unknown_v, -mx.inf, logits_bv.astype(mx.float32))
-        logits_bv = penalise_repetition(logits_bv, seen_bv, config.repetition_penalty)
+        nonlocal seen_bs
+        logits_bv = logits_bv.astype(mx.float32)
+        if unknown_v is not None:
+            logits_bv = mx.where(unknown_v, -mx.inf, logits_bv)
+        if config.repetition_penalty != 1:
+            logits_bv = penalise_repetition(logits_bv, seen_bs, config.repetition_penalty)
         keys = [mx.random.key(backend.seed_for(seed + i, n)) for i in range(samples)]
         tokens_b = sample(logits_bv, config, keys)
-        seen_bv = mx.put_along_axis(seen_bv, tokens_b[:, None], mx.array(True), axis=1)
-        mx.async_eval(tokens_b, seen_bv)
+        if config.repetition_penalty != 1:
+            seen_bs = mx.concatenate([seen_bs, tokens_b[:, None].astype(seen_bs.dtype)], axis=1)
+        mx.async_eval(tokens_b)
         return tokens_b
 
     # All texts have the same prompt: it is read once, then shared.
-    cache = make_cache(model, min(len(prompt) + config.max_tokens, positions))
-    logits_bv = read(model, mx.array([prompt]), cache)
+    cache = make_cache(network, min(len(prompt) + config.max_tokens, positions))
+    logits_bv = read(network, mx.array([prompt]), cache)
     for layer in cache:
         layer.repeat(samples)
     tokens_b = pick(mx.broadcast_to(logits_bv, (samples, entries)), 0)
     for n in range(1, config.max_tokens):
         if cache[0].offset < positions:
-            following_b = pick(read(model, tokens_b[:, None], cache), n)
+            following_b = pick(read(network, tokens_b[:, None], cache), n)
             ids = tokens_b.tolist()
         else:
             # The context is full. Go on from its second half, read anew at the first positions.
             ids = tokens_b.tolist()
             kept = max(1, positions // 2)
             recent_bt = mx.array([[*text, token][-kept:] for text, token in zip(texts, ids, strict=True)])
-            cache = make_cache(model, positions)
-            following_b = pick(read(model, recent_bt, cache), n)
+            cache = make_cache(network, positions)
+            following_b = pick(read(network, recent_bt, cache), n)
         for text, token in zip(texts, ids, strict=True):
             text.append(token)
         yield ids
@@ -180,14 +186,15 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
     yield tokens_b.tolist()
 
 
-def make_cache(model: GPT, capacity: int) -> list[KVCache]:
-    """An empty cache for `capacity` tokens, one per layer."""
-    return [KVCache(capacity) for _ in model.h]
+def make_cache(network: GPT | GPTInParts, capacity: int) -> list[KVCache]:
+    """An empty cache for `capacity` tokens, one per layer and part of it."""
+    count = network.n_caches if isinstance(network, GPTInParts) else len(network.h)
+    return [KVCache(capacity) for _ in range(count)]
 
 
-def read(model: GPT, ids_bt: mx.array, cache: Sequence[KVCache]) -> mx.array:
+def read(network: GPT | GPTInParts, ids_bt: mx.array, cache: Sequence[KVCache]) -> mx.array:
     """Read tokens into the cache; logits (B, V) of what comes after the last."""
-    return model.head(model.hidden(ids_bt, cache)[:, -1])
+    return network.head(network.hidden(ids_bt, cache)[:, -1])
 
 
 class _Sample:

@@ -1,6 +1,6 @@
 """Logits to the next token. Meaning and order of the settings are Hugging Face's.
 
-Shapes: B texts, V entries of the vocabulary, N candidates among them.
+Shapes: B texts, V entries of the vocabulary, N candidates among them, S tokens so far.
 """
 
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ import mlx.core as mx
 from mlx_gpt.config import GenerationConfig
 
 
-def penalise_repetition(logits_bv: mx.array, seen_bv: mx.array, penalty: float) -> mx.array:
-    """Make tokens that were seen less likely (Keskar et al. 2019, CTRL, arXiv:1909.05858).
+def penalise_repetition(logits_bv: mx.array, seen_bs: mx.array, penalty: float) -> mx.array:
+    """Make the tokens `seen_bs` less likely, S ids per text (Keskar et al. 2019, CTRL, arXiv:1909.05858).
 
-    A positive logit is divided by the penalty and a negative one multiplied, where the boolean `seen_bv` is true.
+    A positive logit is divided by the penalty and a negative one multiplied, once, however often the token was seen.
     """
-    if penalty == 1:
-        return logits_bv
-    return mx.where(seen_bv, mx.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty), logits_bv)
+    logits_bs = mx.take_along_axis(logits_bv, seen_bs, axis=-1)
+    logits_bs = mx.where(logits_bs > 0, logits_bs / penalty, logits_bs * penalty)
+    return mx.put_along_axis(logits_bv, seen_bs, logits_bs, axis=-1)
 
 
 def sample(logits_bv: mx.array, config: GenerationConfig, keys: Sequence[mx.array]) -> mx.array:
     """Draw one token per row, (B,) ids; each row by its own key, so that a text is the same alone and in company."""
     if config.temperature == 0:
         return mx.argmax(logits_bv, axis=-1)
-    # From the highest down, so that a tiny temperature gives -inf and never inf.
-    logits_bn = (logits_bv - logits_bv.max(axis=-1, keepdims=True)) / config.temperature
-    ids_bn = None
-    if 0 < config.top_k < logits_bn.shape[-1]:
+    logits_bn, ids_bn = logits_bv, None
+    if 0 < config.top_k < logits_bn.shape[-1]:  # first, so that the rest has but a few to do with
         logits_bn, ids_bn = keep_top_k(logits_bn, config.top_k)
+    # From the highest down, so that a tiny temperature gives -inf and never inf.
+    logits_bn = (logits_bn - logits_bn.max(axis=-1, keepdims=True)) / config.temperature
     if config.top_p < 1:
         logits_bn = keep_top_p(logits_bn, config.top_p)
     if config.min_p > 0:

@@ -54,8 +54,10 @@ class Script:
 
 
 @pytest.fixture
-def say(byte_tokenizer):
+def say(byte_tokenizer, monkeypatch):
     """The pieces of a text that a model says byte by byte after a prompt of one."""
+
+    monkeypatch.setattr("mlx_gpt.generation.engine.in_parts", lambda model: model)
 
     def say(text, **settings):
         ids = text if isinstance(text, list) else list(text.encode())
