@@ -155,7 +155,7 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
             logits_bv = mx.where(unknown_v, -mx.inf, logits_bv)
         if config.repetition_penalty != 1:
             logits_bv = penalise_repetition(logits_bv, seen_bs, config.repetition_penalty)
-        keys = [mx.random.key(backend.seed_for(seed + i, n)) for i in range(samples)]
+        keys = [mx.random.key(backend.seed_for(seed + i, n)) for i in range(samples if config.temperature else 0)]
         tokens_b = sample(logits_bv, config, keys)
         if config.repetition_penalty != 1:
             seen_bs = mx.concatenate([seen_bs, tokens_b[:, None].astype(seen_bs.dtype)], axis=1)

@@ -73,7 +73,7 @@ class BlockInParts:
 
     def __call__(self, x_btc: mx.array, caches: Sequence[Cache]) -> mx.array:
         parts = zip(self._attn, self._before(x_btc), caches, strict=True)
-        attended = [attn.attend(*qkv, cache) for attn, qkv, cache in backend.side_by_side(parts)]
+        attended = [attn.attend(q, k, v, cache) for attn, (q, k, v), cache in backend.side_by_side(parts)]
         return self._after(x_btc, attended)
 
 
