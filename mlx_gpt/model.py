@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_gpt import backend, ops
+from mlx_gpt import ops
 from mlx_gpt.config import ModelConfig
 
 
@@ -27,6 +27,20 @@ class Cache(Protocol):
         ...
 
 
+class Linear(nn.Linear):
+    """A matrix and a bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Mean 0 and variance 1 over C, then a gain and a bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H heads (Vaswani et al. 2017, arXiv:1706.03762)."""
 
@@ -34,8 +48,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def __call__(self, x_btc: mx.array, cache: Cache | None = None, key: mx.array | None = None) -> mx.array:
         weights_key, output_key = ops.split(key, 2)
@@ -46,8 +60,8 @@ class Attention(nn.Module):
     def qkv(self, x_btc: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values, each (B, H, T, D)."""
         B, T, _ = x_btc.shape
-        parts = mx.split(self.c_attn(x_btc), 3, axis=-1)
-        q_bhtd, k_bhtd, v_bhtd = (part.reshape(B, T, self.n_head, -1).transpose(0, 2, 1, 3) for part in parts)
+        qkv_3bhtd = self.c_attn(x_btc).reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
+        q_bhtd, k_bhtd, v_bhtd = mx.contiguous(qkv_3bhtd)  # copied once, not by every product
         return q_bhtd, k_bhtd, v_bhtd
 
     def attend(
@@ -61,20 +75,8 @@ class Attention(nn.Module):
         """What each query gathers from the values up to its token, all heads side by side, (B, T, H D)."""
         if cache is not None:
             k_bhtd, v_bhtd = cache.update(k_bhtd, v_bhtd)
-        y_bhtd = self._attend(q_bhtd, k_bhtd, v_bhtd, 1 / math.sqrt(q_bhtd.shape[-1]), key)
+        y_bhtd = ops.causal_attention(q_bhtd, k_bhtd, v_bhtd, self.dropout, key)
         return y_bhtd.transpose(0, 2, 1, 3).flatten(2)
-
-    def _attend(
-        self, q_bhtd: mx.array, k_bhtd: mx.array, v_bhtd: mx.array, scale: float, key: mx.array | None
-    ) -> mx.array:
-        T, S = q_bhtd.shape[2], k_bhtd.shape[2]
-        if T == 1 or (backend.on_gpu() and key is None):
-            mask = "causal" if T > 1 else None  # a single query may see all that is there
-            return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhtd, v_bhtd, scale=scale, mask=mask)
-        # The fused kernel has no dropout. The T queries are the last of S tokens.
-        future_ts = mx.triu(mx.full((T, S), -mx.inf, dtype=q_bhtd.dtype), k=S - T + 1)
-        weights_bhts = ops.softmax((q_bhtd * scale) @ k_bhtd.swapaxes(-1, -2) + future_ts)
-        return ops.dropout(weights_bhts, self.dropout, key) @ v_bhtd
 
 
 class MLP(nn.Module):
@@ -82,8 +84,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = config.dropout
 
     def __call__(self, x_btc: mx.array, key: mx.array | None = None) -> mx.array:
@@ -95,9 +97,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
     def __call__(self, x_btc: mx.array, cache: Cache | None = None, key: mx.array | None = None) -> mx.array:
@@ -116,7 +118,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = [Block(config) for _ in range(config.n_layer)]
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def __call__(self, ids_bt: mx.array, cache: Sequence[Cache] | None = None, key: mx.array | None = None) -> mx.array:
         """Logits (B, T, V) of the token after each of `ids_bt`, integers in [0, V): others index garbage.

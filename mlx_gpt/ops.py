@@ -6,23 +6,31 @@ on an exponential that compiles to vector instructions, and keep what the backwa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_gpt import backend
 
-# exp(r) on [-ln 2 / 2, ln 2 / 2] to float32 rounding: the polynomial through its Chebyshev nodes, lowest power first.
-EXP = (1.0, 1.0, 0.5, 0.16666415, 0.04166635, 0.0083751325, 0.0013941117)
+# exp(r) on [-ln 2 / 2, ln 2 / 2] to float32 rounding: the polynomial of least relative error, lowest power first.
+EXP = (1.0, 1.0, 0.4999999106, 0.166664198, 0.04166822508, 0.008374815807, 0.001383684576)
 # ln 2 in two parts: times a small whole number the first is exact in float32.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 LOWEST = -87.0  # exp of less is no normal float32: it is taken for this
+ROUND = 1.5 * 2**23  # a float32 plus this has no digits after the point, and its last bits are the whole number
+
+# tanh(u) / 2 is u P(u^2) / Q(u^2) on [-9, 9] to float32 rounding; beyond it is 1/2 to float32 rounding.
+TANH_P = (0.5, 0.066905140877, 0.0017477957299, 1.030456588e-05, 6.677362219e-09)
+TANH_Q = (1.0, 0.4671434462, 0.025876995177, 0.00032856399776, 7.776585562e-07)
+TANH_END = 9.0
 
 # Logits at a time in `linear_cross_entropy`. On the CPU 4 MB of them stay in its cache; a GPU wants large products.
 CHUNK_CPU, CHUNK_GPU, MIN_ROWS = 2**20, 2**25, 128
 
-GELU_SLOPE, GELU_CUBE = math.sqrt(8 / math.pi), 0.044715
+ATTENTION_ROWS = 256  # queries at a time, on the CPU
+
+GELU_SLOPE, GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
 
 
 def exp_nonpositive(x: mx.array) -> mx.array:
@@ -30,14 +38,12 @@ def exp_nonpositive(x: mx.array) -> mx.array:
 
     exp(n ln 2 + r) is exp(r) with n added to the exponent's bits.
     """
-    x = mx.maximum(x, LOWEST)
-    n = (x * (1 / math.log(2)) - 0.5).astype(mx.int32)  # rounds to the nearest, since x is not positive
-    whole = n.astype(mx.float32)
-    r = (x - whole * LN2_HIGH) - whole * LN2_LOW
-    power = EXP[-1] * r + EXP[-2]
-    for coefficient in EXP[-3::-1]:
-        power = power * r + coefficient
-    return (power.view(mx.int32) + n * 2**23).view(mx.float32)
+    x = mx.where(x < LOWEST, LOWEST, x)
+    rounded = x * (1 / math.log(2)) + ROUND
+    n = rounded - ROUND
+    r = _end_of_kernel((x - n * LN2_HIGH) - n * LN2_LOW)
+    power = _polynomial(EXP, r, r * r)
+    return (power.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32)
 
 
 def gelu(x: mx.array) -> mx.array:
@@ -45,9 +51,39 @@ def gelu(x: mx.array) -> mx.array:
     return _gelu(x)[0] if _slow_exp(x) else nn.gelu_approx(x)
 
 
-def softmax(scores: mx.array) -> mx.array:
-    """Softmax over the last axis."""
-    return _softmax(scores) if _slow_exp(scores) else mx.softmax(scores, axis=-1, precise=True)
+def linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """`x @ weight.T + bias` for x (..., C), weight (D, C) and bias (D,)."""
+    return mx.addmm(bias, x, weight.T) if backend.on_gpu() else _linear(x, weight, bias)
+
+
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
+    if _slow_exp(x):
+        return _layer_norm(x, weight, bias, mx.array(eps))[0]
+    return mx.fast.layer_norm(x, weight, bias, eps)
+
+
+def causal_attention(
+    q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array, rate: float = 0.0, key: mx.array | None = None
+) -> mx.array:
+    """What queries gather from the values of the tokens up to their own, (B, H, T, D) (Vaswani et al. 2017).
+
+    The T queries are the last of S tokens.
+
+    Args:
+        rate, key: as in `dropout`, of the attention weights.
+    """
+    T, S, scale = q_bhtd.shape[2], k_bhsd.shape[2], 1 / math.sqrt(q_bhtd.shape[3])
+    if T == 1 or (backend.on_gpu() and key is None):
+        mask = "causal" if T > 1 else None  # a single query may see all that is there
+        return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhsd, v_bhsd, scale=scale, mask=mask)
+    # The fused kernels have no dropout.
+    kept_bhts = dropout(mx.ones((*q_bhtd.shape[:3], S), q_bhtd.dtype), rate, key) if key is not None else None
+    q_bhtd = q_bhtd * scale
+    if not _slow_exp(q_bhtd):
+        weights_bhts = mx.softmax(q_bhtd @ k_bhsd.swapaxes(-1, -2) + _future(T, S, q_bhtd.dtype), axis=-1, precise=True)
+        return (weights_bhts if kept_bhts is None else weights_bhts * kept_bhts) @ v_bhsd
+    return _attention(kept_bhts)(q_bhtd, k_bhsd, v_bhsd)[0]
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -95,32 +131,139 @@ def _slow_exp(x: mx.array) -> bool:
     return not backend.on_gpu() and x.dtype == mx.float32
 
 
+def _polynomial(coefficients: Sequence[float], x: mx.array, square: mx.array) -> mx.array:
+    """Lowest power first, in pairs (Estrin's scheme), which is half as deep as Horner's."""
+    pairs = [low + high * x for low, high in zip(coefficients[::2], coefficients[1::2], strict=False)]
+    total = coefficients[-1] if len(coefficients) % 2 else pairs.pop()
+    for pair in reversed(pairs):
+        total = pair + total * square
+    return total
+
+
+def _end_of_kernel(x: mx.array) -> mx.array:
+    """`x`, computed before what follows; it is not copied.
+
+    `mx.compile` fuses at most eleven operations one after the other. Where that cuts off a constant, the constant is
+    read from memory for each element and the kernel is not vectorised: better to say where it shall be cut.
+    """
+    return mx.contiguous(x)
+
+
 @mx.custom_function
 def _gelu(x: mx.array) -> tuple[mx.array, mx.array]:
-    # x (1 + tanh(u / 2)) / 2 is x sigmoid(u); the sigmoid is returned for the gradient.
-    u = GELU_SLOPE * (x + GELU_CUBE * (x * x * x))
-    small = exp_nonpositive(-mx.abs(u))
-    sigmoid = mx.where(u >= 0, 1.0, small) / (1 + small)
-    return x * sigmoid, sigmoid
+    # x (1 + tanh(u)) / 2; half the tanh is returned for the gradient.
+    u = x * (GELU_SLOPE + (GELU_SLOPE * GELU_CUBE) * (x * x))
+    u = mx.where(u > TANH_END, TANH_END, u)
+    u = _end_of_kernel(mx.where(u < -TANH_END, -TANH_END, u))
+    square = u * u
+    fourth = square * square
+    half_tanh = u * _polynomial(TANH_P, square, fourth) / _polynomial(TANH_Q, square, fourth)
+    return x * (0.5 + half_tanh), half_tanh
 
 
 @_gelu.vjp
 def _gelu_vjp(x: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
-    sigmoid = outputs[1]
-    slope_of_u = GELU_SLOPE * (1 + 3 * GELU_CUBE * (x * x))
-    return cotangents[0] * (sigmoid + x * sigmoid * (1 - sigmoid) * slope_of_u)
+    half_tanh = outputs[1]
+    slope_of_u = GELU_SLOPE + (3 * GELU_SLOPE * GELU_CUBE) * (x * x)
+    return cotangents[0] * (0.5 + half_tanh + x * (0.5 - 2 * (half_tanh * half_tanh)) * slope_of_u)
 
 
 @mx.custom_function
-def _softmax(scores: mx.array) -> mx.array:
-    weights = exp_nonpositive(scores - scores.max(axis=-1, keepdims=True))
-    return weights * (1 / weights.sum(axis=-1, keepdims=True))
+def _linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    return mx.addmm(bias, x, weight.T)
 
 
-@_softmax.vjp
-def _softmax_vjp(scores: mx.array, cotangent: mx.array, weights: mx.array) -> mx.array:
-    product = weights * cotangent
-    return product - weights * product.sum(axis=-1, keepdims=True)
+@_linear.vjp
+def _linear_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    # MLX's own gradient of the weight is a transposed view, which all later kernels would have to read by strides.
+    x, weight, _ = primals
+    dy, x_nc = cotangent.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+    return (dy @ weight).reshape(x.shape), dy.T @ x_nc, _sum_rows(dy)
+
+
+def _sum_rows(x: mx.array) -> mx.array:
+    """The sum (C,) over the rows of (N, C), as a product: the BLAS is faster at it than MLX's sums."""
+    return (mx.ones((1, len(x)), x.dtype) @ x).squeeze(0)
+
+
+def _mean_columns(x: mx.array) -> mx.array:
+    """The mean (..., 1) over the last axis, as a product."""
+    return x @ mx.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
+
+
+@mx.custom_function
+def _layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    # What is normalised and the factor are returned for the gradient.
+    centred = x - _mean_columns(x)
+    factor = mx.rsqrt(_mean_columns(centred * centred) + eps)
+    normalised = centred * factor
+    return normalised * weight + bias, normalised, factor
+
+
+@_layer_norm.vjp
+def _layer_norm_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    _, weight, _, eps = primals
+    dy, (_, normalised, factor) = cotangents[0], outputs
+    d = dy * weight
+    dx = (d - _mean_columns(d) - normalised * _mean_columns(d * normalised)) * factor
+    size = len(weight)
+    return dx, _sum_rows((dy * normalised).reshape(-1, size)), _sum_rows(dy.reshape(-1, size)), mx.zeros_like(eps)
+
+
+def _future(queries: int, tokens: int, dtype: mx.Dtype) -> mx.array:
+    """-inf where a token comes after the query, (queries, tokens); the queries are the last."""
+    return mx.triu(mx.full((queries, tokens), -mx.inf, dtype), k=tokens - queries + 1)
+
+
+def _attention(kept_bhts: mx.array | None) -> Callable[..., tuple[mx.array, ...]]:
+    """Attention of scaled queries, its weights times `kept_bhts`; some at a time, since the first see little."""
+
+    def blocks(T: int, S: int) -> Iterator[tuple[slice, slice, mx.array | None]]:
+        for start in range(0, T, ATTENTION_ROWS):
+            end = min(T, start + ATTENTION_ROWS)
+            queries, seen = slice(start, end), slice(0, S - T + end)
+            yield queries, seen, None if kept_bhts is None else kept_bhts[:, :, queries, seen]
+
+    @mx.custom_function
+    def attend(q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array) -> tuple[mx.array, ...]:
+        # Returned for the gradient: for each query 1 / the sum of its exponentials, and those, block by block.
+        outputs, inverses, blocks_of_exps = [], [], []
+        for queries, seen, kept in blocks(q_bhtd.shape[2], k_bhsd.shape[2]):
+            q, k, v = q_bhtd[:, :, queries], k_bhsd[:, :, seen], v_bhsd[:, :, seen]
+            scores = mx.addmm(_future(q.shape[2], k.shape[2], q.dtype), q, k.swapaxes(-1, -2))
+            exps = exp_nonpositive(scores - scores.max(axis=-1, keepdims=True))
+            inverse = 1 / (exps @ mx.ones((exps.shape[-1], 1)))
+            outputs.append(((exps if kept is None else exps * kept) @ v) * inverse)
+            inverses.append(inverse)
+            blocks_of_exps.append(exps)
+        return mx.concatenate(outputs, axis=2), mx.concatenate(inverses, axis=2), *blocks_of_exps
+
+    @attend.vjp
+    def attend_vjp(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        q_bhtd, k_bhsd, v_bhsd = primals
+        y_bhtd, inverse_bht1, *blocks_of_exps = outputs
+        dy_bhtd = cotangents[0] * inverse_bht1
+        # The softmax's own sum over the weights' gradients is this (Dao et al. 2022, arXiv:2205.14135, appendix B).
+        through_sum_bht1 = (dy_bhtd * y_bhtd).sum(axis=-1, keepdims=True)
+        dq, dk, dv = [], mx.zeros_like(k_bhsd), mx.zeros_like(v_bhsd)
+        for (queries, seen, kept), exps in zip(blocks(q_bhtd.shape[2], k_bhsd.shape[2]), blocks_of_exps, strict=True):
+            dy = dy_bhtd[:, :, queries]
+            dweights = dy @ v_bhsd[:, :, seen].swapaxes(-1, -2)
+            if kept is not None:
+                dweights = dweights * kept
+            dscores = exps * (dweights - through_sum_bht1[:, :, queries])
+            dq.append(dscores @ k_bhsd[:, :, seen])
+            dk[:, :, seen] += dscores.swapaxes(-1, -2) @ q_bhtd[:, :, queries]
+            dv[:, :, seen] += (exps if kept is None else exps * kept).swapaxes(-1, -2) @ dy
+        return mx.concatenate(dq, axis=2), dk, dv
+
+    return attend
 
 
 @mx.custom_function
@@ -148,20 +291,19 @@ def _cross_entropy_vjp(
 def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     # The mean, and its gradients for x and the weight, which cost little more while the logits are at hand.
     rows = len(x)
-
-    def share(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
-        return cross_entropy(x @ weight.T, targets).sum() / rows
-
     size = rows_at_once(rows, len(weight), backend.on_gpu())
     dx: list[mx.array] = []
-    total, dweight = mx.array(0.0), mx.array(0.0)
+    total, dweight = mx.array(0.0), mx.zeros(weight.shape)
     for start in range(0, rows, size):
         part = slice(start, start + size)
         # Else the logits of all chunks would be made before the first gradient.
-        chunk = mx.depends(x[part], [total, dweight, *dx[-1:]])
-        loss, (dchunk, dshare) = mx.value_and_grad(share, argnums=(0, 1))(chunk, weight, targets[part])
-        total, dweight = total + loss, dweight + dshare.astype(mx.float32)
-        dx.append(dchunk)
+        chunk, ids = mx.depends([x[part], targets[part]], [total, dweight, *dx[-1:]])
+        loss, dlogits = mx.value_and_grad(lambda logits, ids=ids: cross_entropy(logits, ids).sum() / rows)(
+            chunk @ weight.T
+        )
+        total = total + loss
+        dx.append(dlogits @ weight)
+        dweight = dweight + dlogits.T @ chunk
     return total, mx.concatenate(dx), dweight.astype(weight.dtype)
 
 
