@@ -35,7 +35,9 @@ class Plain(MLXContender):
         def step(parameters: Tree, state: Tree, windows_bt: mx.array, rate: mx.array) -> tuple[Tree, Tree, mx.array]:
             value, gradients = mx.value_and_grad(loss)(parameters, windows_bt)
             gradients, norm = optimizers.clip_grad_norm(gradients, training.max_grad_norm)
-            return *optimizer.update(parameters, gradients, state, rate, mx.isfinite(norm)), value
+            rates, updates = optimizer.rates(state["updates"], rate, mx.array(1.0), mx.isfinite(norm))
+            parameters, m, v = optimizer.update(parameters, gradients, state["m"], state["v"], rates)
+            return parameters, {"m": m, "v": v, "updates": updates}, value
 
         self._parameters = model.trainable_parameters()
         self._state = optimizer.init(self._parameters)

@@ -1,10 +1,11 @@
 """All that differs between Metal, CUDA and the CPU."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,6 +17,7 @@ from mlx_gpt import _blas
 from mlx_gpt.errors import UserError
 
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 T = TypeVar("T")
 
 
@@ -95,6 +97,19 @@ def prepare(device: Device) -> None:
     if device.kind == "metal":
         # Memory that stays wired is not paged out between two steps.
         mx.set_wired_limit(device.usable)
+    if device.kind == "cpu":
+        # MLX hands operations to the streams level by level of the graph, but where a level is wider than this, branch
+        # by branch: then the second stream would wait for the first. It is read when MLX first computes.
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed: the system would clear them anew each time they are taken again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # only glibc has it
+        libc.mallopt(M_MMAP_THRESHOLD, GIB)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def shares(*batches: np.ndarray) -> Iterator[list[mx.array]]:
@@ -115,6 +130,17 @@ def side_by_side(parts: Iterable[T]) -> Iterator[T]:
     for i, part in enumerate(parts):
         with mx.stream(_further_cpu_stream(i) if i else mx.default_device()):
             yield part
+
+
+def parts(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in groups of about the same size together, one for each stream that the device is filled by."""
+    groups: list[list[str]] = [[] for _ in range(1 if on_gpu() else min(2, cores()))]
+    totals = [0] * len(groups)
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        smallest = totals.index(min(totals))
+        groups[smallest].append(name)
+        totals[smallest] += sizes[name]
+    return groups
 
 
 def share_count(batch_size: int, on_gpu: bool) -> int:

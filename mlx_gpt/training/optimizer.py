@@ -1,7 +1,7 @@
 """AdamW, and the learning rate of each step."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -14,11 +14,24 @@ Tree = Any
 EPSILON = 1e-8
 
 
+class Rates(NamedTuple):
+    """The scalars of one update: how much of the old is kept and of the new taken."""
+
+    sound: mx.array
+    keep_m: mx.array
+    take_m: mx.array
+    keep_v: mx.array
+    take_v: mx.array
+    step_size: mx.array
+    epsilon: mx.array
+    keep_weight: mx.array
+
+
 class AdamW:
     """Adam with bias correction and decoupled weight decay on matrices (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-    Unlike `mlx.optimizers.AdamW` it is a pure function of arrays, so that one compiled update can leave everything,
-    its own counter included, as it was when the gradients are not finite.
+    Unlike `mlx.optimizers.AdamW` it is pure functions of arrays, so that one compiled update can leave everything, its
+    own counter included, as it was when the gradients are not finite.
     """
 
     def __init__(self, training: TrainingConfig) -> None:
@@ -34,28 +47,46 @@ class AdamW:
             "updates": mx.array(0, mx.int32),
         }
 
-    def update(
-        self, parameters: Tree, gradients: Tree, state: Tree, learning_rate: mx.array, sound: mx.array
-    ) -> tuple[Tree, Tree]:
-        """New parameters and new state; both are the old ones where `sound`, a boolean scalar, is false."""
-        updates = state["updates"] + 1
-        step_size = learning_rate / (1 - mx.power(self.beta1, updates))
-        correction = mx.rsqrt(1 - mx.power(self.beta2, updates))
+    def rates(
+        self, updates: mx.array, learning_rate: mx.array, scale: mx.array, sound: mx.array
+    ) -> tuple[Rates, mx.array]:
+        """The scalars of the update after `updates` others, and the number of updates after it.
+
+        Args:
+            scale: what the gradients are to be multiplied with.
+            sound: a boolean; if it is false, the update changes nothing.
+        """
+        number = updates + 1
+        # The two corrections of the bias, worked into scalars.
+        root = mx.sqrt(1 - mx.power(self.beta2, number))
+        rates = Rates(
+            sound=sound,
+            keep_m=mx.where(sound, self.beta1, 1.0),
+            take_m=mx.where(sound, (1 - self.beta1) * scale, 0.0),
+            keep_v=mx.where(sound, self.beta2, 1.0),
+            take_v=mx.where(sound, (1 - self.beta2) * (scale * scale), 0.0),
+            step_size=mx.where(sound, learning_rate * root / (1 - mx.power(self.beta1, number)), 0.0),
+            epsilon=EPSILON * root,
+            keep_weight=mx.where(sound, 1 - learning_rate * self.weight_decay, 1.0),
+        )
+        return rates, mx.where(sound, number, updates)
+
+    def update(self, parameters: Tree, gradients: Tree, m: Tree, v: Tree, rates: Rates) -> tuple[Tree, Tree, Tree]:
+        """New parameters, `m` and `v`. Each array is updated in one kernel, which reads and writes it once."""
 
         def mean(m: mx.array, g: mx.array) -> mx.array:
-            return mx.where(sound, self.beta1 * m + (1 - self.beta1) * g, m)
+            return rates.keep_m * m + rates.take_m * g
 
         def mean_square(v: mx.array, g: mx.array) -> mx.array:
-            return mx.where(sound, self.beta2 * v + (1 - self.beta2) * (g * g), v)
+            return rates.keep_v * v + rates.take_v * (g * g)
 
         def move(p: mx.array, m: mx.array, v: mx.array) -> mx.array:
-            decay = self.weight_decay if p.ndim >= 2 else 0.0
-            moved = p * (1 - learning_rate * decay) - step_size * m / (mx.sqrt(v) * correction + EPSILON)
-            return mx.where(sound, moved, p)
+            decayed = p * rates.keep_weight if p.ndim >= 2 else p
+            return decayed - rates.step_size * (m / (mx.sqrt(v) + rates.epsilon))
 
-        m = tree_map(mean, state["m"], gradients)
-        v = tree_map(mean_square, state["v"], gradients)
-        return tree_map(move, parameters, m, v), {"m": m, "v": v, "updates": mx.where(sound, updates, updates - 1)}
+        gradients = tree_map(lambda g: mx.where(rates.sound, g, 0.0), gradients)
+        m, v = tree_map(mean, m, gradients), tree_map(mean_square, v, gradients)
+        return tree_map(move, parameters, m, v), m, v
 
 
 def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> float:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map, tree_reduce
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
@@ -46,22 +46,20 @@ class TrainingStep:
         """Make step number `step` on micro-batches (B, T) of one shape, and start computing it."""
         parameters = self.model.trainable_parameters()
         count = 0
-        total: tuple[mx.array, Tree] = (mx.array(0.0), {})
+        sums: list[tuple[mx.array, Tree]] = []  # of losses and gradients, one of each stream
         for windows in micro_batches:
-            if count:
-                mx.eval(total)  # or the activations of all micro-steps would stand at once
-            for (windows_bt,) in backend.shares(windows):
+            mx.eval(sums)  # or the activations of all micro-batches would stand at once
+            for i, (windows_bt,) in enumerate(backend.shares(windows)):
                 # What dropout drops is a function of (seed, step), so a resume needs no saved generator.
                 seed = backend.seed_for(self._training.seed, step, count)
                 key = mx.random.key(seed) if self.model.config.dropout > 0 else None
                 share = self._share(parameters, windows_bt, key)
-                total = tree_map(mx.add, total, share) if count else share
+                sums[i : i + 1] = [tree_map(mx.add, sums[i], share) if i < len(sums) else share]
                 count += 1
-        loss, gradients = total
         parameters, self.optimizer_state, result = self._update(
-            parameters, gradients, self.optimizer_state, loss, mx.array(float(count)), mx.array(learning_rate)
+            parameters, sums, self.optimizer_state, mx.array(float(count)), mx.array(learning_rate)
         )
-        del total, share, gradients
+        del sums, share
         self.model.update(parameters)
         mx.async_eval(parameters, self.optimizer_state, result)
         return StepResult(*result)
@@ -77,17 +75,33 @@ class TrainingStep:
         return mx.value_and_grad(loss)(parameters)
 
     def _clip_and_update(
-        self, parameters: Tree, gradients: Tree, state: Tree, loss: mx.array, count: mx.array, learning_rate: mx.array
+        self, parameters: Tree, sums: Sequence[tuple[mx.array, Tree]], state: Tree, count: mx.array, rate: mx.array
     ) -> tuple[Tree, Tree, tuple[mx.array, mx.array]]:
         # Sums over `count` shares of the step become means: all have as many tokens.
-        loss = loss / count
-        squares = tree_reduce(lambda total, g: total + (g * g).sum(), gradients, mx.array(0.0))
-        norm = mx.sqrt(squares) / count
+        loss = sum(loss for loss, _ in sums) / count
+        shares = [dict(tree_flatten(gradients)) for _, gradients in sums]
+        old = [dict(tree_flatten(tree)) for tree in (parameters, state["m"], state["v"])]
+        parts = backend.parts({name: p.size for name, p in old[0].items()})
+        gradients: dict[str, mx.array] = {}
+        squares: list[mx.array] = []
+        for names in backend.side_by_side(parts):
+            gradients |= {name: sum(share[name] for share in shares) for name in names}
+            squares += [_square(gradients[name]) for name in names]
+        norm = mx.sqrt(mx.stack(squares).sum()) / count
         scale = 1 / count
         if self._training.max_grad_norm > 0:
             scale = scale * mx.minimum(1.0, self._training.max_grad_norm / (norm + 1e-6))
         sound = mx.isfinite(norm) & mx.isfinite(loss)  # one bad step must not poison the weights for good
-        parameters, state = self.optimizer.update(
-            parameters, tree_map(lambda g: g * scale, gradients), state, learning_rate, sound
-        )
-        return parameters, state, (loss, norm)
+        rates, updates = self.optimizer.rates(state["updates"], rate, scale, sound)
+        new: list[dict[str, mx.array]] = [{}, {}, {}]
+        for names in backend.side_by_side(parts):
+            p, m, v, g = ({name: tree[name] for name in names} for tree in (*old, gradients))
+            for tree, part in zip(new, self.optimizer.update(p, g, m, v, rates), strict=True):
+                tree |= part
+        parameters, m, v = (tree_unflatten(list(tree.items())) for tree in new)
+        return parameters, {"m": m, "v": v, "updates": updates}, (loss, norm)
+
+
+def _square(x: mx.array) -> mx.array:
+    """The sum of squares."""
+    return mx.inner(x.flatten(), x.flatten())

@@ -1,17 +1,26 @@
 """AdamW does what PyTorch's does, and the learning rate turns where it should."""
 
 import dataclasses
+import math
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_map
 
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.training.optimizer import AdamW, learning_rate
 
 SETTINGS = TrainingConfig(beta1=0.8, beta2=0.9, weight_decay=0.3)
 RATES = [0.1, 0.05, 0.2, 0.01, 0.1]
+
+
+def update(optimizer, parameters, gradients, state, rate, scale=1.0, sound=True):
+    """One update, as a step of training makes it."""
+    rates, updates = optimizer.rates(state["updates"], mx.array(rate), mx.array(scale), mx.array(sound))
+    parameters, m, v = optimizer.update(parameters, gradients, state["m"], state["v"], rates)
+    return parameters, {"m": m, "v": v, "updates": updates}
 
 
 def numbers(shape, seed):
@@ -35,7 +44,8 @@ def test_updates_are_those_of_torchs_adamw(parameters):
     optimizer = AdamW(SETTINGS)
     state = optimizer.init(parameters)
     for step, rate in enumerate(RATES):
-        parameters, state = optimizer.update(parameters, gradients(step), state, mx.array(rate), mx.array(True))
+        doubled = tree_map(lambda g: 2 * g, gradients(step))
+        parameters, state = update(optimizer, parameters, doubled, state, rate, scale=0.5)
         matrix.grad, bias.grad = torch.tensor(numbers((6, 5), 100 + step)), torch.tensor(numbers(5, 200 + step))
         for group in reference.param_groups:
             group["lr"] = rate
@@ -47,18 +57,18 @@ def test_updates_are_those_of_torchs_adamw(parameters):
 def test_without_gradients_only_matrices_shrink(parameters):
     optimizer = AdamW(SETTINGS)
     nothing = {"matrix": mx.zeros((6, 5)), "norm": {"bias": mx.zeros(5)}}
-    after, _ = optimizer.update(parameters, nothing, optimizer.init(parameters), mx.array(0.1), mx.array(True))
+    after, _ = update(optimizer, parameters, nothing, optimizer.init(parameters), 0.1)
     np.testing.assert_allclose(np.array(after["matrix"]), 0.97 * numbers((6, 5), 0), rtol=1e-6)
     assert np.array_equal(np.array(after["norm"]["bias"]), numbers(5, 1))
 
 
 def test_an_unsound_update_changes_nothing_not_even_the_count(parameters):
     optimizer = AdamW(SETTINGS)
-    first = optimizer.update(parameters, gradients(0), optimizer.init(parameters), mx.array(0.1), mx.array(True))
+    first = update(optimizer, parameters, gradients(0), optimizer.init(parameters), 0.1)
     poison = {"matrix": mx.full((6, 5), mx.nan), "norm": {"bias": mx.full(5, mx.inf)}}
-    skipped = optimizer.update(first[0], poison, first[1], mx.array(0.1), mx.array(False))
-    straight = optimizer.update(first[0], gradients(1), first[1], mx.array(0.1), mx.array(True))
-    resumed = optimizer.update(skipped[0], gradients(1), skipped[1], mx.array(0.1), mx.array(True))
+    skipped = update(optimizer, first[0], poison, first[1], 0.1, scale=math.nan, sound=False)
+    straight = update(optimizer, first[0], gradients(1), first[1], 0.1)
+    resumed = update(optimizer, skipped[0], gradients(1), skipped[1], 0.1)
     assert np.array_equal(np.array(resumed[0]["matrix"]), np.array(straight[0]["matrix"]))
     assert int(resumed[1]["updates"]) == int(straight[1]["updates"]) == 2
 
