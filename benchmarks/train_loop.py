@@ -24,8 +24,7 @@ def main() -> None:
         mx.set_default_device(mx.gpu if arguments["device"] == "gpu" else mx.cpu)
     display = Terminal()
     os.chdir(Path(arguments["settings"]["out"]).parent)  # where the text is prepared, too
-    run = set_up(arguments["settings"], display)
-    facts = {"vocab_size": run.config.model.vocab_size}
+    facts: dict[str, Any] = {}
     left, began = 1, time.perf_counter()
 
     def between_steps() -> bool:
@@ -43,10 +42,9 @@ def main() -> None:
             return False
         raise SystemExit  # no more is asked, and nothing has to be saved
 
-    try:
+    with set_up(arguments["settings"], display) as run:
+        facts = {"vocab_size": run.config.model.vocab_size}
         loop.fit(run, display, between_steps)
-    finally:
-        run.close()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.generation import engine
 from mlx_gpt.generation.engine import Piece
 from mlx_gpt.model import GPT
+from mlx_gpt.ranks import is_first
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.monitor import Lines
 from mlx_gpt.training.run import model_directory
@@ -76,4 +77,5 @@ def train(
     """
     from mlx_gpt.training.loop import train as run_training
 
-    return run_training(settings, Lines(echo), file=config, resume=resume, overwrite=overwrite).folder
+    display = Lines(echo if is_first() else None)
+    return run_training(settings, display, file=config, resume=resume, overwrite=overwrite).folder

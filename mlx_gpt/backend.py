@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import os
 import platform
@@ -69,6 +70,11 @@ def device_from(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> De
     page = os.sysconf("SC_PAGE_SIZE")
     memory = page * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", name, memory, available() or memory)
+
+
+def part_of(device: Device, processes: int) -> Device:
+    """The device for one of as many processes on this host. On CUDA `mlx.launch` gives each a GPU of its own."""
+    return device if device.kind == "cuda" else dataclasses.replace(device, usable=device.usable // processes)
 
 
 def available(root: Path = Path("/")) -> int:
@@ -163,6 +169,16 @@ def cores() -> int:
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = (os.environ.get(name, "") for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     return min([there, *(int(count) for count in asked if count.isdecimal() and int(count) > 0)])
+
+
+def leave_cores_to(processes: int) -> None:
+    """Use no more than this process's part of the cores, and of none less than one, from now on.
+
+    Args:
+        processes: that compute on this host beside each other, this one included.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(min(cores(), max(1, there // processes)))
 
 
 def compute_dtype(precision: str, device: Device) -> mx.Dtype:

@@ -127,6 +127,28 @@ class TrainingConfig:
         choices=("tensorboard", "wandb", "none"),
     )
     seed: int = setting(1337, "Steers initial weights, order of the text and dropout.", at_least=0, below=2**63)
+    ranks: int = 1  # that make each step together; not a setting, for a run may go on with others
+
+    @property
+    def windows_per_step(self) -> int:
+        """Training windows that make one step, over all ranks."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def windows_per_rank(self) -> int:
+        """A rank's even part of them."""
+        return self.windows_per_step // self.ranks
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Windows that a rank computes at once: the most up to `batch_size` that share its part evenly."""
+        most = min(self.batch_size, self.windows_per_rank)
+        return next(size for size in range(most, 0, -1) if self.windows_per_rank % size == 0)
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches that a rank makes in a step."""
+        return self.windows_per_rank // self.micro_batch_size
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_gpt import backend, ops
-from mlx_gpt.data.batches import validation_batches, validation_windows
+from mlx_gpt.data.batches import Part, validation_batches, validation_windows
 from mlx_gpt.model import GPT
+from mlx_gpt.ranks import ALONE, Ranks
 
 
 def token_losses(model: GPT, windows_bt: mx.array) -> mx.array:
@@ -58,6 +59,7 @@ class Evaluator:
         tokens: (tokens,) ids of the text.
         byte_lengths: (vocab_size,) UTF-8 bytes of each id.
         limit: take only this many windows, spread evenly; 0 takes all.
+        ranks: that share the windows, and all learn what came out.
     """
 
     def __init__(
@@ -70,21 +72,24 @@ class Evaluator:
         batch_size: int,
         limit: int = 0,
         dtype: mx.Dtype = mx.float32,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._model, self._tokens, self._byte_lengths = model, tokens, byte_lengths
-        self._seq_len, self._batch_size, self._limit, self._dtype = seq_len, batch_size, limit, dtype
+        self._seq_len, self._batch_size, self._dtype = seq_len, batch_size, dtype
+        self._ranks, self._part, self._limit = ranks, Part(ranks.rank, ranks.size), limit
         self._loss = mx.compile(self._summed_loss)
 
     @property
     def windows(self) -> int:
-        """How many windows one evaluation takes."""
-        return len(validation_windows(self._tokens, self._seq_len, self._limit))
+        """How many windows this rank takes in one evaluation."""
+        return len(validation_windows(self._tokens, self._seq_len, self._limit, self._part))
 
     def __call__(self, progress: Callable[[int], None] = lambda windows: None) -> Evaluation:
         """Evaluate the model as it is now; `progress` is told the windows done since the last call."""
         parameters = self._model.parameters()
         nats, count, text_bytes = 0.0, 0, 0
-        for windows, weights in validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit):
+        batches = validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit, self._part)
+        for windows, weights in batches:
             losses = [self._loss(parameters, *share) for share in backend.shares(windows, weights)]
             mx.async_eval(losses)
             nats += sum(loss.item() for loss in losses)
@@ -92,7 +97,8 @@ class Evaluator:
             text_bytes += int(self._byte_lengths[windows[:, 1:]][weights > 0].sum())
             progress(int(weights.any(axis=1).sum()))
         self._model.update(parameters)
-        return Evaluation(nats / count, count, text_bytes)
+        nats, *counts = self._ranks.total(nats, count, text_bytes)
+        return Evaluation(nats / counts[0], *map(int, counts))
 
     def _summed_loss(self, parameters: dict, windows_bt: mx.array, weights_bt: mx.array) -> mx.array:
         self._model.update(tree_map(lambda p: p.astype(self._dtype), parameters))

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from mlx_gpt.errors import RunError, UserError
+from mlx_gpt.errors import FORESEEN, in_a_sentence
 
 # Loaded when they are used: `mlx-gpt --help` needs no arrays. The sentences are what it shows.
 COMMANDS = {
@@ -62,35 +62,20 @@ def run(arguments: list[str]) -> int:
     """Run a command and return its exit code; what goes wrong is told in a sentence on stderr."""
     try:
         code = cli.main(arguments, prog_name="mlx-gpt", standalone_mode=False)
-    except UserError as error:
-        return _tell(str(error), 2)
-    except RunError as error:
-        return _tell(str(error), 1)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
         return _tell(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         return _tell("Interrupted.", 130)
     except BrokenPipeError:
         code = 1  # who was reading has left, as `head` does
-    except PermissionError as error:
-        return _tell(f"{error.filename}: no permission; choose another folder or change its permissions.", 2)
-    except (NotADirectoryError, FileExistsError) as error:
-        return _tell(f"{error.filename} can't be a folder, since a file is in its way: choose another.", 2)
-    except OSError as error:
-        return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.", 1)
-    except Exception as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # an import that Ctrl-C broke off
-            return _tell("Interrupted.", 130)
-        if "MLX_GPT_TRACEBACK" in os.environ:
+    except (Exception, KeyboardInterrupt) as error:
+        words, code = in_a_sentence(error)
+        if "MLX_GPT_TRACEBACK" in os.environ and code != 130 and not isinstance(error, FORESEEN):
             raise
-        return _tell(
-            f"Something unforeseen went wrong ({type(error).__name__}: {error}). "
-            "MLX_GPT_TRACEBACK=1 shows where; please report it.",
-            1,
-        )
+        return _tell(words, code)
     try:
         sys.stdout.flush()
     except OSError:
@@ -100,5 +85,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _tell(message: str, code: int) -> int:
-    click.echo(f"Error: {message}" if code != 130 else message, err=True)
+    if os.environ.get("MLX_RANK", "0") == "0":  # of several ranks, the first speaks
+        click.echo(f"Error: {message}" if code != 130 else message, err=True)
     return code

@@ -33,32 +33,35 @@ def command(file: str | None, resume: str | None, overwrite: bool, dry_run: bool
     A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
     preset tiny on the text that is built in.
     """
+    from mlx_gpt.ranks import is_first
     from mlx_gpt.training import loop, setup
+    from mlx_gpt.training.monitor import Lines
 
-    display = Terminal()
+    display = Terminal() if is_first() else Lines()
     if dry_run:
         setup.dry_run(given(settings), display, file, resume, overwrite)
         return 0
-    run = setup.set_up(given(settings), display, file, resume, overwrite)
-    try:
-        with StopSignals() as stop:
-            outcome = loop.fit(run, display, stop.requested)
-    finally:
-        run.close()
+    with setup.set_up(given(settings), display, file, resume, overwrite) as run, StopSignals(is_first()) as stop:
+        outcome = loop.fit(run, display, stop.requested)
+    words = f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive"
     if not outcome.finished:
+        words = f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}"
+    if is_first():
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            click.echo(f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}")
-        return 128 + stop.received
-    with contextlib.suppress(OSError):
-        click.echo(f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive")
-    return 0
+            click.echo(words)
+    return 0 if outcome.finished else 128 + (stop.received or signal.SIGTERM)  # a signal may reach another rank only
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP, so that training can stop between two steps; a second SIGINT stops at once."""
+    """Notes SIGINT, SIGTERM and SIGHUP, so that training can stop between two steps; a second SIGINT stops at once.
 
-    def __init__(self) -> None:
+    Args:
+        tells: whether it says so on the terminal.
+    """
+
+    def __init__(self, tells: bool = True) -> None:
         self.received = 0
+        self._tells = tells
 
     def requested(self) -> bool:
         """Whether a signal has come."""
@@ -79,7 +82,8 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         # Not through Python's buffers, which a signal may find in the middle of something.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nStopping after this step, and saving. Ctrl-C again leaves at once.\n")
+        if self._tells:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nStopping after this step, and saving. Ctrl-C again leaves at once.\n")
         # A closed terminal counts as SIGTERM.
         self.received = signal.SIGTERM if number == signal.SIGHUP else number

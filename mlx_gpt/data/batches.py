@@ -7,6 +7,7 @@ first of the next, so none is lost.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import mlx.data as dx
 import numpy as np
@@ -24,10 +25,28 @@ def window_numbers(tokens: np.ndarray, seq_len: int, seed: int, start: int, coun
     return [begin for begin, _ in zip(_beginnings(len(tokens), seq_len, seed, start), range(count), strict=False)]
 
 
-def training_windows(tokens: np.ndarray, seq_len: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+class Part(NamedTuple):
+    """The windows that one of several ranks reads: of each `per_step` of them, its even and contiguous part."""
+
+    rank: int = 0
+    ranks: int = 1
+    per_step: int = 1
+
+    def has(self, window: int) -> bool:
+        """Whether window number `window` is among them."""
+        return window % self.per_step * self.ranks // self.per_step == self.rank
+
+
+WHOLE = Part()
+
+
+def training_windows(
+    tokens: np.ndarray, seq_len: int, seed: int, start: int = 0, part: Part = WHOLE
+) -> Iterator[np.ndarray]:
     """Windows (seq_len + 1,) int32 without end, from window number `start` on."""
-    for begin in _beginnings(len(tokens), seq_len, seed, start):
-        yield _cut(tokens, begin, begin + seq_len + 1)
+    for number, begin in enumerate(_beginnings(len(tokens), seq_len, seed, start), start):
+        if part.has(number):
+            yield _cut(tokens, begin, begin + seq_len + 1)
 
 
 def _beginnings(length: int, seq_len: int, seed: int, start: int) -> Iterator[int]:
@@ -44,35 +63,42 @@ def _beginnings(length: int, seq_len: int, seed: int, start: int) -> Iterator[in
 
 
 def training_batches(
-    tokens: np.ndarray, seq_len: int, batch_size: int, seed: int, start: int = 0
+    tokens: np.ndarray, seq_len: int, batch_size: int, seed: int, start: int = 0, part: Part = WHOLE
 ) -> Iterator[np.ndarray]:
     """Batches (batch_size, seq_len + 1) int32 without end, prefetched, from window number `start` on."""
-    windows = ({"window": window} for window in training_windows(tokens, seq_len, seed, start))
+    windows = ({"window": window} for window in training_windows(tokens, seq_len, seed, start, part))
     # One prefetch thread keeps the order; several do not.
     stream = dx.stream_python_iterable(lambda: windows).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
     for sample in stream:
         yield sample["window"]
 
 
-def validation_windows(tokens: np.ndarray, seq_len: int, limit: int = 0) -> np.ndarray:
-    """The numbers of the windows to validate on: all of them, or `limit` that are spread evenly over the text."""
+def validation_windows(tokens: np.ndarray, seq_len: int, limit: int = 0, part: Part = WHOLE) -> np.ndarray:
+    """The numbers of the windows to validate on: all of them, or `limit` that are spread evenly over the text.
+
+    Of `part`, a rank's: every so manieth of them.
+    """
     count = -(-(len(tokens) - 1) // seq_len)
-    return np.arange(count) if not limit or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
+    chosen = np.arange(count)
+    if limit and limit < count:
+        chosen = np.linspace(0, count - 1, limit).round().astype(int)
+    return chosen[part.rank :: part.ranks]
 
 
 def validation_batches(
-    tokens: np.ndarray, seq_len: int, batch_size: int, limit: int = 0
+    tokens: np.ndarray, seq_len: int, batch_size: int, limit: int = 0, part: Part = WHOLE
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every token of `tokens` once as a target, in batches of fixed shape.
 
     Args:
         limit: take only this many windows, spread evenly over the text; 0 takes all.
+        part: take those of a rank.
 
     Yields:
         Windows (batch_size, seq_len + 1) int32 and the weight (batch_size, seq_len) float32 of each target: 0 where
         the text had ended and the window is filled up.
     """
-    chosen = validation_windows(tokens, seq_len, limit)
+    chosen = validation_windows(tokens, seq_len, limit, part)
     for first in range(0, len(chosen), batch_size):
         windows = np.zeros((batch_size, seq_len + 1), np.int32)
         weights = np.zeros((batch_size, seq_len), np.float32)

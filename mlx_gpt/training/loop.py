@@ -58,11 +58,8 @@ def train(
         RunError: as in `fit`.
         UserError: a setting, the data or a folder is not fit for it; nothing has been changed then.
     """
-    run = set_up(settings, display, file, resume, overwrite)
-    try:
+    with set_up(settings, display, file, resume, overwrite) as run:
         return fit(run, display, stop_requested)
-    finally:
-        run.close()
 
 
 def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outcome:
@@ -74,24 +71,24 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
     training, plan, monitor = run.config.training, run.plan, run.monitor
     step = began = run.progress.step
 
-    def is_over() -> bool:
-        out_of_time = training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
-        return step >= plan.total_steps or out_of_time
+    def out_of_time() -> bool:
+        return run.ranks.first and training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
 
     bar = display.bar("Training", plan.total_steps, done=step)
     if step == 0:
         validate(run, step, display)
-    over, stopping = is_over(), False
+    over, stopping = step >= plan.total_steps or run.ranks.share(out_of_time()), False
     unread: tuple[int, StepResult] | None = None
     while not (over or stopping):
         rate = learning_rate(step, plan.total_steps, training)
-        result = run.step(step, rate, [next(run.batches) for _ in range(training.gradient_accumulation_steps)])
+        result = run.step(step, rate, [next(run.batches) for _ in range(training.micro_steps)])
         if unread:
             review(run, *unread)  # the step before is done by now: the device never waits for this
         step, unread = step + 1, (step + 1, result)
         monitor.count(plan.tokens(1))
 
-        over, stopping = is_over(), stop_requested()
+        over, stopping = run.ranks.any(out_of_time(), stop_requested())
+        over = over or step >= plan.total_steps
         logs, validates = step % training.log_every == 0 or over, step % training.eval_every == 0 or over
         saves = step % training.save_every == 0 or over or stopping
         if logs or validates or saves:
@@ -132,7 +129,7 @@ def review(run: Run, step: int, result: StepResult) -> None:
     run.progress = dataclasses.replace(progress, bad_steps=bad_steps)
     per_step = run.plan.windows_per_step
     run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
-    if bad_steps > training.max_bad_steps:
+    if bad_steps > training.max_bad_steps and run.ranks.first:  # which ends the others
         before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
         start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
         newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
@@ -175,11 +172,13 @@ def save_checkpoint(run: Run, step: int, last: bool) -> None:
 
 
 def guarded(run: Run, what: str, save: Callable[[], object], last: bool = False) -> None:
-    """Save, and train on if that fails, as it does on a full disk: what was saved before is still there.
+    """Save on rank 0, and train on if that fails, as it does on a full disk: what was saved before is still there.
 
     Raises:
         RunError: saving has failed for the third time since it last went well, or it was the `last` of the run.
     """
+    if not run.ranks.first:
+        return
     try:
         save()
     except OSError as error:

@@ -89,17 +89,17 @@ def parameters_of(model: ModelConfig) -> int:
 
 
 def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Memory:
-    """What `training` holds on `device`.
+    """What a rank of `training` holds on `device`.
 
     Metal and CUDA are taken to hold as many numbers as the CPU does, which is where they were counted.
     """
     n_params = parameters_of(model)
     number_size = compute_dtype(training.precision, device).size
     on_gpu = device.kind != "cpu"
-    tokens = training.batch_size * training.seq_len
+    tokens = training.micro_batch_size * training.seq_len
     hidden, attention = tokens * model.n_embd, tokens * model.n_head * training.seq_len
     weight, head = model.n_embd**2, model.vocab_size * model.n_embd
-    in_share = tokens // share_count(training.batch_size, on_gpu)
+    in_share = tokens // share_count(training.micro_batch_size, on_gpu)
     rows = ops.rows_at_once(in_share, model.vocab_size, on_gpu)
 
     def size(held: Held) -> float:
@@ -116,8 +116,9 @@ def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Me
     activations = model.n_layer * size(block) + max(size(moment) for moment in moments)
     parameters = FLOAT32 * n_params
     weights = 3 * parameters + (n_params * number_size if number_size < FLOAT32 else 0)  # with a copy to compute with
-    summed = parameters if training.gradient_accumulation_steps > 1 else 0
-    update = parameters + min(3 * parameters, size(UPDATE[training.grad_checkpoint]))
+    summed = parameters if training.micro_steps > 1 else 0
+    exchanged = 2 * parameters if training.ranks > 1 else 0  # gradients, joined to be sent, and their means
+    update = exchanged + parameters + min(3 * parameters, size(UPDATE[training.grad_checkpoint]))
     return Memory(
         weights=int(weights),
         gradients=parameters,
@@ -138,8 +139,12 @@ def fit(model: ModelConfig, training: TrainingConfig, device: Device) -> tuple[T
     """
     asked = training
     if training.auto_batch_size:
-        windows = training.batch_size * training.gradient_accumulation_steps
-        asked = dataclasses.replace(training, batch_size=windows, gradient_accumulation_steps=1, auto_batch_size=False)
+        asked = dataclasses.replace(
+            training,
+            batch_size=training.windows_per_rank,
+            gradient_accumulation_steps=training.ranks,
+            auto_batch_size=False,
+        )
     fitting = _first_that_fits(model, asked, device)
     if fitting == asked or (fitting and training.auto_batch_size and fitting.seq_len == asked.seq_len):
         return fitting, ""
@@ -167,8 +172,7 @@ def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
     Smaller micro-batches change only the time; activations that are computed twice cost a third more of it; shorter
     windows change what is learnt.
     """
-    windows = training.batch_size * training.gradient_accumulation_steps
-    seq_len = training.seq_len
+    windows, seq_len = training.windows_per_step, training.seq_len
     while True:
         for recompute in [True] if training.grad_checkpoint else [False, True]:
             for batch_size in range(training.batch_size, 0, -1):

@@ -74,15 +74,17 @@ class Monitor:
     """Writes `training.log` and `metrics.jsonl` and keeps the time.
 
     Args:
-        folder: of the run.
+        folder: of the run; None on a rank whose records nobody reads.
         seconds: that the run had used before.
         resumed_at: the step of the checkpoint that it goes on from; later records are taken back.
     """
 
-    def __init__(self, folder: Path, display: Display, seconds: float = 0.0, resumed_at: int | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, display: Display, seconds: float = 0.0, resumed_at: int | None = None
+    ) -> None:
         self._display = display
-        self._log = (folder / "training.log").open("a", encoding="utf-8")
-        metrics = folder / "metrics.jsonl"
+        log, metrics = (folder / "training.log", folder / "metrics.jsonl") if folder else [Path(os.devnull)] * 2
+        self._log = log.open("a", encoding="utf-8")
         if resumed_at is not None:
             _drop_records_after(metrics, resumed_at)
         self._metrics = metrics.open("a", encoding="utf-8")

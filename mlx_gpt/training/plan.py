@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from mlx_gpt import backend
 from mlx_gpt.backend import Device
 from mlx_gpt.config import Config
 from mlx_gpt.data.batches import windows_per_epoch
@@ -23,7 +24,8 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: where it ends at the latest.
-        memory: that it is expected to hold.
+        memory: that it is expected to hold, each rank by itself.
+        ranks_here: how many of its ranks are on this host.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Plan:
     windows_per_epoch: int
     total_steps: int
     memory: Memory
+    ranks_here: int = 1
 
     def epoch(self, step: int) -> int:
         """Whole passes over the text that `step` steps have made."""
@@ -48,6 +51,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
         training, model, held = self.config.training, self.config.model, self.memory
+        each = " on each rank" if training.ranks > 1 else ""
         steps = f"{self.total_steps:,}, each of {self.tokens(1):,} tokens"
         steps += f" ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
         if training.max_minutes:
@@ -62,11 +66,11 @@ class Plan:
             f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
             f"{self.tokens(self.total_steps) / self.n_params:.3g} with all epochs",
             f"Steps        {steps}",
-            f"Batch        {training.batch_size} x {training.seq_len} tokens, "
-            f"{training.gradient_accumulation_steps} per step, "
-            f"activations {'computed twice' if training.grad_checkpoint else 'kept'}",
-            f"Memory       about {in_words(held.peak)} at the peak, of {in_words(self.device.usable)} usable: weights "
-            f"and means {in_words(held.weights)}, gradients {in_words(held.gradients)}, "
+            *self._ranks(),
+            f"Batch        {training.micro_batch_size} x {training.seq_len} tokens, {training.micro_steps} per step"
+            f"{each}, activations {'computed twice' if training.grad_checkpoint else 'kept'}",
+            f"Memory       about {in_words(held.peak)} at the peak{each}, of {in_words(self.device.usable)} usable: "
+            f"weights and means {in_words(held.weights)}, gradients {in_words(held.gradients)}, "
             f"activations {in_words(held.activations)}",
         ]
         if self.device.kind == "metal":
@@ -84,16 +88,26 @@ class Plan:
             )
         return lines
 
+    def _ranks(self) -> list[str]:
+        training = self.config.training
+        if training.ranks == 1:
+            return []
+        cores = f", with {backend.cores()} of its cores each" if self.device.kind == "cpu" else ""
+        return [
+            f"Ranks        {training.ranks}, {self.ranks_here} of them on this host{cores}; each makes "
+            f"{training.windows_per_rank} of the {self.windows_per_step} windows of a step"
+        ]
+
     @property
     def steps_per_epoch(self) -> float:
         """Steps in one pass over the text."""
         return self.windows_per_epoch / self.windows_per_step
 
 
-def make_plan(config: Config, tokens: Tokens, device: Device) -> Plan:
+def make_plan(config: Config, tokens: Tokens, device: Device, ranks_here: int = 1) -> Plan:
     """Work out a run's size."""
     training, model = config.training, GPT(config.model)  # nothing of it is computed
-    per_step = training.batch_size * training.gradient_accumulation_steps
+    per_step = training.windows_per_step
     per_epoch = windows_per_epoch(tokens.train, training.seq_len)
     total_steps = math.ceil(training.max_epochs * per_epoch / per_step)
     return Plan(
@@ -107,4 +121,5 @@ def make_plan(config: Config, tokens: Tokens, device: Device) -> Plan:
         windows_per_epoch=per_epoch,
         total_steps=min(total_steps, training.max_steps or total_steps),
         memory=memory.estimate(config.model, training, device),
+        ranks_here=ranks_here,
     )

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import backend
-from mlx_gpt.config import Config, DataConfig, ModelConfig, read_toml, resolve, write_toml
-from mlx_gpt.data.batches import training_batches, window_numbers
+from mlx_gpt.config import Config, DataConfig, ModelConfig, TrainingConfig, build, flat, read_toml, resolve, write_toml
+from mlx_gpt.data.batches import Part, training_batches, window_numbers
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, tokenize
 from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.model import GPT
+from mlx_gpt.ranks import ALONE, Ranks, join
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, memory, reporters
 from mlx_gpt.training import run as run_folder
 from mlx_gpt.training.checkpoint import Progress
-from mlx_gpt.training.monitor import Display, Monitor, improved_after
+from mlx_gpt.training.monitor import Display, Lines, Monitor, improved_after
 from mlx_gpt.training.plan import Plan, make_plan
 from mlx_gpt.training.run import Lock
 from mlx_gpt.training.step import TrainingStep
@@ -44,6 +46,7 @@ class Run:
     monitor: Monitor
     progress: Progress
     resources: contextlib.ExitStack
+    ranks: Ranks = ALONE
     failed_saves: int = 0
 
     @property
@@ -51,9 +54,12 @@ class Run:
         """Where it is written."""
         return Path(self.config.out)
 
-    def close(self) -> None:
-        """Close the logs and let others into the folder."""
-        self.resources.close()
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Close the logs and let others into the folder; an error ends all ranks."""
+        self.resources.__exit__(*exception)
 
 
 def set_up(
@@ -73,44 +79,28 @@ def set_up(
         UserError: a setting, the data or a folder is not fit for it, or memory or disk are too small.
     """
     with contextlib.ExitStack() as resources:
-        start = check(settings, display, file, resume, overwrite, resources)
-        if start.problem:
-            raise UserError(start.problem)
-        config, tokenizer, tokens, progress = start.plan.config, start.tokenizer, start.tokens, start.progress
-        training, out = config.training, Path(config.out)
+        ranks = resources.enter_context(join())
+        start = agree_on(ranks, lambda: check(settings, display, file, resume, overwrite, resources, ranks))
+        config, tokenizer, tokens = start.plan.config, start.tokenizer, start.tokens
+        training = config.training
 
         model = network(config.model).init_weights(training.seed)
         dtype = backend.compute_dtype(training.precision, start.plan.device)
-        step = TrainingStep(model, training, dtype)
+        step = TrainingStep(model, training, dtype, ranks)
         if start.source:
             model.update(load_model(start.source).parameters())
             step.optimizer_state = checkpoint.load_optimizer(start.source, step.optimizer_state)
+        model.update(ranks.copy(model.parameters()))
+        step.optimizer_state = ranks.copy(step.optimizer_state)
 
-        # From here on the folder is touched.
-        if not resume:
-            run_folder.check_free(out, overwrite)  # again, for preparing a text can take a while
-            resources.enter_context(Lock(out))
-        if not start.source:
-            run_folder.clear(out)
-        checkpoint.remove_unfinished(out)
-        for folder, why in start.damaged.items():
-            aside = checkpoint.set_aside(folder)
-            display.line(f"{why} It is set aside as {aside.name}, and an earlier one is taken.")
-        if checkpoint.later_than(out, progress.step):  # with --overwrite
-            checkpoint.remove_after(out, progress.step, improved_after(out, progress.step, progress.best_loss))
-        checkpoint.remove_older(out, progress.step, training.keep_checkpoints)  # a kill may have come before that
-        if not (out / "best").exists():
-            progress = dataclasses.replace(progress, best_loss=None)
-        write_toml(start.settings, out / run_folder.SETTINGS)
-        resumed_at = progress.step if start.source else None
-        monitor = Monitor(out, display, progress.seconds, resumed_at)
-        resources.callback(monitor.close)
-        told = resources.enter_context(contextlib.closing(reporters.Reporters(config, resumed_at, monitor.line)))
-        monitor.listen(told.record)
-        if start.source:
-            monitor.line(f"Going on from {start.source}, after step {progress.step}.")
-        for line in start.plan.lines():
-            monitor.line(line)
+        if ranks.first:
+            # From here on the folder is touched.
+            progress = take_folder(start, display, overwrite, resources)
+            monitor = open_logs(start, progress, display, resources)
+        else:
+            progress, monitor = start.progress, Monitor(None, Lines())
+        progress = Progress(**ranks.share(dataclasses.asdict(progress)))
+        part = Part(ranks.rank, ranks.size, start.plan.windows_per_step)
         return Run(
             config=config,
             plan=start.plan,
@@ -122,22 +112,64 @@ def set_up(
                 tokens.val,
                 tokenizer.byte_lengths(),
                 seq_len=training.seq_len,
-                batch_size=training.batch_size,
+                batch_size=training.micro_batch_size,
                 limit=training.eval_windows,
                 dtype=dtype,
+                ranks=ranks,
             ),
             batches=training_batches(
                 tokens.train,
                 training.seq_len,
-                training.batch_size,
+                training.micro_batch_size,
                 training.seed,
                 start=progress.step * start.plan.windows_per_step,
+                part=part,
             ),
             window_numbers=functools.partial(window_numbers, tokens.train, training.seq_len, training.seed),
             monitor=monitor,
             progress=progress,
             resources=resources.pop_all(),
+            ranks=ranks,
         )
+
+
+def take_folder(start: "Start", display: Display, overwrite: bool, resources: contextlib.ExitStack) -> Progress:
+    """Make the run's folder ready for training, locked by `resources`; how far the run is in it.
+
+    Raises:
+        UserError: it is not free.
+    """
+    out, progress = Path(start.settings.out), start.progress
+    if not start.resumes:
+        run_folder.check_free(out, overwrite)  # again, for preparing a text can take a while
+        resources.enter_context(Lock(out))
+    if not start.source:
+        run_folder.clear(out)
+    checkpoint.remove_unfinished(out)
+    for folder, why in start.damaged.items():
+        aside = checkpoint.set_aside(folder)
+        display.line(f"{why} It is set aside as {aside.name}, and an earlier one is taken.")
+    if checkpoint.later_than(out, progress.step):  # with --overwrite
+        checkpoint.remove_after(out, progress.step, improved_after(out, progress.step, progress.best_loss))
+    keep = start.settings.training.keep_checkpoints
+    checkpoint.remove_older(out, progress.step, keep)  # a kill may have come before that
+    write_toml(start.settings, out / run_folder.SETTINGS)
+    return progress if (out / "best").exists() else dataclasses.replace(progress, best_loss=None)
+
+
+def open_logs(start: "Start", progress: Progress, display: Display, resources: contextlib.ExitStack) -> Monitor:
+    """Begin to tell of the run; `resources` ends it."""
+    config = start.plan.config
+    resumed_at = progress.step if start.source else None
+    monitor = Monitor(Path(config.out), display, progress.seconds, resumed_at)
+    resources.callback(monitor.close)
+    told = resources.enter_context(contextlib.closing(reporters.Reporters(config, resumed_at, monitor.line)))
+    monitor.listen(told.record)
+    if start.source:
+        monitor.line(f"Going on from {start.source}, after step {progress.step}.")
+    for line in start.plan.lines():
+        monitor.line(line)
+    return monitor
 
 
 def dry_run(
@@ -153,7 +185,10 @@ def dry_run(
         UserError: as `set_up`; where memory is too small, the plan is shown before.
     """
     with contextlib.ExitStack() as resources:
-        start = check(settings, display, file, resume, overwrite, resources)
+        ranks = resources.enter_context(join())
+        if not ranks.first:
+            return
+        start = check(settings, display, file, resume, overwrite, resources, ranks)
         for line in start.plan.lines():
             display.line(line)
         if start.problem:
@@ -169,6 +204,7 @@ class Start:
         source: the checkpoint to go on from.
         damaged: newer ones, and what is wrong with them.
         problem: why it does not fit in memory, and what would.
+        resumes: whether it goes on with a run that is there.
     """
 
     settings: Config
@@ -179,6 +215,45 @@ class Start:
     progress: Progress
     damaged: dict[Path, str]
     problem: str
+    resumes: bool
+
+    def told(self) -> dict[str, Any]:
+        """What the other ranks have to know of it, as `follow` takes it."""
+        return {
+            "settings": flat(self.plan.config),
+            "tokenizer": self.tokenizer.to_json(),
+            "end_of_text": self.tokenizer.end_of_text,
+            "progress": dataclasses.asdict(self.progress),
+        }
+
+
+def agree_on(ranks: Ranks, check: Callable[[], Start]) -> Start:
+    """What rank 0 has checked, on all ranks: other hosts have neither the run's folder nor, maybe, the flags' files.
+
+    Raises:
+        UserError: it can't be begun, or the text of this host is another one.
+    """
+    start = check() if ranks.first else None
+    if start and start.problem:
+        raise UserError(start.problem)
+    told = ranks.share(start.told() if start else {})
+    return ranks.in_turns(lambda: start or follow(ranks, **told))
+
+
+def follow(ranks: Ranks, settings: dict[str, Any], tokenizer: str, end_of_text: int, progress: dict) -> Start:
+    """The start of a rank that has to follow rank 0, with its own copy of the text."""
+    config: Config = build(Config, settings)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, ranks=ranks.size))
+    device = backend.part_of(backend.device(), ranks.here)
+    backend.prepare(device)
+    theirs = Tokenizer(HFTokenizer.from_str(tokenizer), end_of_text)
+    tokens = tokenize(open_data(config.data, Lines()), theirs)
+    if tokens.fingerprint != progress["fingerprint"]:
+        raise UserError(f"The text in {config.data.data} on this host is not the one of rank 0: copy that here.")
+    plan = make_plan(config, tokens, device, ranks.here)
+    if not memory.fits(plan.memory, device):
+        raise UserError(f"This host is too small for it: {device} can't spare {memory.in_words(plan.memory.peak)}.")
+    return Start(config, plan, theirs, tokens, None, Progress(**progress), {}, "", False)
 
 
 def check(
@@ -188,6 +263,7 @@ def check(
     resume: str | None,
     overwrite: bool,
     resources: contextlib.ExitStack,
+    ranks: Ranks = ALONE,
 ) -> Start:
     """Read what the settings name and see whether it can be trained; a run to go on with stays locked by `resources`.
 
@@ -213,7 +289,8 @@ def check(
         config = resolve(settings, file)
         reporters.check(config.training.report_to)
         run_folder.check_free(Path(config.out), overwrite)
-    device = backend.device()
+    config = dataclasses.replace(config, training=share_out(config.training, ranks.size))
+    device = backend.part_of(backend.device(), ranks.here)
     backend.prepare(device)
     tokenizer, tokens = read_text(config, source, display)
     if source and progress.fingerprint != tokens.fingerprint:
@@ -226,14 +303,30 @@ def check(
     if not resume:
         training, problem = memory.fit(shape, config.training, device)
         config = dataclasses.replace(config, training=training)
-    plan = make_plan(dataclasses.replace(config, model=shape), tokens, device)
+    plan = make_plan(dataclasses.replace(config, model=shape), tokens, device, ranks.here)
     if progress.step > plan.total_steps:
         raise UserError(
             f"{config.out} is at step {progress.step:,} already, beyond the {plan.total_steps:,} that it would end at: "
             "give more with --max-steps or --max-epochs."
         )
     run_folder.check_room(Path(config.out), plan.n_params, overwrite)
-    return Start(config, plan, tokenizer, tokens, source, progress, damaged, problem)
+    return Start(config, plan, tokenizer, tokens, source, progress, damaged, problem, bool(resume))
+
+
+def share_out(training: TrainingConfig, ranks: int) -> TrainingConfig:
+    """The settings for as many ranks, which share the windows of each step.
+
+    Raises:
+        UserError: they can't share them evenly.
+    """
+    windows = training.windows_per_step
+    if windows % ranks:
+        fewer = next(count for count in range(ranks, 0, -1) if windows % count == 0)
+        raise UserError(
+            f"{ranks} ranks can't share the {windows} windows of a step evenly: start {fewer} (mlx.launch -n {fewer}), "
+            "or begin a run with another --batch-size or --gradient-accumulation-steps."
+        )
+    return dataclasses.replace(training, ranks=ranks)
 
 
 def find_checkpoint(

@@ -1,5 +1,6 @@
 """One step of training: losses and gradients of the micro-batches, clipping, one update."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.model import GPT
+from mlx_gpt.ranks import ALONE, Ranks
 from mlx_gpt.training.optimizer import AdamW, Tree
 
 
@@ -30,15 +32,21 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep:
-    """Trains `model` in place. The parameters and AdamW's state are float32; `dtype` is what it computes in."""
+    """Trains `model` in place. The parameters and AdamW's state are float32; `dtype` is what it computes in.
 
-    def __init__(self, model: GPT, training: TrainingConfig, dtype: mx.Dtype = mx.float32) -> None:
+    Of several `ranks`, each computes the gradients of its own windows; their mean updates the weights of all alike.
+    """
+
+    def __init__(
+        self, model: GPT, training: TrainingConfig, dtype: mx.Dtype = mx.float32, ranks: Ranks = ALONE
+    ) -> None:
         self.model = model
         self.model.recompute = training.grad_checkpoint
         self.optimizer = AdamW(training)
         self.optimizer_state = self.optimizer.init(model.trainable_parameters())
         self._training = training
         self._dtype = dtype
+        self._ranks = ranks
         self._share = mx.compile(self._loss_and_gradients)
         self._update = mx.compile(self._clip_and_update)
 
@@ -51,11 +59,13 @@ class TrainingStep:
             mx.eval(sums)  # or the activations of all micro-batches would stand at once
             for i, (windows_bt,) in enumerate(backend.shares(windows)):
                 # What dropout drops is a function of (seed, step), so a resume needs no saved generator.
-                seed = backend.seed_for(self._training.seed, step, count)
+                seed = backend.seed_for(self._training.seed, step, count * self._ranks.size + self._ranks.rank)
                 key = mx.random.key(seed) if self.model.config.dropout > 0 else None
                 share = self._share(parameters, windows_bt, key)
                 sums[i : i + 1] = [tree_map(mx.add, sums[i], share) if i < len(sums) else share]
                 count += 1
+        if self._ranks.size > 1:  # in one, for then half as much has to travel
+            sums = [self._ranks.mean(functools.reduce(lambda one, other: tree_map(mx.add, one, other), sums))]
         parameters, self.optimizer_state, result = self._update(
             parameters, sums, self.optimizer_state, mx.array(float(count)), mx.array(learning_rate)
         )

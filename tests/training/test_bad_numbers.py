@@ -1,6 +1,5 @@
 """Numbers that go wrong: skipped, counted, flagged, and told when they end a run."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -69,7 +68,7 @@ def train(data, network, *, out="run", resume=None, stop_after=None, **changes):
         return made == stop_after
 
     settings = {**TINY, "data": str(data), "out": out, **changes}
-    with contextlib.closing(loop.set_up(settings, display, resume=resume, network=network)) as run:
+    with loop.set_up(settings, display, resume=resume, network=network) as run:
         outcome = loop.fit(run, display, stop_requested)
     return SimpleNamespace(**vars(outcome), lines=display.lines, records=records(out))
 
@@ -166,7 +165,7 @@ def test_the_sentence_names_causes_and_the_way_back(corpus):
 
     # Stopped when it has hardly gone back: what it went back from is not taken up again.
     slower = {**settings, "learning_rate": 0.003}
-    with contextlib.closing(loop.set_up(slower, Silent(), resume=back, overwrite=True)):
+    with loop.set_up(slower, Silent(), resume=back, overwrite=True):
         assert [path.name for path in checkpoint.all_checkpoints(Path("run"))] == ["step-00000001", "step-00000002"]
     assert train(corpus, GPT, resume="run", stop_after=1, **slower).step == 3
     run = train(corpus, GPT, resume="run", **(slower | {"max_steps": 5}))

@@ -367,7 +367,7 @@ def test_a_second_ctrl_c_leaves_at_once(train, corpus, in_a_save):
             signal.raise_signal(signal.SIGINT)
 
     tick = after({2: press})
-    with contextlib.closing(run), StopSignals() as stop, pytest.raises(KeyboardInterrupt):
+    with run, StopSignals() as stop, pytest.raises(KeyboardInterrupt):
         loop.fit(run, Silent(), lambda: [tick(), stop.requested()][1])
     assert steps_saved() == [1]
     assert train("run", resume="run").finished
