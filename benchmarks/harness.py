@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import click
 
 HERE = Path(__file__).parent
+END = ["end", {}]
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -33,6 +35,7 @@ class Worker:
         threads: as many as the libraries in it may take.
         settings: for the program's `start`; what that returns is in `facts`.
         checkout: take mlx_gpt from this folder, not from where it is installed.
+        ranks: run so many of it by `mlx.launch`, all of which are asked and the first of which answers.
 
     Raises:
         click.ClickException: it could not start; the message is the last thing that it said.
@@ -45,11 +48,17 @@ class Worker:
         threads: int,
         settings: Mapping[str, Any],
         checkout: Path | None = None,
+        ranks: int = 1,
     ) -> None:
         self.name = name
+        self._ranks = ranks
+        command = [sys.executable, str(HERE / program[0]), *program[1:]]
+        if ranks > 1:
+            launcher = str(Path(sys.executable).with_name("mlx.launch"))
+            command = [launcher, "-n", str(ranks), "-p", str(free_ports(ranks)), "--", *command]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         process = subprocess.Popen(
-            [sys.executable, HERE / program[0], *program[1:]],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -86,6 +95,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(BrokenPipeError):
+            if self._ranks > 1:  # mlx.launch passes on what it reads, but not that there is no more
+                self._requests.write(json.dumps(END) + "\n")
             self._requests.close()
         try:
             self._process.wait(timeout=20)
@@ -105,6 +116,16 @@ class Worker:
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
         return lines[-1] if lines else "it said nothing"
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody uses, below those that systems give out by themselves."""
+    for first in range(20_000 + os.getpid() % 10_000, 32_000):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise click.ClickException("There are no ports left for mlx.launch: end what uses them.")
 
 
 def environment(threads: int, precision: str, checkout: Path | None) -> dict[str, str]:
@@ -128,7 +149,7 @@ class Requests:
         os.dup2(2, 1)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        while line := sys.stdin.readline():
+        while (line := sys.stdin.readline()) and json.loads(line) != END:
             yield json.loads(line)
 
     def answer(self, result: Any, error: str = "") -> None:
@@ -196,10 +217,11 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that every benchmark has."""
+def common_options(command: Callable[..., Any], threads: int = 0) -> Callable[..., Any]:
+    """The flags that every benchmark has; `threads` of 0 are all cores."""
+    shown = str(threads or "all cores")
     options = (
-        click.option("--threads", default=available_threads(), show_default="all cores", type=click.IntRange(1)),
+        click.option("--threads", default=threads or available_threads(), show_default=shown, type=click.IntRange(1)),
         click.option("--trials", default=5, show_default=True, type=click.IntRange(1), help="Turns of each."),
         click.option("--json", "json_file", metavar="FILE", help="Write the result there too."),
     )

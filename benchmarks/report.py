@@ -34,6 +34,11 @@ def ratio(value: float | Mapping[str, float]) -> str:
     return f"{value:.2f}"
 
 
+def scientific(value: float) -> str:
+    """A tiny number."""
+    return f"{value:.0e}"
+
+
 def percent(value: float) -> str:
     """A share."""
     return f"{value:.0%}"
@@ -90,6 +95,14 @@ COLUMNS: dict[str, Sequence[Column]] = {
         ("tokens/s", "tokens_per_second", number),
         ("resident MB", "resident_memory", megabytes),
         ("of the bare step", "over_bare", ratio),
+    ),
+    "distributed": (
+        ("shape", "shape", text),
+        ("program", "program", text),
+        ("tokens/s", "tokens_per_second", number),
+        ("over one process", "over_one", ratio),
+        ("losses differ by", "loss_difference", scientific),
+        ("resident MB, each", "resident_memory", megabytes),
     ),
     "startup": (
         ("command", "program", text),

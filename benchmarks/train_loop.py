@@ -1,4 +1,7 @@
-"""Training as a whole, as `mlx-gpt train` does it: data, logging and all, but timed between two of its steps."""
+"""Training as a whole, as `mlx-gpt train` does it: data, logging and all, but timed between two of its steps.
+
+Of several ranks all are asked the same, and the first answers.
+"""
 
 import os
 import time
@@ -10,7 +13,7 @@ from harness import Requests
 
 
 def main() -> None:
-    """Answer `start` when the first validation is over, and then each `run` when its steps are made."""
+    """Answer `start` when the first validation is over, and then each `run`, with its losses, when it is done."""
     from mlx_gpt.cli.terminal import Terminal  # mlx_gpt first, so that a tuned BLAS serves mlx
     from mlx_gpt.training import loop
     from mlx_gpt.training.setup import set_up
@@ -25,6 +28,7 @@ def main() -> None:
     display = Terminal()
     os.chdir(Path(arguments["settings"]["out"]).parent)  # where the text is prepared, too
     facts: dict[str, Any] = {}
+    losses: list[float] = []
     left, began = 1, time.perf_counter()
 
     def between_steps() -> bool:
@@ -36,7 +40,9 @@ def main() -> None:
         mx.synchronize()
         answer: dict[str, Any] = {"seconds": time.perf_counter() - began, "resident_memory": resident_memory(), **facts}
         mx.clear_cache()
-        asked.answer(answer)
+        if run.ranks.first:
+            asked.answer(answer | {"losses": losses.copy()})
+        losses.clear()
         for _, more in requests:
             left, began = more["steps"], time.perf_counter()
             return False
@@ -44,6 +50,7 @@ def main() -> None:
 
     with set_up(arguments["settings"], display) as run:
         facts = {"vocab_size": run.config.model.vocab_size}
+        run.monitor.listen(lambda record: losses.append(record["train_loss"]) if "train_loss" in record else None)
         loop.fit(run, display, between_steps)
 
 

@@ -8,6 +8,7 @@ Rank 0 decides, writes and speaks; the others follow. A process that `mlx.launch
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gpt import backend
 from mlx_gpt.errors import RunError, in_a_sentence
@@ -40,6 +41,7 @@ GRACE = 3.0  # seconds in which a thread that knows better may speak first
 PATIENCE = 20.0  # seconds to connect
 # A host that is suddenly off says nothing: after 15 idle seconds it is asked, every 5 seconds, at most 5 times.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
+JOURNEY = 2**25  # bytes
 LOOPBACK = "127.0.0.1"
 INVITATION, GREETING = 4096, 64  # bytes
 
@@ -192,13 +194,17 @@ class Launched(Ranks):
         return nn.average_gradients(arrays, self._group, communication_stream=self._stream)
 
     def copy(self, arrays: Arrays) -> Arrays:
-        def copy(array: mx.array) -> mx.array:
-            bits = array.view(mx.uint32) if self.first else mx.zeros(array.shape, mx.uint32)  # 0 + -0.0 would be 0.0
-            copied = self._sum(bits).view(array.dtype)
-            mx.eval(copied)  # one after the other, in the same order everywhere
-            return copied
-
-        return tree_map(copy, arrays)
+        names, originals = zip(*tree_flatten(arrays), strict=True)
+        copies: list[mx.array] = []
+        for group in _groups(originals):
+            ends = list(itertools.accumulate(array.size for array in group))
+            bits = mx.zeros(ends[-1], mx.uint32)
+            if self.first:  # bits, since 0 + -0.0 would be 0.0
+                bits = mx.concatenate([array.view(mx.uint32).flatten() for array in group])
+            for array, part in zip(group, mx.split(self._sum(bits), ends[:-1]), strict=True):
+                copies.append(part.view(array.dtype).reshape(array.shape))
+            mx.eval(copies)  # so that all ranks add up group after group
+        return tree_unflatten(list(zip(names, copies, strict=True)))
 
     def in_turns(self, work: Callable[[], Value]) -> Value:
         done = [work()] if self._first_here else []
@@ -210,7 +216,7 @@ class Launched(Ranks):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self._leave()
             return
         if isinstance(error, RuntimeError) and not isinstance(error, RunError):
@@ -303,6 +309,18 @@ class Launched(Ranks):
                     if secrets.compare_digest(shown, token):
                         guests.append((rank, guest))
         return guests
+
+
+def _groups(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    """Arrays one after the other, in groups that are worth a journey and stay small beside the memory."""
+    group: list[mx.array] = []
+    for array in arrays:
+        group.append(array)
+        if sum(member.nbytes for member in group) >= JOURNEY:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def is_first() -> bool:

@@ -35,6 +35,13 @@ def test_loop(benchmark):
     assert done.result["rows"][1]["over_bare"]["median"] > 0
 
 
+def test_distributed(benchmark):
+    done = benchmark("distributed.py", "--preset", "smoke", "--trials", "1", "--steps", "2")
+    assert rows(done, "shape", "program") == [("smoke", "one process"), ("smoke", "2 ranks")]
+    assert 0 <= done.result["rows"][1]["loss_difference"] < 1e-5
+    assert done.result["rows"][1]["over_one"]["median"] > 0
+
+
 def test_data(benchmark):
     done = benchmark("data.py", "--megabytes", "1", "--vocab-size", "300", "--trials", "1")
     programs = ["prepare", "learn the tokenizer", "tokenise", "prepare and tokenise", "all three"]

@@ -33,6 +33,7 @@ def test_each_benchmark_has_its_place():
         "generation",
         "memory",
         "data",
+        "distributed",
         "startup",
     ]
     assert set(report.COLUMNS) == set(re.findall("<!-- results: (.*) -->", README))

@@ -10,6 +10,7 @@ import transformers
 from mlx.utils import tree_flatten
 
 from mlx_gpt.config import TrainingConfig
+from mlx_gpt.ranks import ALONE, Ranks
 from mlx_gpt.training.step import TrainingStep
 from mlx_gpt.weights import CONV1D, save_model
 
@@ -189,6 +190,15 @@ def test_each_step_and_each_micro_step_drops_out_other_numbers(make_model, batch
     losses = [step(i, 0.0, [batch]).loss.item() for i in (0, 1, 0)]  # a rate of 0 leaves the weights
     assert losses[0] == losses[2] != losses[1]
     assert step(0, 0.0, [batch, batch]).loss.item() != losses[0]
+
+
+def test_each_rank_drops_out_other_numbers(make_model, batches, eager):
+    class Second(Ranks):
+        rank, size = 1, 2
+
+    first, second = (TrainingStep(make_model(dropout=0.1), TRAINING, ranks=ranks) for ranks in (ALONE, Second()))
+    losses = [step(0, 0.0, batches[:1]).loss.item() for step in (first, first, second)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 # ---- what must not break it -----------------------------------------------------------------------------------------
