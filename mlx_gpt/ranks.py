@@ -39,8 +39,11 @@ Value = TypeVar("Value")
 
 GRACE = 3.0  # seconds in which a thread that knows better may speak first
 PATIENCE = 20.0  # seconds to connect
-# A host that is suddenly off says nothing: after 15 idle seconds it is asked, every 5 seconds, at most 5 times.
-KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
+# A host that is suddenly off says nothing: after 15 idle seconds it is asked, every 5 seconds, at most 5 times; what
+# is sent to it is given up after 40,000 ms. The names differ between systems.
+SIGNS_OF_LIFE = {
+    "TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 40_000,
+}  # fmt: skip
 JOURNEY = 2**25  # bytes
 LOOPBACK = "127.0.0.1"
 INVITATION, GREETING = 4096, 64  # bytes
@@ -110,10 +113,10 @@ class Link:
     """
 
     def __init__(self, rank: int, connection: socket.socket, on_loss: "OnLoss") -> None:
-        for name, seconds in {"SO_KEEPALIVE": 1, **KEEP_ALIVE}.items():
-            level = socket.SOL_SOCKET if name == "SO_KEEPALIVE" else socket.IPPROTO_TCP
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in SIGNS_OF_LIFE.items():
             if hasattr(socket, name):
-                connection.setsockopt(level, getattr(socket, name), seconds)
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         connection.settimeout(None)
         self.rank = rank
         self.left, self.closed = threading.Event(), threading.Event()

@@ -5,7 +5,14 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from mlx_gpt.data.batches import training_batches, training_windows, validation_batches, windows_per_epoch
+from mlx_gpt.data.batches import (
+    Part,
+    training_batches,
+    training_windows,
+    validation_batches,
+    validation_windows,
+    windows_per_epoch,
+)
 
 SEQ_LEN = 7
 TEXT = np.arange(100, 203, dtype=np.uint16)  # 103 tokens, 14 windows an epoch and 5 tokens over; each id once
@@ -66,6 +73,21 @@ def test_batches_are_the_windows_in_order_straight_through_epochs():
     assert np.array_equal(np.concatenate(batches), windows)
 
 
+@pytest.mark.parametrize("start", [0, 12, 24])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_parts_of_all_ranks_make_the_windows_of_each_step_in_order(ranks, start):
+    per_step, steps = 12, 4
+    whole = np.stack(list(islice(training_windows(TEXT, SEQ_LEN, seed=3, start=start), steps * per_step)))
+
+    def read(rank):
+        part = Part(rank, ranks, per_step)
+        size = per_step // ranks
+        return np.stack(list(islice(training_batches(TEXT, SEQ_LEN, size, 3, start, part), steps)))
+
+    steps_of_all = np.concatenate([read(rank) for rank in range(ranks)], axis=1)
+    assert np.array_equal(steps_of_all.reshape(whole.shape), whole)
+
+
 def test_a_text_of_one_window_and_the_largest_seed_will_do():
     text = np.arange(SEQ_LEN + 1, dtype=np.uint16)
     batch = taken(training_batches(text, SEQ_LEN, 3, seed=2**63 - 1), 1)
@@ -103,6 +125,13 @@ def test_a_limit_takes_so_many_windows_spread_evenly(limit):
     assert gaps.max(initial=1) - gaps.min(initial=gaps.max(initial=1)) <= 1
     assert starts()[0] == 100
     assert limit == 1 or starts()[-1] == 100 + 14 * SEQ_LEN  # 102 targets make 14 windows and a part of one
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_the_ranks_share_the_windows_to_validate_on(limit):
+    shares = [validation_windows(TEXT, SEQ_LEN, limit, Part(rank, 4)) for rank in range(4)]
+    assert sorted(np.concatenate(shares)) == validation_windows(TEXT, SEQ_LEN, limit).tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_no_limit_and_a_limit_above_the_number_take_all():

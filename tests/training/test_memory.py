@@ -132,6 +132,42 @@ def test_the_flags_that_it_names_fit_and_cost_the_least(gigabytes, changed):
     assert again.training.batch_size * again.training.gradient_accumulation_steps == 64
 
 
+@pytest.mark.parametrize(
+    ("windows", "ranks", "of_a_rank"),
+    [((8, 4), 1, (8, 4)), ((8, 4), 2, (8, 2)), ((16, 1), 2, (8, 1)), ((4, 3), 2, (3, 2)), ((2, 7), 2, (1, 7))],
+)
+def test_a_rank_takes_as_many_windows_at_once_as_share_its_part_evenly(windows, ranks, of_a_rank):
+    training = TrainingConfig(batch_size=windows[0], gradient_accumulation_steps=windows[1], ranks=ranks)
+    assert (training.micro_batch_size, training.micro_steps) == of_a_rank
+
+
+def test_each_rank_holds_its_own_micro_batch_and_auto_chooses_for_it():
+    model, training = preset("medium", auto_batch_size=True)
+    tight = cpu(12 * GIB)
+    alone, _ = memory.fit(model, training, tight)
+    for ranks in (2, 4):
+        chosen, problem = memory.fit(model, dataclasses.replace(training, ranks=ranks), tight)
+        assert not problem
+        assert chosen.windows_per_step == alone.windows_per_step == 64
+        assert chosen.windows_per_rank == 64 // ranks
+        assert chosen.micro_batch_size == chosen.batch_size <= 64 // ranks
+        assert memory.fits(memory.estimate(model, chosen, tight), tight)
+    refused = memory.fit(model, dataclasses.replace(training, auto_batch_size=False, ranks=2), tight)[1]
+    assert "This fits: --batch-size" in refused
+
+
+def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
+    assert backend.part_of(cpu(12 * GIB), 3).usable == 4 * GIB
+    assert backend.part_of(mac(24), 2).usable == mac(24).usable // 2
+    assert backend.part_of(Device("cuda", "GPU", GIB, GIB), 2).usable == GIB  # each has its own
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    backend.leave_cores_to(2)
+    assert backend.cores() == 4
+    backend.leave_cores_to(16)
+    assert backend.cores() == 1
+
+
 def test_a_model_that_fits_with_no_batch_names_a_preset_that_does():
     model, training = preset("large")
     device = cpu(0.1 * GIB)
