@@ -15,7 +15,6 @@ import platform
 import queue
 import secrets
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -254,8 +253,8 @@ class Launched(Ranks):
             )
         if self.first:
             self._tell("", code)
-        if words:
-            print(f"Error: {words}", file=sys.stderr, flush=True)
+        if words:  # on a line of its own, whatever MLX or a progress bar has begun there
+            os.write(2, f"\nError: {words}\n".encode())
         os._exit(code)
 
     def _tell(self, words: str, code: int) -> None:
@@ -293,6 +292,7 @@ class Launched(Ranks):
     def _agree_to_have_reached(self, addresses: list[str], reached: bool) -> None:
         missing = self._sum(mx.array([rank == self.rank and not reached for rank in range(self.size)], mx.int32))
         if ranks := [str(rank) for rank, count in enumerate(missing.tolist()) if count]:
+            time.sleep(0 if self.first else 2 * GRACE)  # mlx.launch ends all as soon as one has ended
             raise SystemExit(
                 f"Error: Rank {', '.join(ranks)} can't reach rank 0 at {' or '.join(addresses)}: let TCP connections "
                 "through, or name hosts in the host file that reach each other."
@@ -342,6 +342,7 @@ def join() -> Ranks:
         return ALONE
     if not is_first():
         use_own_kernels()
+    let_the_launcher_idle()
     try:
         group = mx.distributed.init(strict=True)
     except RuntimeError as error:
@@ -360,6 +361,18 @@ def use_own_kernels() -> None:
         folder = folder / name
         folder.mkdir(exist_ok=True)
         os.environ["TMPDIR"] = str(folder)
+
+
+def let_the_launcher_idle() -> None:
+    """Have `mlx.launch` run when nothing else does: it looks after its ranks without a pause, which takes a whole core.
+
+    Only Linux lets a process do that to its parent.
+    """
+    parent = Path(f"/proc/{os.getppid()}")
+    with contextlib.suppress(OSError):
+        if b"mlx.launch" in (parent / "cmdline").read_bytes():
+            for thread in (parent / "task").iterdir():
+                os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 def own_addresses() -> list[str]:

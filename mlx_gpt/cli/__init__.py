@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 
 import click
 
@@ -85,6 +86,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _tell(message: str, code: int) -> int:
-    if os.environ.get("MLX_RANK", "0") == "0":  # of several ranks, the first speaks
+    if os.environ.get("MLX_RANK", "0") == "0":
         click.echo(f"Error: {message}" if code != 130 else message, err=True)
+    else:
+        time.sleep(10)  # of several ranks the first speaks; mlx.launch ends all as soon as one has ended
     return code

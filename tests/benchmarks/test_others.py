@@ -37,7 +37,7 @@ def test_loop(benchmark):
 
 def test_distributed(benchmark, monkeypatch):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")  # each rank would compile for itself
-    done = benchmark("distributed.py", "--preset", "smoke", "--trials", "1", "--steps", "2")
+    done = benchmark("distributed.py", "--preset", "smoke", "--trials", "1", "--steps", "10")
     assert rows(done, "shape", "program") == [("smoke", "one process"), ("smoke", "2 ranks")]
     assert 0 <= done.result["rows"][1]["loss_difference"] < 1e-5
     assert done.result["rows"][1]["over_one"]["median"] > 0
