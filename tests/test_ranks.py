@@ -221,7 +221,11 @@ class Rank:
     def end(self):
         """Its exit code, and what it said on stdout and on stderr, but for MLX's own words."""
         out, err = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, out, [line for line in err.splitlines() if line and "[ring]" not in line]
+        return (
+            self.process.returncode,
+            out,
+            [line for line in err.splitlines() if line.strip() and "[ring]" not in line],
+        )
 
 
 @pytest.fixture
