@@ -104,9 +104,6 @@ def prepare(device: Device) -> None:
         # Memory that stays wired is not paged out between two steps.
         mx.set_wired_limit(device.usable)
     if device.kind == "cpu":
-        # MLX hands operations to the streams level by level of the graph, but where a level is wider than this, branch
-        # by branch: then the second stream would wait for the first. It is read when MLX first computes.
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
         _keep_freed_memory()
 
 
@@ -203,3 +200,9 @@ def seed_for(*numbers: int) -> int:
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31
     return mixed >> 1
+
+
+if not on_gpu():
+    # MLX hands operations to its streams level by level of the graph, but where a level is wider than this, branch by
+    # branch: then the second stream would wait for the first. It is read when MLX first computes.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")

@@ -1,5 +1,7 @@
 """The operations that training spends its time in, against PyTorch's in float64."""
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -64,3 +66,78 @@ def test_rows_at_once_are_even_shares(monkeypatch):
     assert ops.rows_at_once(5, 20, on_gpu=False) == 5
     assert ops.rows_at_once(120, 20, on_gpu=False) == 40
     assert ops.rows_at_once(120, 10_000, on_gpu=False) == 10  # a large vocabulary still gets a product worth its name
+
+
+def gradients(function, reference, arrays):
+    """A function's value and gradients, and PyTorch's in float64, all weighted with the same numbers."""
+    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+    expected = reference(*tensors)
+    weight = np.random.default_rng(0).normal(size=expected.shape)
+    (expected * torch.tensor(weight)).sum().backward()
+    weighted = mx.compile(mx.value_and_grad(lambda arrays: (function(*arrays) * mx.array(weight, mx.float32)).sum()))
+    inputs = [mx.array(array, mx.float32) for array in arrays]
+    yield np.array(function(*inputs)), expected.detach().numpy()
+    found = weighted(inputs)[1]
+    for gradient, tensor in zip(found, tensors, strict=True):
+        assert tensor.grad is not None
+        yield np.array(gradient), tensor.grad.numpy()
+
+
+@pytest.mark.parametrize(("queries", "tokens"), [(1, 1), (1, 9), (7, 7), (5, 9), (11, 11)])
+def test_attention_block_by_block_is_pytorchs(queries, tokens, monkeypatch):
+    """Fewer queries than a block, several blocks, and queries behind tokens that are cached."""
+    monkeypatch.setattr(ops, "ATTENTION_ROWS", 4)
+    draw = np.random.default_rng(1)
+    arrays = [3 * draw.normal(size=(2, 3, length, 8)) for length in (queries, tokens, tokens)]
+    seen = torch.ones(queries, tokens).tril(tokens - queries).bool()
+
+    def reference(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    for found, expected in gradients(ops.causal_attention, reference, arrays):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_attention_drops_the_same_weights_forward_and_backward(monkeypatch):
+    monkeypatch.setattr(ops, "ATTENTION_ROWS", 4)
+    key, rate = mx.random.key(5), 0.4
+    arrays = [np.random.default_rng(2).normal(size=(1, 2, 6, 8)) for _ in range(3)]
+    kept = torch.tensor(np.array(ops.dropout(mx.ones((1, 2, 6, 6)), rate, key)))
+    assert 0 < (kept == 0).sum() < kept.numel()
+
+    def reference(q, k, v):
+        scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+        return (scores.softmax(-1) * kept) @ v
+
+    attention = functools.partial(ops.causal_attention, rate=rate, key=key)
+    for found, expected in gradients(attention, reference, arrays):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_norms_and_gelu_are_pytorchs():
+    draw = np.random.default_rng(3)
+    x, gain = 4 * draw.normal(size=(2, 5, 8)) + 1, draw.normal(size=8)
+    cases = [
+        (ops.linear, torch.nn.functional.linear, [x, draw.normal(size=(3, 8)), draw.normal(size=3)]),
+        (
+            lambda x, weight, bias: ops.layer_norm(x, weight, bias, 1e-5),
+            lambda x, weight, bias: torch.nn.functional.layer_norm(x, (8,), weight, bias),
+            [x, gain, draw.normal(size=8)],
+        ),
+        (ops.gelu, lambda x: torch.nn.functional.gelu(x, approximate="tanh"), [np.linspace(-8, 8, 4001)]),
+    ]
+    for function, reference, arrays in cases:
+        for found, expected in gradients(function, reference, arrays):
+            # The gradient of GELU multiplies what tanh lacks to 1, which is rounding, by up to 8 * slope.
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(bad):
+    """Training leaves out a step whose loss or gradients are not finite, if it gets to see it."""
+    x = mx.array([[0.5, bad, 1.0]])
+    assert not mx.isfinite(ops.gelu(x)).all() or bad > 0  # gelu of infinity is infinity
+    assert not mx.isfinite(ops.layer_norm(x, mx.ones(3), mx.zeros(3), 1e-5)).all()
+    assert not mx.isfinite(ops.cross_entropy(x, mx.array([0]))).all()
+    q = x.reshape(1, 1, 3, 1)
+    assert not mx.isfinite(ops.causal_attention(q, q, q)).all()
