@@ -205,4 +205,4 @@ def seed_for(*numbers: int) -> int:
 if not on_gpu():
     # MLX hands operations to its streams level by level of the graph, but where a level is wider than this, branch by
     # branch: then the second stream would wait for the first. It is read when MLX first computes.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "60")

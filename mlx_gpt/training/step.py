@@ -66,6 +66,8 @@ class TrainingStep:
                 count += 1
         if self._ranks.size > 1:  # in one, for then half as much has to travel
             sums = [self._ranks.mean(functools.reduce(lambda one, other: tree_map(mx.add, one, other), sums))]
+        # By themselves: with the update in one graph, MLX would keep activations until the norm of all is known.
+        mx.async_eval(sums)
         parameters, self.optimizer_state, result = self._update(
             parameters, sums, self.optimizer_state, mx.array(float(count)), mx.array(learning_rate)
         )
