@@ -75,10 +75,10 @@ def test_the_figures_follow_from_the_seconds(smoke):
 
 def test_it_refuses_to_compare_with_another_network(benchmark, tmp_path):
     shutil.copytree(ROOT / "mlx_gpt", tmp_path / "mlx_gpt")
-    model = tmp_path / "mlx_gpt/model.py"
-    changed = model.read_text().replace("1 / math.sqrt(C // self.n_head)", "1.0")
-    assert changed != model.read_text()
-    model.write_text(changed)
+    ops = tmp_path / "mlx_gpt/ops.py"
+    changed = ops.read_text().replace("1 / math.sqrt(q_bhtd.shape[3])", "1.0")
+    assert changed != ops.read_text()
+    ops.write_text(changed)
     done = benchmark("throughput.py", "--smoke", "--against", str(tmp_path))
     assert done.code == 1
     assert "they don't train the same network, so they are not compared." in done.err
