@@ -17,6 +17,11 @@ import numpy as np
 from mlx_gpt import _blas
 from mlx_gpt.errors import UserError
 
+# MLX hands operations to its streams level by level of the graph, but branch by branch where one is wider than this:
+# then a CPU's second stream would wait for the first. It is read when MLX first computes.
+if mx.default_device() == mx.cpu:
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "60")
+
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 T = TypeVar("T")
@@ -200,9 +205,3 @@ def seed_for(*numbers: int) -> int:
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31
     return mixed >> 1
-
-
-if not on_gpu():
-    # MLX hands operations to its streams level by level of the graph, but where a level is wider than this, branch by
-    # branch: then the second stream would wait for the first. It is read when MLX first computes.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "60")

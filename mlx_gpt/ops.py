@@ -74,7 +74,7 @@ def causal_attention(
         rate, key: as in `dropout`, of the attention weights.
     """
     T, S, scale = q_bhtd.shape[2], k_bhsd.shape[2], 1 / math.sqrt(q_bhtd.shape[3])
-    if T == 1 or (backend.on_gpu() and key is None):
+    if key is None and (T == 1 or backend.on_gpu()):
         mask = "causal" if T > 1 else None  # a single query may see all that is there
         return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhsd, v_bhsd, scale=scale, mask=mask)
     # The fused kernels have no dropout.
@@ -190,7 +190,7 @@ def _sum_rows(x: mx.array) -> mx.array:
 
 def _mean_columns(x: mx.array) -> mx.array:
     """The mean (..., 1) over the last axis, as a product."""
-    return x @ mx.full((x.shape[-1], 1), 1 / x.shape[-1], x.dtype)
+    return (x @ mx.ones((x.shape[-1], 1), x.dtype)) * (1 / x.shape[-1])
 
 
 @mx.custom_function

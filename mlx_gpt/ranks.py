@@ -228,11 +228,13 @@ class Launched(Ranks):
         if self.first:
             self._tell("", code)  # the words are for whoever has called
             return
-        if "MLX_GPT_TRACEBACK" in os.environ:
-            traceback.print_exception(error)
-        self._tell(f"Rank {self.rank}: {words}", code)
-        self._links[0].closed.wait(2 * GRACE)  # ending first would have mlx.launch kill rank 0 before it speaks
-        os._exit(code)
+        try:
+            self._tell(f"Rank {self.rank}: {words}", code)
+            if "MLX_GPT_TRACEBACK" in os.environ:
+                traceback.print_exception(error)
+            self._links[0].closed.wait(2 * GRACE)  # ending first would have mlx.launch kill rank 0 before it speaks
+        finally:
+            os._exit(code)
 
     def _leave(self) -> None:
         """Wait until all are done, for mlx.launch ends all when one ends with another code than 0."""
@@ -251,11 +253,15 @@ class Launched(Ranks):
                 f"Rank {link.rank} has died, and the others can't go on without it. What was saved is whole: go on "
                 "from there with --resume, with as many ranks as you like."
             )
-        if self.first:
-            self._tell("", code)
-        if words:  # on a line of its own, whatever MLX or a progress bar has begun there
-            os.write(2, f"\nError: {words}\n".encode())
-        os._exit(code)
+        try:
+            if self.first:
+                self._tell("", code)
+            elif not words:  # rank 0 is about to speak; ending first would have mlx.launch kill it
+                link.closed.wait(2 * GRACE)
+            if words:  # on a line of its own, whatever MLX or a progress bar has begun there
+                os.write(2, f"\nError: {words}\n".encode())
+        finally:  # whoever was to read that may have gone
+            os._exit(code)
 
     def _tell(self, words: str, code: int) -> None:
         for link in self._links:
@@ -286,7 +292,7 @@ class Launched(Ranks):
         connection = reach(addresses, port)
         self._agree_to_have_reached(addresses, connection is not None)
         assert connection is not None
-        connection.sendall(json.dumps([token, self.rank]).encode().ljust(GREETING))
+        connection.sendall(f"{token} {self.rank}".encode().ljust(GREETING))
         return [Link(0, connection, self._lost)]
 
     def _agree_to_have_reached(self, addresses: list[str], reached: bool) -> None:
@@ -308,9 +314,9 @@ class Launched(Ranks):
                 guest, _ = server.accept()
                 guest.settimeout(PATIENCE)
                 with contextlib.suppress(OSError, ValueError):  # a stranger
-                    shown, rank = json.loads(guest.recv(GREETING, socket.MSG_WAITALL))
-                    if secrets.compare_digest(shown, token):
-                        guests.append((rank, guest))
+                    shown, _, rank = guest.recv(GREETING, socket.MSG_WAITALL).partition(b" ")
+                    if secrets.compare_digest(shown, token.encode()):
+                        guests.append((int(rank), guest))
         return guests
 
 

@@ -136,7 +136,7 @@ def test_linear_layers_norms_and_gelu_are_pytorchs():
 def test_what_is_not_finite_is_not_hidden(bad):
     """Training leaves out a step whose loss or gradients are not finite, if it gets to see it."""
     x = mx.array([[0.5, bad, 1.0]])
-    assert not mx.isfinite(ops.gelu(x)).all() or bad > 0  # gelu of infinity is infinity
+    assert not mx.isfinite(ops.gelu(x)).all()
     assert not mx.isfinite(ops.layer_norm(x, mx.ones(3), mx.zeros(3), 1e-5)).all()
     assert not mx.isfinite(ops.cross_entropy(x, mx.array([0]))).all()
     q = x.reshape(1, 1, 3, 1)

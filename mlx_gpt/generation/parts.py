@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_gpt import backend
 from mlx_gpt.config import ModelConfig
@@ -23,8 +24,18 @@ HEAD_ROWS = 512
 
 
 def in_parts(model: GPT) -> "GPT | GPTInParts":
-    """The network as its device decodes fastest: in parts on a CPU, as it is on a GPU, which one stream fills."""
-    return model if backend.on_gpu() else GPTInParts(model, part_count(model.config, backend.cores()))
+    """The network as its device decodes fastest: in parts on a CPU, as it is on a GPU, which one stream fills.
+
+    The parts stay with the model as long as it has the same weights.
+    """
+    if backend.on_gpu():
+        return model
+    weights = [weight for _, weight in tree_flatten(model.parameters())]
+    parts: GPTInParts | None = getattr(model, "parts", None)
+    if parts is None or any(one is not other for one, other in zip(parts.weights, weights, strict=True)):
+        parts = GPTInParts(model, part_count(model.config, backend.cores()), weights)
+        model.parts = parts
+    return parts
 
 
 def part_count(config: ModelConfig, cores: int) -> int:
@@ -38,8 +49,9 @@ class GPTInParts:
     Its weights are those of `model`, shared where they lie in memory as a part wants them: as `load_model` leaves them.
     """
 
-    def __init__(self, model: GPT, count: int) -> None:
+    def __init__(self, model: GPT, count: int, weights: Sequence[mx.array] = ()) -> None:
         self.config = model.config
+        self.weights = weights
         self.n_caches = count * len(model.h)
         self.count = count
         self._model = model

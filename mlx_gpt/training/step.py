@@ -64,8 +64,10 @@ class TrainingStep:
                 share = self._share(parameters, windows_bt, key)
                 sums[i : i + 1] = [tree_map(mx.add, sums[i], share) if i < len(sums) else share]
                 count += 1
-        if self._ranks.size > 1:  # in one, for then half as much has to travel
-            sums = [self._ranks.mean(functools.reduce(lambda one, other: tree_map(mx.add, one, other), sums))]
+        if self._ranks.size > 1:  # their means, in one, so that little has to travel
+            total = functools.reduce(lambda one, other: tree_map(mx.add, one, other), sums)
+            # Divided before: another rank may have made another number of shares.
+            sums, count = [self._ranks.mean(tree_map(functools.partial(mx.multiply, 1 / count), total))], 1
         # By themselves: with the update in one graph, MLX would keep activations until the norm of all is known.
         mx.async_eval(sums)
         parameters, self.optimizer_state, result = self._update(

@@ -9,6 +9,7 @@ import torch
 import transformers
 from mlx.utils import tree_flatten
 
+from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.ranks import ALONE, Ranks
 from mlx_gpt.training.step import TrainingStep
@@ -199,6 +200,27 @@ def test_each_rank_drops_out_other_numbers(make_model, batches, eager):
     first, second = (TrainingStep(make_model(dropout=0.1), TRAINING, ranks=ranks) for ranks in (ALONE, Second()))
     losses = [step(0, 0.0, batches[:1]).loss.item() for step in (first, first, second)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_ranks_that_split_their_batches_otherwise_weigh_alike(make_model, batches, monkeypatch, eager):
+    """One may have a core to itself and another two, with a stream each."""
+    sent = []
+
+    class Recording(Ranks):
+        rank, size = 0, 2
+
+        def mean(self, arrays):
+            sent.append(arrays)
+            return arrays
+
+    results = []
+    for count in (1, 2):
+        monkeypatch.setattr(backend, "share_count", lambda batch_size, on_gpu, count=count: count)
+        step = TrainingStep(make_model(), TRAINING, ranks=Recording())
+        results.append(step(0, RATE, batches[:2]).numbers())
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    (_, one), (_, other) = sent
+    np.testing.assert_allclose(one["wpe"]["weight"], other["wpe"]["weight"], atol=1e-6)
 
 
 # ---- what must not break it -----------------------------------------------------------------------------------------
