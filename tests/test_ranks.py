@@ -253,6 +253,16 @@ def wait_for_a_checkpoint(rank, run=Path("run")):
         time.sleep(0.05)
 
 
+def test_a_rank_ends_though_nobody_hears_why(start, data):
+    """As when mlx.launch was killed, which held the other end of its stderr."""
+    started = start(2, "--data", data, *flags(**FOR_EVER), "--out=run")
+    wait_for_a_checkpoint(started[0])
+    for output in (started[0].process.stdout, started[0].process.stderr):
+        output.close()
+    started[1].process.kill()
+    assert started[0].process.wait(PATIENCE) != 0
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(start, data, victim):
     started = start(2, "--data", data, *flags(**FOR_EVER), "--out=run")
