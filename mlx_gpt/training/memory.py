@@ -5,6 +5,7 @@ B windows of T tokens, C = n_embd, H heads, V = vocab_size.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,11 +25,11 @@ class Held(NamedTuple):
 
     Attributes:
         hidden: per B T C, the hidden state of a micro-batch.
-        attention: per B H T T, its attention weights in one block.
+        attention: per attention weight of a micro-batch in one block.
         weight: per C C.
         head: per V C.
-        logits: per logit, where all are made at once.
-        chunked_logits: per logit of a chunk, where there are several.
+        logits: per logit of a chunk.
+        logits_before: per logit of the chunks before it that are still there, by the share of chunks that have such.
     """
 
     hidden: float = 0
@@ -36,33 +37,71 @@ class Held(NamedTuple):
     weight: float = 0
     head: float = 0
     logits: float = 0
-    chunked_logits: float = 0
+    logits_before: float = 0
 
 
-# Measured on MLX's CPU back end with two shares of a batch, where it allocates some ten operations ahead of those that
-# run. First what each block keeps for the backward pass, by whether there is dropout; then what comes on top of all
-# blocks in the moments that can be the worst: while the loss is taken, and twice within the backward pass of a block.
-BLOCK = {False: Held(25.7, 1.2), True: Held(27.2, 2.1)}
-MOMENTS = {
-    False: (Held(10.9, head=4.3, logits=11, chunked_logits=19.8), Held(29.8, 1.5, head=5.9), Held(4.5, 3.8, head=5.9)),
-    True: (
-        Held(19.2, head=4.8, logits=8.3, chunked_logits=18.7),
-        Held(3.2, 5.1, 10.3, head=5.7),
-        Held(22.3, 0.1, 10.7, head=5.7),
+class Phases(NamedTuple):
+    """What is held where it can be the most.
+
+    Attributes:
+        block: kept by each block for the backward pass.
+        moments: on top of all blocks, while the loss is taken and twice within the backward pass of a block.
+        update: new weights and means, made before the old ones and the last of the backward pass have gone.
+    """
+
+    block: Held
+    moments: tuple[Held, Held, Held]
+    update: Held
+
+
+# By `grad_checkpoint` and whether there is dropout. Measured on MLX's CPU back end with two shares of a batch, where it
+# allocates some ten operations ahead of those that run.
+ON_CPU = {
+    (False, False): Phases(
+        Held(13.17, 0.69),
+        (Held(0, 0.2, 0.1, 1.8, 3, 25.1), Held(21.5, 0, 109.7, 2.6, 5.5, 6), Held(5.2, 3.3, 0, 0, 2.6, 7.2)),
+        Held(1.4, 0, 161, 5.8),
+    ),
+    (False, True): Phases(
+        Held(15.51, 0.88),
+        (Held(0.3, 0.4, 0.2, 0.4, 2.7, 27.1), Held(17.9, 3.2, 75.9, 4.2, 4.5, 4.9), Held(6.6, 5.9, 0, 0, 1.2, 0.4)),
+        Held(1.4, 0, 164.8, 5.7),
+    ),
+    (True, False): Phases(
+        Held(4.09),
+        (Held(0, 3.1, 0, 2.9, 11.1, 16.6), Held(13.2, 0.1, 2.1, 0.4, 0, 0.3), Held(44.4, 3, 71.3, 2.5, 1.9, 13.4)),
+        Held(128.2, 0, 47.3, 8.8),
+    ),
+    (True, True): Phases(
+        Held(4.48, 0.46),
+        (Held(0, 4.4, 0, 2.3, 11.5, 15.3), Held(0.4, 8.4, 0, 0, 2.7, 24.3), Held(51, 3.1, 64.4, 4.4, 0.4, 9.7)),
+        Held(158, 0, 31, 9.6),
     ),
 }
-# The same with `grad_checkpoint`.
-RECOMPUTED_BLOCK = {False: Held(3), True: Held(3.5, 0.2)}
-RECOMPUTED_MOMENTS = {
-    False: (
-        Held(44.8, head=1.4, logits=7.6, chunked_logits=15.5),
-        Held(49.8, 6.7, head=2.8),
-        Held(85.9, 0.2, 31.2, head=2.8),
+# For GPUs, where MLX derives most gradients itself and keeps more for them: measured on the CPU when it did so there.
+UPDATE_KEPT, UPDATE_RECOMPUTED = Held(0.7, 0, 163, 3), Held(14, 0, 165, 0.7)
+ON_GPU = {
+    (False, False): Phases(
+        Held(25.7, 1.2),
+        (Held(10.9, 0, 0, 4.3, 11, 8.8), Held(29.8, 1.5, 0, 5.9), Held(4.5, 3.8, 0, 5.9)),
+        UPDATE_KEPT,
     ),
-    True: (Held(39.3, 3.9, head=3.3, logits=9.1, chunked_logits=13.9), Held(60.6, 5.9, 80.1), Held(39.1, 9)),
+    (False, True): Phases(
+        Held(27.2, 2.1),
+        (Held(19.2, 0, 0, 4.8, 8.3, 10.4), Held(3.2, 5.1, 10.3, 5.7), Held(22.3, 0.1, 10.7, 5.7)),
+        UPDATE_KEPT,
+    ),
+    (True, False): Phases(
+        Held(3),
+        (Held(44.8, 0, 0, 1.4, 7.6, 7.9), Held(49.8, 6.7, 0, 2.8), Held(85.9, 0.2, 31.2, 2.8)),
+        UPDATE_RECOMPUTED,
+    ),
+    (True, True): Phases(
+        Held(3.5, 0.2),
+        (Held(39.3, 3.9, 0, 3.3, 9.1, 4.8), Held(60.6, 5.9, 80.1), Held(39.1, 9)),
+        UPDATE_RECOMPUTED,
+    ),
 }
-# New weights and means, made before the old ones and the last of the backward pass have gone.
-UPDATE = {False: Held(0.7, weight=163, head=3), True: Held(14, weight=165, head=0.7)}  # by `grad_checkpoint`
 
 
 @dataclass(frozen=True)
@@ -91,34 +130,34 @@ def parameters_of(model: ModelConfig) -> int:
 def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Memory:
     """What a rank of `training` holds on `device`.
 
-    Metal and CUDA are taken to hold as many numbers as the CPU does, which is where they were counted.
+    What Metal and CUDA hold has been counted on the CPU as well.
     """
     n_params = parameters_of(model)
     number_size = compute_dtype(training.precision, device).size
     on_gpu = device.kind != "cpu"
     tokens = training.micro_batch_size * training.seq_len
-    hidden, attention = tokens * model.n_embd, tokens * model.n_head * training.seq_len
+    hidden = tokens * model.n_embd
+    attention = training.micro_batch_size * model.n_head * ops.attention_weights(training.seq_len, on_gpu)
     weight, head = model.n_embd**2, model.vocab_size * model.n_embd
-    in_share = tokens // share_count(training.micro_batch_size, on_gpu)
-    rows = ops.rows_at_once(in_share, model.vocab_size, on_gpu)
+    shares = share_count(training.micro_batch_size, on_gpu)
+    rows = ops.rows_at_once(tokens // shares, model.vocab_size, on_gpu)
+    logits, chunks = rows * model.vocab_size, math.ceil(tokens // shares / rows)
+    # With two chunks, recomputing, the measurements fit better without any before.
+    after_others = max(0.0, 1 - (2 if training.grad_checkpoint else 1) / chunks)
 
     def size(held: Held) -> float:
-        per_logit = held.chunked_logits if rows < in_share else held.logits
         passing = held.hidden * hidden + held.attention * attention
-        fixed = held.weight * weight + held.head * head + per_logit * rows * model.vocab_size
+        fixed = held.weight * weight + held.head * head
+        fixed += (held.logits + held.logits_before * after_others) * logits
         return passing * number_size + fixed * FLOAT32
 
-    drops = model.dropout > 0
-    if training.grad_checkpoint:
-        block, moments = RECOMPUTED_BLOCK[drops], RECOMPUTED_MOMENTS[drops]
-    else:
-        block, moments = BLOCK[drops], MOMENTS[drops]
-    activations = model.n_layer * size(block) + max(size(moment) for moment in moments)
+    phases = (ON_GPU if on_gpu else ON_CPU)[training.grad_checkpoint, model.dropout > 0]
+    activations = model.n_layer * size(phases.block) + max(size(moment) for moment in phases.moments)
     parameters = FLOAT32 * n_params
     weights = 3 * parameters + (n_params * number_size if number_size < FLOAT32 else 0)  # with a copy to compute with
-    summed = parameters if training.micro_steps > 1 else 0
+    summed = shares * parameters if training.micro_steps > 1 else 0
     exchanged = 2 * parameters if training.ranks > 1 else 0  # gradients, joined to be sent, and their means
-    update = exchanged + parameters + min(3 * parameters, size(UPDATE[training.grad_checkpoint]))
+    update = exchanged + parameters + min(3 * parameters, size(phases.update))
     return Memory(
         weights=int(weights),
         gradients=parameters,
