@@ -128,9 +128,8 @@ def shares(*batches: np.ndarray) -> Iterator[list[mx.array]]:
     """
     count = share_count(len(batches[0]), on_gpu())
     use_all_cores(count)
-    for i, parts in enumerate(zip(*(np.split(batch, count) for batch in batches), strict=True)):
-        with mx.stream(_further_cpu_stream(i) if i else mx.default_device()):
-            yield [mx.array(part) for part in parts]
+    for share in side_by_side(zip(*(np.split(batch, count) for batch in batches), strict=True)):
+        yield [mx.array(part) for part in share]
 
 
 def side_by_side(parts: Iterable[T]) -> Iterator[T]:
@@ -142,7 +141,7 @@ def side_by_side(parts: Iterable[T]) -> Iterator[T]:
 
 def parts(sizes: Mapping[str, int]) -> list[list[str]]:
     """The names in groups of about the same size together, one for each stream that the device is filled by."""
-    groups: list[list[str]] = [[] for _ in range(1 if on_gpu() else min(2, cores()))]
+    groups: list[list[str]] = [[] for _ in range(stream_count(on_gpu()))]
     totals = [0] * len(groups)
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         smallest = totals.index(min(totals))
@@ -152,8 +151,14 @@ def parts(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def share_count(batch_size: int, on_gpu: bool) -> int:
-    """How many shares `shares` makes of a batch. More than two have not been tried."""
-    return 2 if not on_gpu and cores() > 1 and batch_size % 2 == 0 else 1
+    """How many shares `shares` makes of a batch."""
+    count = stream_count(on_gpu)
+    return count if batch_size % count == 0 else 1
+
+
+def stream_count(on_gpu: bool) -> int:
+    """How many streams fill the device. More than two have not been tried."""
+    return 1 if on_gpu else min(2, cores())
 
 
 @functools.cache
@@ -168,9 +173,13 @@ def use_all_cores(products: int = 1) -> None:
 
 def cores() -> int:
     """Cores that this process may use, fewer if a variable that BLAS libraries read says so."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = (os.environ.get(name, "") for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
-    return min([there, *(int(count) for count in asked if count.isdecimal() and int(count) > 0)])
+    return min([_cores_there(), *(int(count) for count in asked if count.isdecimal() and int(count) > 0)])
+
+
+def _cores_there() -> int:
+    """Cores that the system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def leave_cores_to(processes: int) -> None:
@@ -179,8 +188,7 @@ def leave_cores_to(processes: int) -> None:
     Args:
         processes: that compute on this host beside each other, this one included.
     """
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["OMP_NUM_THREADS"] = str(min(cores(), max(1, there // processes)))
+    os.environ["OMP_NUM_THREADS"] = str(min(cores(), max(1, _cores_there() // processes)))
 
 
 def compute_dtype(precision: str, device: Device) -> mx.Dtype:
