@@ -33,6 +33,15 @@ def sentences():
 
 
 @pytest.fixture(scope="session")
+def corpus(tmp_path_factory, sentences):
+    """A folder that trains as it is: 270 documents, and 30 to validate."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "train.txt").write_text("".join(sentences[:270]), encoding="utf-8")
+    (folder / "val.txt").write_text("".join(sentences[270:]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def byte_tokenizer():
     return Tokenizer.of_bytes()
 

@@ -68,15 +68,6 @@ def flags(**settings):
     return [f"--{name.replace('_', '-')}={value}" for name, value in {**SETTINGS, **settings}.items()]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, sentences):
-    """A folder that trains as it is."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "train.txt").write_text("".join(sentences[:270]), encoding="utf-8")
-    (folder / "val.txt").write_text("".join(sentences[270:]), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="module", autouse=True)
 def eager():
     """Nothing is compiled here either."""
@@ -130,18 +121,18 @@ def assert_equal_losses(run, other):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(corpus, tmp_path_factory):
     """Six steps of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train_alone(out, data=str(data))
+    train_alone(out, data=str(corpus))
     return out
 
 
 @pytest.fixture(scope="module")
-def half(data, tmp_path_factory):
+def half(corpus, tmp_path_factory):
     """Three steps of two ranks, and what each held at the end. Not to be changed."""
     out = tmp_path_factory.mktemp("half") / "run"
-    return out, train_on(2, out, data=str(data), max_steps=3)
+    return out, train_on(2, out, data=str(corpus), max_steps=3)
 
 
 # ---- the same training ----------------------------------------------------------------------------------------------
@@ -169,8 +160,8 @@ def test_all_ranks_hold_the_same_bits(half):
     assert best[0] == min(losses(half[0])[1].values())
 
 
-def test_the_plan_is_that_of_all_ranks(data):
-    lines, errors = launch(4, BIN / "mlx-gpt", "train", "--data", data, *flags(), "--dry-run")
+def test_the_plan_is_that_of_all_ranks(corpus):
+    lines, errors = launch(4, BIN / "mlx-gpt", "train", "--data", corpus, *flags(), "--dry-run")
     assert not errors
     assert sum(line.startswith("Run ") for line in lines) == 1
     assert any("6, each of 128 tokens" in line for line in lines)
@@ -179,8 +170,8 @@ def test_the_plan_is_that_of_all_ranks(data):
     assert not Path("weights").exists()
 
 
-def test_a_launch_of_one_is_a_process_by_itself(data):
-    lines, errors = launch(1, BIN / "mlx-gpt", "train", "--data", data, *flags(max_steps=1), "--out=run")
+def test_a_launch_of_one_is_a_process_by_itself(corpus):
+    lines, errors = launch(1, BIN / "mlx-gpt", "train", "--data", corpus, *flags(max_steps=1), "--out=run")
     assert not errors
     assert any(line.startswith("Done: 1 steps") for line in lines)
 
@@ -196,8 +187,8 @@ def test_a_launch_of_one_is_a_process_by_itself(data):
         (2, {"n_layer": "two"}, "'two' is not a valid integer"),
     ],
 )
-def test_a_refusal_is_said_once(data, count, wrong, sentence):
-    lines, errors = launch(count, BIN / "mlx-gpt", "train", "--data", data, *flags(**wrong), "--out=run")
+def test_a_refusal_is_said_once(corpus, count, wrong, sentence):
+    lines, errors = launch(count, BIN / "mlx-gpt", "train", "--data", corpus, *flags(**wrong), "--out=run")
     assert not lines
     assert len(errors) == 1
     assert sentence in errors[0]
@@ -253,9 +244,9 @@ def wait_for_a_checkpoint(rank, run=Path("run")):
         time.sleep(0.05)
 
 
-def test_a_rank_ends_though_nobody_hears_why(start, data):
+def test_a_rank_ends_though_nobody_hears_why(start, corpus):
     """As when mlx.launch was killed, which held the other end of its stderr."""
-    started = start(2, "--data", data, *flags(**FOR_EVER), "--out=run")
+    started = start(2, "--data", corpus, *flags(**FOR_EVER), "--out=run")
     wait_for_a_checkpoint(started[0])
     for output in (started[0].process.stdout, started[0].process.stderr):
         output.close()
@@ -264,8 +255,8 @@ def test_a_rank_ends_though_nobody_hears_why(start, data):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(start, data, victim):
-    started = start(2, "--data", data, *flags(**FOR_EVER), "--out=run")
+def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(start, corpus, victim):
+    started = start(2, "--data", corpus, *flags(**FOR_EVER), "--out=run")
     wait_for_a_checkpoint(started[0])
     started[victim].process.kill()
     code, _, errors = started[1 - victim].end()
@@ -280,8 +271,8 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(start, data, vict
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_stop_that_one_rank_is_asked_for_stops_all_after_the_same_step(start, data, asked):
-    started = start(2, "--data", data, *flags(**FOR_EVER), "--out=run")
+def test_a_stop_that_one_rank_is_asked_for_stops_all_after_the_same_step(start, corpus, asked):
+    started = start(2, "--data", corpus, *flags(**FOR_EVER), "--out=run")
     wait_for_a_checkpoint(started[0])
     started[asked].process.send_signal(signal.SIGTERM)
     (code, out, _), (other_code, other_out, other_errors) = (rank.end() for rank in started)
@@ -291,16 +282,16 @@ def test_a_stop_that_one_rank_is_asked_for_stops_all_after_the_same_step(start, 
     assert f"Stopped after step {stopped:,}." in out
 
 
-def test_the_clock_of_rank_0_ends_the_run(start, data):
-    started = start(2, "--data", data, *flags(**FOR_EVER, max_minutes=0.02), "--out=run")
+def test_the_clock_of_rank_0_ends_the_run(start, corpus):
+    started = start(2, "--data", corpus, *flags(**FOR_EVER, max_minutes=0.02), "--out=run")
     (code, out, _), (other_code, _, _) = (rank.end() for rank in started)
     assert (code, other_code) == (0, 0)
     assert "Done: " in out
 
 
-def test_another_text_on_another_host_is_refused_by_name(start, data, tmp_path):
+def test_another_text_on_another_host_is_refused_by_name(start, corpus, tmp_path):
     for rank in range(2):
-        shutil.copytree(data, tmp_path / f"host{rank}" / "text")
+        shutil.copytree(corpus, tmp_path / f"host{rank}" / "text")
     with (tmp_path / "host1/text/train.txt").open("a") as file:
         file.write("One more.\n")
     folders = [tmp_path / "host0", tmp_path / "host1"]
@@ -313,7 +304,7 @@ def test_another_text_on_another_host_is_refused_by_name(start, data, tmp_path):
     assert not (tmp_path / "host0/run").exists()
 
 
-def test_a_host_that_has_only_the_text_can_take_part_in_a_resume(start, half, data, tmp_path):
+def test_a_host_that_has_only_the_text_can_take_part_in_a_resume(start, half, corpus, tmp_path):
     """It has neither the run's folder nor its run.toml."""
     shutil.copytree(half[0], tmp_path / "host0/run")
     (tmp_path / "host1").mkdir()
