@@ -127,11 +127,14 @@ def rows_at_once(rows: int, vocab_size: int, on_gpu: bool) -> int:
     return math.ceil(rows / math.ceil(rows / most))  # even shares
 
 
-def attention_weights(tokens: int, on_gpu: bool) -> int:
-    """How many weights `causal_attention` of `tokens` tokens has per head; a GPU makes those of the future, too."""
+def attention_weights(tokens: int, on_gpu: bool) -> list[int]:
+    """How many weights per head `causal_attention` of `tokens` tokens makes at a time, time after time.
+
+    Those of what a block of queries has not to see are made, too.
+    """
     rows = tokens if on_gpu else ATTENTION_ROWS
     ends = [min(tokens, start + rows) for start in range(0, tokens, rows)]
-    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+    return [(end - start) * end for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _slow_exp(x: mx.array) -> bool:

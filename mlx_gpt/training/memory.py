@@ -25,11 +25,12 @@ class Held(NamedTuple):
 
     Attributes:
         hidden: per B T C, the hidden state of a micro-batch.
-        attention: per attention weight of a micro-batch in one block.
+        attention: per attention weight of a micro-batch in one block: of all for what it keeps, else of as many as are
+            made at a time.
         weight: per C C.
         head: per V C.
         logits: per logit of a chunk.
-        logits_before: per logit of the chunks before it that are still there, by the share of chunks that have such.
+        logits_before: per logit of the chunk before it, on average over the chunks: the first has none.
     """
 
     hidden: float = 0
@@ -55,28 +56,27 @@ class Phases(NamedTuple):
 
 
 # By `grad_checkpoint` and whether there is dropout. Measured on MLX's CPU back end with two shares of a batch, where it
-# allocates some ten operations ahead of those that run. What blocks keep was raised by three shapes since shares are
-# evaluated side by side: to be fitted anew.
+# allocates some ten operations ahead of those that run.
 ON_CPU = {
     (False, False): Phases(
-        Held(22.5, 1.2),
-        (Held(0, 0.2, 0.1, 1.8, 3, 25.1), Held(21.5, 0, 109.7, 2.6, 5.5, 6), Held(5.2, 3.3, 0, 0, 2.6, 7.2)),
-        Held(1.4, 0, 161, 5.8),
+        Held(27.2, 1.04),
+        (Held(0, 0.2, 0, 4.6, 10.9, 10.6), Held(12.1, 1.4, 1.2, 2.1, 0.5, 10), Held(13.7, 0.6, 17.8, 5.8, 0, 16.4)),
+        Held(0.9, 0, 174.3, 1.4),
     ),
     (False, True): Phases(
-        Held(26, 1.5),
-        (Held(0.3, 0.4, 0.2, 0.4, 2.7, 27.1), Held(17.9, 3.2, 75.9, 4.2, 4.5, 4.9), Held(6.6, 5.9, 0, 0, 1.2, 0.4)),
-        Held(1.4, 0, 164.8, 5.7),
+        Held(24.19, 2.34),
+        (Held(0, 0, 0, 4, 12.1, 10.7), Held(0.1, 3.1, 1.9, 0.3, 3.3, 2.8), Held(28.4, 0, 16.4, 5.6, 0, 16.9)),
+        Held(0.5, 0, 181.8, 1.1),
     ),
     (True, False): Phases(
-        Held(4.09),
-        (Held(0, 3.1, 0, 2.9, 11.1, 16.6), Held(13.2, 0.1, 2.1, 0.4, 0, 0.3), Held(44.4, 3, 71.3, 2.5, 1.9, 13.4)),
-        Held(128.2, 0, 47.3, 8.8),
+        Held(4.04, 0.01),
+        (Held(0, 0, 0.1, 0, 8.3, 15.8), Held(46.9, 5.7, 3.4, 2.1, 0, 0.2), Held(13.2, 3.8, 86.5, 4.5, 2.4, 10.5)),
+        Held(42.3, 0, 179.2, 6.2),
     ),
     (True, True): Phases(
-        Held(4.48, 0.46),
-        (Held(0, 4.4, 0, 2.3, 11.5, 15.3), Held(0.4, 8.4, 0, 0, 2.7, 24.3), Held(51, 3.1, 64.4, 4.4, 0.4, 9.7)),
-        Held(158, 0, 31, 9.6),
+        Held(4.3, 1.12),
+        (Held(0, 0, 0.3, 0, 10.6, 12.3), Held(36.3, 6.4, 0.6, 0, 0, 2.7), Held(29, 3.9, 45.1, 5.6, 1.6, 5.1)),
+        Held(6.7, 0, 234, 1.6),
     ),
 }
 # For GPUs, where MLX derives most gradients itself and keeps more for them: measured on the CPU when it did so there.
@@ -138,27 +138,26 @@ def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Me
     on_gpu = device.kind != "cpu"
     tokens = training.micro_batch_size * training.seq_len
     hidden = tokens * model.n_embd
-    attention = training.micro_batch_size * model.n_head * ops.attention_weights(training.seq_len, on_gpu)
+    heads, at_a_time = training.micro_batch_size * model.n_head, ops.attention_weights(training.seq_len, on_gpu)
     weight, head = model.n_embd**2, model.vocab_size * model.n_embd
     shares = share_count(training.micro_batch_size, on_gpu)
     rows = ops.rows_at_once(tokens // shares, model.vocab_size, on_gpu)
     logits, chunks = rows * model.vocab_size, math.ceil(tokens // shares / rows)
-    # With two chunks, recomputing, the measurements fit better without any before.
-    after_others = max(0.0, 1 - (2 if training.grad_checkpoint else 1) / chunks)
 
-    def size(held: Held) -> float:
-        passing = held.hidden * hidden + held.attention * attention
+    def size(held: Held, attention: int) -> float:
+        passing = held.hidden * hidden + held.attention * heads * attention
         fixed = held.weight * weight + held.head * head
-        fixed += (held.logits + held.logits_before * after_others) * logits
+        fixed += (held.logits + held.logits_before * (1 - 1 / chunks)) * logits
         return passing * number_size + fixed * FLOAT32
 
     phases = (ON_GPU if on_gpu else ON_CPU)[training.grad_checkpoint, model.dropout > 0]
-    activations = model.n_layer * size(phases.block) + max(size(moment) for moment in phases.moments)
+    activations = model.n_layer * size(phases.block, sum(at_a_time))
+    activations += max(size(moment, max(at_a_time)) for moment in phases.moments)
     parameters = FLOAT32 * n_params
     weights = 3 * parameters + (n_params * number_size if number_size < FLOAT32 else 0)  # with a copy to compute with
     summed = shares * parameters if training.micro_steps > 1 else 0
     exchanged = 2 * parameters if training.ranks > 1 else 0  # gradients, joined to be sent, and their means
-    update = exchanged + parameters + min(3 * parameters, size(phases.update))
+    update = exchanged + parameters + min(3 * parameters, size(phases.update, 0))
     return Memory(
         weights=int(weights),
         gradients=parameters,

@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
 
 # Narrow and wide, shallow and deep; few tokens and many; where attention, the logits or the weights are the most. The
-# coefficients of memory.py for the CPU were fitted to these, but not to the last.
+# coefficients of memory.py for the CPU were fitted to these.
 GRID = [
     Shape(4, 4, 128, 128, 16, 2048),
     Shape(4, 4, 128, 64, 12, 65),

@@ -19,8 +19,8 @@ from tests.training.peaks import Shape, peak, variants
 # What macOS recommends as a working set by default: two thirds of the memory, three quarters from 64 GB on.
 WORKING_SETS = {8: 5_726_623_061, 16: 11_453_251_584, 24: 17_179_885_568, 64: 51_539_607_552, 128: 103_079_215_104}
 FLAG = re.compile(r"--([a-z-]+)(?: (\d+))?")
-# The second is one of those from which the estimate was made; the others are not.
-SHAPES = [Shape(4, 4, 96, 64, 8, 65), Shape(2, 2, 64, 128, 8, 6000), Shape(24, 4, 64, 48, 8, 400)]
+# Not among those of the script, from which the estimate was made.
+SHAPES = [Shape(4, 4, 96, 64, 8, 65), Shape(5, 4, 112, 160, 6, 2500), Shape(24, 4, 64, 48, 8, 400)]
 
 
 def mac(gigabytes: int) -> Device:
@@ -116,7 +116,7 @@ def test_what_fits_is_left_as_it_is():
     [
         (20, {"batch_size", "gradient_accumulation_steps"}),
         (3, {"batch_size", "gradient_accumulation_steps", "grad_checkpoint"}),
-        (2.6, {"batch_size", "gradient_accumulation_steps", "grad_checkpoint", "seq_len"}),
+        (2.4, {"batch_size", "gradient_accumulation_steps", "grad_checkpoint", "seq_len"}),
     ],
 )
 def test_the_flags_that_it_names_fit_and_cost_the_least(gigabytes, changed):
@@ -152,7 +152,7 @@ def test_each_rank_holds_its_own_micro_batch_and_auto_chooses_for_it():
         assert chosen.windows_per_rank == 64 // ranks
         assert chosen.micro_batch_size == chosen.batch_size <= 64 // ranks
         assert memory.fits(memory.estimate(model, chosen, tight), tight)
-    refused = memory.fit(model, dataclasses.replace(training, auto_batch_size=False, ranks=2), cpu(4 * GIB))[1]
+    refused = memory.fit(model, dataclasses.replace(training, auto_batch_size=False, ranks=2), tight)[1]
     assert "This fits: --batch-size" in refused
 
 
@@ -188,11 +188,11 @@ def test_auto_takes_as_many_windows_at_once_as_fit():
     tight, _ = memory.fit(model, training, cpu(12 * GIB))
     larger = dataclasses.replace(tight, batch_size=2 * tight.batch_size)
     assert not tight.grad_checkpoint
-    recomputing, problem = memory.fit(model, training, cpu(2.6 * GIB))
+    recomputing, problem = memory.fit(model, training, cpu(2.9 * GIB))
     assert recomputing.grad_checkpoint
     assert not problem
     longer = dataclasses.replace(training, seq_len=1024)
-    assert "--seq-len 512" in memory.fit(model, longer, cpu(2.6 * GIB))[1]  # another training, so it is only named
+    assert "--seq-len 512" in memory.fit(model, longer, cpu(2.5 * GIB))[1]  # another training, so it is only named
     assert not memory.fits(memory.estimate(model, larger, cpu(12 * GIB)), cpu(12 * GIB))
 
 
