@@ -68,9 +68,10 @@ class TrainingStep:
             total = functools.reduce(lambda one, other: tree_map(mx.add, one, other), sums)
             # Divided before: another rank may have made another number of shares.
             sums, count = [self._ranks.mean(tree_map(functools.partial(mx.multiply, 1 / count), total))], 1
-        # By themselves: with the update in one graph, MLX would keep activations until the norm of all is known.
-        # Side by side, or the streams would be given one share after the other.
-        mx.async_eval(list(zip(*([array for _, array in tree_flatten(share)] for share in sums), strict=True)))
+        if self._training.grad_checkpoint:
+            # By themselves: with the update in one graph, MLX would keep what is recomputed until the norm is known.
+            # Side by side, or the streams would be given one share after the other.
+            mx.async_eval(list(zip(*([array for _, array in tree_flatten(share)] for share in sums), strict=True)))
         parameters, self.optimizer_state, result = self._update(
             parameters, sums, self.optimizer_state, mx.array(float(count)), mx.array(learning_rate)
         )
