@@ -1,30 +1,33 @@
 """Puts a tuned BLAS in place before MLX is imported.
 
-The Linux CPU build of MLX links a reference BLAS, about forty times slower than a tuned one. It leaves the `cblas_*`
-symbols open, so a library loaded globally *before* the first import of mlx serves them. macOS has Accelerate, which
-MLX uses by itself: there this module does nothing.
+The Linux CPU build of MLX links a reference BLAS, a hundred times slower than a tuned one. It leaves the `cblas_*`
+symbols open, so a library loaded globally *before* the first import of mlx serves them. PyPI's OpenBLAS has them under
+other names: `_cblas.cpp` stands between the two, compiled on first use by the compiler that MLX itself needs. macOS has
+Accelerate, which MLX uses by itself: there this module does nothing.
 
 `MLX_GPT_BLAS` names another library to load, or `off`.
 """
 
+import contextlib
 import ctypes
+import importlib.util
 import os
+import platform
 import sys
+import zlib
 from pathlib import Path
-
-SYSTEM_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 
 live: str = "MLX's own"
 """What serves matrix products: the library that was loaded, or MLX's own choice."""
 
-_library: ctypes.CDLL | None = None
-
 problem: str = ""
 """Why the library named by `MLX_GPT_BLAS` was not loaded; said by the first command that computes."""
 
+_library: ctypes.CDLL | None = None
+
 
 def load() -> None:
-    """Load the BLAS named by `MLX_GPT_BLAS`, else a system OpenBLAS, else the `mkl` of this environment."""
+    """Load the BLAS named by `MLX_GPT_BLAS`, else the OpenBLAS of this environment."""
     global live, problem, _library
     wanted = os.environ.get("MLX_GPT_BLAS", "")
     if wanted == "off" or sys.platform != "linux":
@@ -32,23 +35,70 @@ def load() -> None:
     if "mlx.core" in sys.modules:
         live = "MLX's own, since mlx was imported before mlx_gpt"
         return
-    # Equal products on equal operands, run after run, which exact resume relies on. MKL reads this when it is loaded.
-    os.environ.setdefault("MKL_CBWR", "AUTO")
-    installed = sorted(map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*")))
-    for library in [wanted] if wanted else [*SYSTEM_OPENBLAS, *installed]:
-        try:
-            _library = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            problem = (
-                f"MLX_GPT_BLAS={wanted} can't be loaded ({error}): name a BLAS library, or `off`." if wanted else ""
-            )
-            continue
-        live = library
-        return
+    try:
+        if wanted:
+            # Equal products on equal operands, run after run, which exact resume relies on. MKL reads this.
+            os.environ.setdefault("MKL_CBWR", "AUTO")
+            _library = ctypes.CDLL(wanted, ctypes.RTLD_GLOBAL)
+            live = wanted
+        elif package := importlib.util.find_spec("scipy_openblas32"):
+            _library = _openblas(Path(str(package.origin)).parent / "lib" / "libscipy_openblas.so")
+            live = _name(_library)
+    except OSError as error:
+        if wanted:
+            problem = f"MLX_GPT_BLAS={wanted} can't be loaded ({error}): name a BLAS library, or `off`."
+        else:
+            live = f"MLX's own, since OpenBLAS can't be used ({error})"
 
 
 def set_threads(count: int) -> None:
     """Let one matrix product use so many cores; without a tuned BLAS it uses one."""
-    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
+    for name in ("scipy_openblas_set_num_threads", "openblas_set_num_threads", "MKL_Set_Num_Threads"):
         if _library and hasattr(_library, name):
             getattr(_library, name)(count)
+
+
+def _openblas(path: Path) -> ctypes.CDLL:
+    """Load the library, and what gives its function the name that MLX calls.
+
+    Raises:
+        OSError: one of them can't be loaded or made.
+    """
+    library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    source = Path(__file__).with_name("_cblas.cpp")
+    # Not Path's own `expanduser`, which fails where there is no home.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlx-gpt")  # noqa: PTH111
+    compiled = cache / f"cblas-{zlib.crc32(source.read_bytes()):08x}-{platform.machine()}.so"
+    try:
+        ctypes.CDLL(str(compiled), ctypes.RTLD_GLOBAL)
+    except OSError:
+        _compile(source, compiled)
+    return library
+
+
+def _compile(source: Path, compiled: Path) -> None:
+    """Compile and load `source`, and keep it as `compiled` for the next time if that can be written."""
+    import shutil
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, compiled.name)
+        command = ["g++", "-O2", "-shared", "-fPIC", "-o", str(made), str(source)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"{' '.join(command)}: {error.stderr.decode(errors='replace').strip()}") from None
+        ctypes.CDLL(str(made), ctypes.RTLD_GLOBAL)
+        with contextlib.suppress(OSError):
+            compiled.parent.mkdir(parents=True, exist_ok=True)
+            whole = compiled.with_name(f"{compiled.name}.{os.getpid()}")
+            shutil.copyfile(made, whole)
+            whole.replace(compiled)
+
+
+def _name(openblas: ctypes.CDLL) -> str:
+    """Its version and the kernels that it chose for this processor."""
+    openblas.scipy_openblas_get_config.restype = openblas.scipy_openblas_get_corename.restype = ctypes.c_char_p
+    version = openblas.scipy_openblas_get_config().decode().split()[1]
+    return f"OpenBLAS {version} ({openblas.scipy_openblas_get_corename().decode()})"

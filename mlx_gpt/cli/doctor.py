@@ -38,7 +38,7 @@ def command() -> int:
     if device.kind == "cpu":
         _row("BLAS", _blas.live)
         if gflops < SLOW_GFLOPS:
-            problems.append("No tuned BLAS is in place: install a system OpenBLAS, or `pip install mkl`.")
+            problems.append("No tuned BLAS is in place: install `g++`, and `pip install scipy-openblas32`.")
         if not shutil.which("g++") and platform.system() == "Linux":
             problems.append("There is no g++, so MLX cannot compile the training step: install it.")
     _row(

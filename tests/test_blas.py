@@ -1,0 +1,80 @@
+"""The BLAS behind MLX on Linux: right products of every form, and in place however a program is started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_gpt  # noqa: F401 - before mlx, so that its BLAS serves it
+
+import mlx.core as mx  # isort: skip
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS has a BLAS of its own")
+
+
+def live(**environment: str) -> str:
+    """What serves a new process, which computes a product, too."""
+    program = """
+import mlx_gpt; from mlx_gpt import _blas; import mlx.core as mx
+assert (mx.ones((3, 4)) @ mx.ones((4, 70))).tolist() == [[4.0] * 70] * 3
+print(_blas.live)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    assert not done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("transposed_b", [False, True])
+@pytest.mark.parametrize("transposed_a", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 17, 40])
+def test_products_of_every_form_are_right(m, transposed_a, transposed_b):
+    draw = np.random.default_rng(0)
+    for n in (1, 15, 63, 64, 65, 200):
+        for k in (1, 3, 64, 769, 5000):
+            a, b, c = (draw.normal(size=size).astype(np.float32) for size in ((m, k), (k, n), (m, n)))
+            x = mx.array(a.T.copy()).T if transposed_a else mx.array(a)
+            y = mx.array(b.T.copy()).T if transposed_b else mx.array(b)
+            exact = a.astype(np.float64) @ b.astype(np.float64)
+            np.testing.assert_allclose(np.array(x @ y), exact, rtol=1e-4, atol=1e-4 * k**0.5)
+            both = mx.addmm(mx.array(c), x, y, alpha=0.5, beta=2.0)
+            np.testing.assert_allclose(np.array(both), exact / 2 + 2 * c, rtol=1e-4, atol=1e-4 * k**0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (4, 64), (40, 64)])
+def test_what_was_in_memory_before_is_not_heard(shape):
+    """BLAS multiplies what the result's memory held by 0, and 0 times NaN is NaN."""
+    m, n = shape
+    for _ in range(20):
+        mx.eval([mx.full(shape, mx.nan) for _ in range(5)])  # freed at once, and taken again
+        assert mx.isfinite(mx.ones((m, 64)) @ mx.ones((64, n))).all()
+
+
+@on_linux
+def test_openblas_serves_and_another_can_be_named_or_none():
+    assert live().startswith("OpenBLAS 0.")
+    assert live(MLX_GPT_BLAS="off") == "MLX's own"
+
+
+@on_linux
+def test_it_is_compiled_once_for_all_who_start_at_the_same_time(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", "from mlx_gpt import _blas; print(_blas.live)"]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert all(process.communicate()[0].startswith("OpenBLAS") for process in running)
+    assert [path.suffix for path in (tmp_path / "mlx-gpt").iterdir()] == [".so"]
+
+
+@on_linux
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert live(XDG_CACHE_HOME=str(tmp_path / "file")).startswith("OpenBLAS")
+
+
+@on_linux
+def test_without_a_compiler_it_says_why_products_are_slow(tmp_path):
+    assert "g++" in live(XDG_CACHE_HOME=str(tmp_path), PATH=str(Path(sys.executable).parent))
