@@ -5,17 +5,20 @@
 Fresh weights of GPT-2's smallest shape are written once and read by all. The prompt is the same for all texts of a
 batch, decoding is greedy, and in float32 all have to choose the same tokens, or they are not compared. Decoding reads
 every weight but the positions, and the keys and values so far, once per token: those bytes per second stand beside
-what a large copy reaches in the same run.
+what a large copy reaches in the same run. On a CPU under Linux mlx-lm runs twice: on OpenBLAS as it is, and on what
+mlx-gpt makes of it for products with few rows.
 """
 
 import contextlib
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
 import facts
+import openblas
 import report
 from harness import Worker, common_options, device_option, need, pairwise, summary, take_turns, turns_bar, write_json
 from shapes import SHAPES, settings_of
@@ -44,7 +47,7 @@ def main(
         ours = Worker(
             OURS, ["generate_with.py", "ours"], threads, {"folder": folder, "device": device, "write": settings}
         )
-        workers = [stack.enter_context(ours), *others(folder, device, ours.facts["kind"], threads, stack)]
+        workers = [stack.enter_context(ours), *others(folder, device, ours.facts, threads, stack)]
         here = {name: ours.facts[name] for name in ("kind", "dtype")}
         limit = stack.enter_context(Worker("MLX", ["roofline.py", "mlx"], threads, here))
         prompt = np.random.default_rng(0).integers(settings["vocab_size"], size=prompt_tokens).tolist()
@@ -72,16 +75,25 @@ def main(
     click.echo("\n".join(report.lines(result)))
 
 
-def others(folder: str, device: str, kind: str, threads: int, stack: contextlib.ExitStack) -> list[Worker]:
+def others(folder: str, device: str, facts: dict[str, Any], threads: int, stack: contextlib.ExitStack) -> list[Worker]:
     """Start those that are installed; a sentence for each that is not."""
     started = []
-    for package, settings in (("mlx-lm", {"device": device}), ("transformers", {"kind": kind})):
+
+    def start(name: str, package: str, settings: dict[str, str], variables: dict[str, str] | None = None) -> None:
         try:
             need(package)
-            program = ["generate_with.py", package]
-            started.append(stack.enter_context(Worker(package, program, threads, {"folder": folder, **settings})))
+            program, settings = ["generate_with.py", package], {"folder": folder, **settings}
+            started.append(stack.enter_context(Worker(name, program, threads, settings, variables=variables)))
         except click.ClickException as error:
             click.echo(f"Measured without {package}. {error.message}", err=True)
+
+    if facts["blas"].startswith("OpenBLAS"):
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        start("mlx-lm", "mlx-lm", {"device": device}, openblas.as_it_is(place))
+        start("mlx-lm, mlx-gpt's BLAS", "mlx-lm", {"device": device})
+    else:
+        start("mlx-lm", "mlx-lm", {"device": device})
+    start("transformers", "transformers", {"kind": facts["kind"]})
     return started
 
 

@@ -36,6 +36,7 @@ class Worker:
         settings: for the program's `start`; what that returns is in `facts`.
         checkout: take mlx_gpt from this folder, not from where it is installed.
         ranks: run so many of it by `mlx.launch`, all of which are asked and the first of which answers.
+        variables: of its environment.
 
     Raises:
         click.ClickException: it could not start; the message is the last thing that it said.
@@ -49,6 +50,7 @@ class Worker:
         settings: Mapping[str, Any],
         checkout: Path | None = None,
         ranks: int = 1,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self._ranks = ranks
@@ -62,7 +64,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment(threads, settings.get("precision", ""), checkout),
+            env={**environment(threads, settings.get("precision", ""), checkout), **(variables or {})},
             text=True,
         )
         assert process.stdin is not None

@@ -120,13 +120,16 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def shares(*batches: np.ndarray) -> Iterator[list[mx.array]]:
+def shares(*batches: np.ndarray, saving: bool = False) -> Iterator[list[mx.array]]:
     """Even shares of batches, one after the other; what is done with each is computed beside the others.
 
     MLX's CPU back end runs the operations of a stream one by one and, but for products, each on one core: there every
     share has a stream to itself. A GPU is filled by a single one.
+
+    Args:
+        saving: memory, rather than time: all in one share, so that a single set of gradients stands.
     """
-    count = share_count(len(batches[0]), on_gpu())
+    count = share_count(len(batches[0]), on_gpu(), saving)
     use_all_cores(count)
     for share in side_by_side(zip(*(np.split(batch, count) for batch in batches), strict=True)):
         yield [mx.array(part) for part in share]
@@ -150,9 +153,9 @@ def parts(sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def share_count(batch_size: int, on_gpu: bool) -> int:
+def share_count(batch_size: int, on_gpu: bool, saving: bool = False) -> int:
     """How many shares `shares` makes of a batch."""
-    count = stream_count(on_gpu)
+    count = 1 if saving else stream_count(on_gpu)
     return count if batch_size % count == 0 else 1
 
 

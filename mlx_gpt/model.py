@@ -137,7 +137,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.h):
             # Bound here, the key is a constant of the block, not an input that would want a gradient.
             call = functools.partial(block, cache=cache[i] if cache else None, key=block_keys[i])
-            x_btc = nn.utils.checkpoint(block, call)(x_btc) if self.recompute else call(x_btc)
+            x_btc = ops.recompute(block, call)(x_btc) if self.recompute else call(x_btc)
         return self.ln_f(x_btc)
 
     def embed(self, ids_bt: mx.array, start: int = 0) -> mx.array:

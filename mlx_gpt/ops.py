@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gpt import backend
 
@@ -114,6 +115,33 @@ def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
     if key is None or rate == 0:
         return x
     return mx.where(mx.random.bernoulli(1 - rate, x.shape, key=key), x * (1 / (1 - rate)), 0)
+
+
+def recompute(block: nn.Module, call: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """`call`, a use of `block`, that keeps only its input for the backward pass (Chen et al. 2016, arXiv:1604.06174).
+
+    The rest is computed again as soon as the gradient that needs it is there. `mx.checkpoint` lets it be sooner, and
+    MLX, which takes what is ready, then computes many blocks again before the first of them is used.
+    """
+
+    @mx.custom_function
+    def forward(parameters: dict, x: mx.array) -> mx.array:
+        block.update(parameters)
+        return call(x)
+
+    @forward.vjp
+    def backward(primals: tuple[dict, mx.array], cotangent: mx.array, output: mx.array) -> tuple[dict, mx.array]:
+        parameters, x = primals
+        names, arrays = zip(*tree_flatten(parameters), strict=True)
+
+        def again(x: mx.array, *arrays: mx.array) -> mx.array:
+            block.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+            return call(x)
+
+        _, (dx, *darrays) = mx.vjp(again, [*mx.depends([x], [cotangent]), *arrays], [cotangent])
+        return tree_unflatten(list(zip(names, darrays, strict=True))), dx
+
+    return lambda x: forward(block.trainable_parameters(), x)
 
 
 def split(key: mx.array | None, count: int) -> Sequence[mx.array | None]:
@@ -297,13 +325,18 @@ def _cross_entropy_vjp(
     return exps * (weight / total) - mx.where(hit, weight, 0.0), mx.zeros_like(targets)
 
 
+def _add_product(total: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """`total + a @ b`; on the CPU in the product's own pass."""
+    return total + a @ b if backend.on_gpu() else mx.addmm(total, a, b)
+
+
 @mx.custom_function
 def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     # The mean, and its gradients for x and the weight, which cost little more while the logits are at hand.
     rows = len(x)
     size = rows_at_once(rows, len(weight), backend.on_gpu())
     dx: list[mx.array] = []
-    total, dweight = mx.array(0.0), mx.zeros(weight.shape)
+    total, dweight = mx.array(0.0), mx.array(0.0)
     for start in range(0, rows, size):
         part = slice(start, start + size)
         # Else the logits of all chunks would be made before the first gradient.
@@ -313,7 +346,7 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
         )
         total = total + loss
         dx.append(dlogits @ weight)
-        dweight = dweight + dlogits.T @ chunk
+        dweight = _add_product(dweight, dlogits.T, chunk)
     return total, mx.concatenate(dx), dweight.astype(weight.dtype)
 
 

@@ -19,8 +19,6 @@ from mlx_gpt.config import ModelConfig
 from mlx_gpt.model import GPT, MLP, Attention, Block, Cache
 
 WORTH_IT = 2**19  # weights of a block: with fewer, parts wait for each other longer than they compute
-# Rows of the embedding in one product of the head: MKL needs half the time for a few rows of x when they are few.
-HEAD_ROWS = 512
 
 
 def in_parts(model: GPT) -> "GPT | GPTInParts":
@@ -70,7 +68,7 @@ class GPTInParts:
         weight_vc = self._model.wte.weight
         share = -(-len(weight_vc) // self.count)
         weights = [weight_vc[i * share : (i + 1) * share] for i in range(self.count)]
-        return mx.concatenate([_logits(x_bc, weight) for weight in backend.side_by_side(weights)], axis=-1)
+        return mx.concatenate([x_bc @ weight.T for weight in backend.side_by_side(weights)], axis=-1)
 
 
 class BlockInParts:
@@ -149,14 +147,3 @@ def _linear(weight: mx.array, bias: mx.array | None) -> nn.Linear:
     if bias is not None:
         layer.bias = bias
     return layer
-
-
-def _logits(x_bc: mx.array, weight_vc: mx.array) -> mx.array:
-    """`x @ weight.T` by `HEAD_ROWS` rows of the weight."""
-    (B, C), V = x_bc.shape, len(weight_vc)
-    whole = V // HEAD_ROWS * HEAD_ROWS
-    if B == 1 or not whole:
-        return x_bc @ weight_vc.T
-    blocks_nrc = weight_vc[:whole].reshape(-1, HEAD_ROWS, C)
-    logits_nbr = x_bc @ blocks_nrc.swapaxes(1, 2)
-    return mx.concatenate([logits_nbr.swapaxes(0, 1).reshape(B, whole), x_bc @ weight_vc[whole:].T], axis=-1)

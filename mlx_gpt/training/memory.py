@@ -69,14 +69,14 @@ ON_CPU = {
         Held(0.5, 0, 181.8, 1.1),
     ),
     (True, False): Phases(
-        Held(4.04, 0.01),
-        (Held(0, 0, 0.1, 0, 8.3, 15.8), Held(46.9, 5.7, 3.4, 2.1, 0, 0.2), Held(13.2, 3.8, 86.5, 4.5, 2.4, 10.5)),
-        Held(42.3, 0, 179.2, 6.2),
+        Held(3.5, 0.13),
+        (Held(66.96, 2.64, 7.95, 1.26, 1.88, 3.92), Held(83.81, 2.54, 0, 0, 0.06), Held(0, 0, 3.9, 0.51, 5.44, 11.09)),
+        Held(15.88, 0, 171.76, 1.03),
     ),
     (True, True): Phases(
-        Held(4.3, 1.12),
-        (Held(0, 0, 0.3, 0, 10.6, 12.3), Held(36.3, 6.4, 0.6, 0, 0, 2.7), Held(29, 3.9, 45.1, 5.6, 1.6, 5.1)),
-        Held(6.7, 0, 234, 1.6),
+        Held(3.3, 1.11),
+        (Held(90.81, 0.05, 3.53), Held(43.27, 5.8, 40.83, 0.5, 2.35, 5.34), Held(0.96, 0.58, 0.07, 2.04, 5.71, 10.2)),
+        Held(21.96, 0, 167.57, 0.03),
     ),
 }
 # For GPUs, where MLX derives most gradients itself and keeps more for them: measured on the CPU when it did so there.
@@ -140,7 +140,7 @@ def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Me
     hidden = tokens * model.n_embd
     heads, at_a_time = training.micro_batch_size * model.n_head, ops.attention_weights(training.seq_len, on_gpu)
     weight, head = model.n_embd**2, model.vocab_size * model.n_embd
-    shares = share_count(training.micro_batch_size, on_gpu)
+    shares = share_count(training.micro_batch_size, on_gpu, saving=training.grad_checkpoint)
     rows = ops.rows_at_once(tokens // shares, model.vocab_size, on_gpu)
     logits, chunks = rows * model.vocab_size, math.ceil(tokens // shares / rows)
 

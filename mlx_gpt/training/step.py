@@ -57,7 +57,7 @@ class TrainingStep:
         sums: list[tuple[mx.array, Tree]] = []  # of losses and gradients, one of each stream
         for windows in micro_batches:
             mx.eval(sums)  # or the activations of all micro-batches would stand at once
-            for i, (windows_bt,) in enumerate(backend.shares(windows)):
+            for i, (windows_bt,) in enumerate(backend.shares(windows, saving=self._training.grad_checkpoint)):
                 # What dropout drops is a function of (seed, step), so a resume needs no saved generator.
                 seed = backend.seed_for(self._training.seed, step, count * self._ranks.size + self._ranks.rank)
                 key = mx.random.key(seed) if self.model.config.dropout > 0 else None
@@ -70,8 +70,7 @@ class TrainingStep:
             sums, count = [self._ranks.mean(tree_map(functools.partial(mx.multiply, 1 / count), total))], 1
         if self._training.grad_checkpoint:
             # By themselves: with the update in one graph, MLX would keep what is recomputed until the norm is known.
-            # Side by side, or the streams would be given one share after the other.
-            mx.async_eval(list(zip(*([array for _, array in tree_flatten(share)] for share in sums), strict=True)))
+            mx.async_eval(sums)
         parameters, self.optimizer_state, result = self._update(
             parameters, sums, self.optimizer_state, mx.array(float(count)), mx.array(learning_rate)
         )

@@ -215,7 +215,7 @@ def test_ranks_that_split_their_batches_otherwise_weigh_alike(make_model, batche
 
     results = []
     for count in (1, 2):
-        monkeypatch.setattr(backend, "share_count", lambda batch_size, on_gpu, count=count: count)
+        monkeypatch.setattr(backend, "share_count", lambda batch_size, on_gpu, saving, count=count: count)
         step = TrainingStep(make_model(), TRAINING, ranks=Recording())
         results.append(step(0, RATE, batches[:2]).numbers())
     assert results[0] == pytest.approx(results[1], rel=1e-5)
