@@ -107,7 +107,7 @@ class Ours(MLXGenerator):
             # `engine.decode` reads a prompt that its texts share only once. The others read all, so time that.
             ids_bt = self.mx.array([prompt] * batch_size)
             started = time.perf_counter()
-            network = engine.in_parts(self._model)
+            network = engine.in_parts(self._model, batch_size)
             self.mx.eval(engine.read(network, ids_bt, engine.make_cache(network, len(prompt) + new_tokens)))
             result["prefill"] = time.perf_counter() - started
         return result

@@ -138,7 +138,7 @@ def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: Generati
 
     The device computes the tokens after those that the caller is working on.
     """
-    network = in_parts(model)
+    network = in_parts(model, config.num_samples)
     backend.use_all_cores(network.count if isinstance(network, GPTInParts) else 1)
     seed = random.SystemRandom().randrange(2**62) if config.seed is None else config.seed
     samples, entries, positions = config.num_samples, model.config.vocab_size, model.config.n_positions

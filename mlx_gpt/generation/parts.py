@@ -1,10 +1,10 @@
 """A network in parts that are computed side by side, which decoding on a CPU gains from.
 
-A product with a single row takes as long as its weight takes to read, and no BLAS shares it among cores; what lies
-between the products is so small that starting an operation costs more than the operation. So each block is divided as
-Megatron-LM divides it (Shoeybi et al. 2019, arXiv:1909.08053): a part has its share of the heads and of the MLP's inner
-width, on a stream of its own, and parts meet twice per block. Each weight is read once, by one core, and what need not
-wait for the cache is compiled.
+A product with few rows takes as long as its weight takes to read, and OpenBLAS shares it among cores only if there is a
+single row; what lies between the products is so small that starting an operation costs more than the operation. So each
+block is divided as Megatron-LM divides it (Shoeybi et al. 2019, arXiv:1909.08053): a part has its share of the heads
+and of the MLP's inner width, on a stream of its own, and parts meet twice per block. Each weight is read once, by one
+core, and what need not wait for the cache is compiled.
 """
 
 import functools
@@ -21,24 +21,32 @@ from mlx_gpt.model import GPT, MLP, Attention, Block, Cache
 WORTH_IT = 2**19  # weights of a block: with fewer, parts wait for each other longer than they compute
 
 
-def in_parts(model: GPT) -> "GPT | GPTInParts":
-    """The network as its device decodes fastest: in parts on a CPU, as it is on a GPU, which one stream fills.
+def in_parts(model: GPT, texts: int) -> "GPT | GPTInParts":
+    """The network as its device decodes so many texts fastest: in parts on a CPU, as it is on a GPU.
 
-    The parts stay with the model as long as it has the same weights.
+    The parts stay with the model as long as it has the same weights, and as many parts suit.
     """
     if backend.on_gpu():
         return model
     weights = [weight for _, weight in tree_flatten(model.parameters())]
+    count = part_count(model.config, backend.cores(), texts)
     parts: GPTInParts | None = getattr(model, "parts", None)
-    if parts is None or any(one is not other for one, other in zip(parts.weights, weights, strict=True)):
-        parts = GPTInParts(model, part_count(model.config, backend.cores()), weights)
+    if (
+        parts is None
+        or parts.count != count
+        or any(one is not other for one, other in zip(parts.weights, weights, strict=True))
+    ):
+        parts = GPTInParts(model, count, weights)
         model.parts = parts
     return parts
 
 
-def part_count(config: ModelConfig, cores: int) -> int:
-    """Into how many parts to divide a network. More than two have not been tried."""
-    return 2 if cores > 1 and config.n_head % 2 == 0 and 12 * config.n_embd**2 >= WORTH_IT else 1
+def part_count(config: ModelConfig, cores: int, texts: int) -> int:
+    """Into how many parts to divide a network. More than two have not been tried.
+
+    The BLAS itself shares a product with a single row, that of one text, among the cores.
+    """
+    return 2 if texts > 1 and cores > 1 and config.n_head % 2 == 0 and 12 * config.n_embd**2 >= WORTH_IT else 1
 
 
 class GPTInParts:
@@ -105,6 +113,8 @@ def _after(
 
 def _heads(attn: Attention, count: int) -> list[Attention]:
     """The heads in parts."""
+    if count == 1:
+        return [attn]
     # The rows of the weight are those of all queries, then of all keys, then of all values.
     weights = zip(*(_outputs(weight, count) for weight in mx.split(attn.c_attn.weight, 3)), strict=True)
     biases = zip(*(_outputs(bias, count) for bias in mx.split(attn.c_attn.bias, 3)), strict=True)

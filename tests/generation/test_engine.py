@@ -57,7 +57,7 @@ class Script:
 def say(byte_tokenizer, monkeypatch):
     """The pieces of a text that a model says byte by byte after a prompt of one."""
 
-    monkeypatch.setattr("mlx_gpt.generation.engine.in_parts", lambda model: model)
+    monkeypatch.setattr("mlx_gpt.generation.engine.in_parts", lambda model, texts: model)
 
     def say(text, **settings):
         ids = text if isinstance(text, list) else list(text.encode())

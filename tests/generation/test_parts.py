@@ -52,13 +52,14 @@ def test_decoding_in_two_parts_gives_the_same_text(model, bpe, monkeypatch, sett
 
 
 @pytest.mark.parametrize(
-    ("settings", "cores", "count"),
+    ("settings", "cores", "texts", "count"),
     [
-        ({}, 2, 2),
-        ({}, 1, 1),
-        ({"n_head": 3}, 8, 1),  # not divisible
-        ({"n_embd": 128, "n_head": 4}, 8, 1),  # sooner done than divided
+        ({}, 2, 8, 2),
+        ({}, 2, 1, 1),  # the BLAS has the second core
+        ({}, 1, 8, 1),
+        ({"n_head": 3}, 8, 8, 1),  # not divisible
+        ({"n_embd": 128, "n_head": 4}, 8, 8, 1),  # sooner done than divided
     ],
 )
-def test_networks_are_divided_where_it_pays(settings, cores, count):
-    assert part_count(ModelConfig(300, **settings), cores) == count
+def test_networks_are_divided_where_it_pays(settings, cores, texts, count):
+    assert part_count(ModelConfig(300, **settings), cores, texts) == count
