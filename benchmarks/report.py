@@ -163,7 +163,7 @@ def regenerate(readme: str, results: Sequence[Mapping[str, Any]]) -> str:
     def section(match: re.Match[str]) -> str:
         name = match["name"]
         parts = ["\n".join(lines(result)) for result in results if result["benchmark"] == name]
-        return f"<!-- results: {name} -->\n\n{chr(10).join(parts) or MISSING}\n\n<!-- end -->"
+        return f"<!-- results: {name} -->\n\n{(chr(10) * 2).join(parts) or MISSING}\n\n<!-- end -->"
 
     return re.sub(r"<!-- results: (?P<name>\w+) -->.*?<!-- end -->", section, readme, flags=re.DOTALL)
 

@@ -6,10 +6,9 @@ of 0.01, each of two windows of 16 tokens, and one evaluation before and one aft
 
 from pathlib import Path
 
-import mlx.nn as nn
 import pytest
 
-from mlx_gpt import cli
+from mlx_gpt import cli, ops
 from mlx_gpt.cli.generate import DEMO_PROMPTS, DIVIDER
 
 from .conftest import TINY
@@ -237,16 +236,17 @@ def test_train_dry_run(mlx_gpt, corpus):
 
 
 def test_train_grad_checkpoint(train, base, monkeypatch):
-    recomputed, original = [], nn.utils.checkpoint
+    recomputed, original = [], ops.recompute
 
-    def checkpoint(*call):
+    def recompute(*call):
         recomputed.append(call)
         return original(*call)
 
-    monkeypatch.setattr(nn.utils, "checkpoint", checkpoint)
+    monkeypatch.setattr(ops, "recompute", recompute)
     run = train("--grad-checkpoint", out="recomputed")
     assert recomputed
-    assert run.column("train_loss") == base.column("train_loss")
+    # In one share instead of two, which add up in another order.
+    assert run.column("train_loss") == pytest.approx(base.column("train_loss"), rel=1e-6)
 
 
 def test_train_keep_checkpoints(train):
