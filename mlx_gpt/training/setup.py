@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import backend
@@ -88,7 +90,8 @@ def set_up(
         dtype = backend.compute_dtype(training.precision, start.plan.device)
         step = TrainingStep(model, training, dtype, ranks)
         if start.source:
-            model.update(load_model(start.source).parameters())
+            # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
+            model.update(tree_map(mx.contiguous, load_model(start.source).parameters()))
             step.optimizer_state = checkpoint.load_optimizer(start.source, step.optimizer_state)
         model.update(ranks.copy(model.parameters()))
         step.optimizer_state = ranks.copy(step.optimizer_state)
