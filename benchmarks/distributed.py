@@ -23,12 +23,13 @@ from loop import run_in
 from shapes import SHAPES, describe, settings_of
 
 ONE = "one process"
+ON_CPU = ("tiny", "tiny-b64")  # the latter with as many windows a step as the larger presets have
 # How far a loss may be off, relatively: sums are made in another order, and Adam makes much of it near zero.
 TOLERANCE = 1e-4
 
 
 @click.command()
-@click.option("--preset", multiple=True, default=["tiny"], show_default=True, type=click.Choice(list(SHAPES)))
+@click.option("--preset", multiple=True, default=ON_CPU, show_default=True, type=click.Choice(list(SHAPES)))
 @click.option("--ranks", default=2, show_default=True, type=click.IntRange(2), help="Processes against the one.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(10), help="Steps per trial.")
 @device_option

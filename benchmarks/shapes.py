@@ -17,6 +17,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "nanogpt-cpu": {"preset": "tiny", "tokenizer": "bytes", "vocab_size": 65, "n_positions": 64}
     | {"seq_len": 64, "batch_size": 12},
     "tiny": {"preset": "tiny"},
+    "tiny-b64": {"preset": "tiny", "batch_size": 64},
     "small-t256": {"preset": "small", "seq_len": 256, "batch_size": 4},
     "small": {"preset": "small", "seq_len": 1024, "batch_size": 8},
     "medium": {"preset": "medium", "seq_len": 1024, "batch_size": 8},

@@ -185,13 +185,20 @@ def _cores_there() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def leave_cores_to(processes: int) -> None:
-    """Use no more than this process's part of the cores, and of none less than one, from now on.
+def take_cores(number: int, processes: int) -> None:
+    """Use only this process's part of the cores from now on, at least one: number `number` of so many on this host.
 
-    Args:
-        processes: that compute on this host beside each other, this one included.
+    Linux keeps all threads of the process on them, so that one that waits busily, as MLX's ring has, takes no time
+    from the other processes.
     """
-    os.environ["OMP_NUM_THREADS"] = str(min(cores(), max(1, _cores_there() // processes)))
+    count = max(1, _cores_there() // processes)
+    if hasattr(os, "sched_setaffinity") and not on_gpu():
+        there = sorted(os.sched_getaffinity(0))
+        first = number * len(there) // processes
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(int(thread.name), there[first : first + count])
+    os.environ["OMP_NUM_THREADS"] = str(min(cores(), count))
 
 
 def compute_dtype(precision: str, device: Device) -> mx.Dtype:

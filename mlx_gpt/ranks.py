@@ -168,8 +168,9 @@ class Launched(Ranks):
         self._links = self._connect()
         hosts = self.share(self._gather(f"{platform.node()} {uuid.getnode()}"))
         self.here = hosts.count(hosts[self.rank])
-        self._first_here = hosts.index(hosts[self.rank]) == self.rank
-        backend.leave_cores_to(self.here)
+        number = hosts[: self.rank].count(hosts[self.rank])
+        self._first_here = number == 0
+        backend.take_cores(number, self.here)
 
     def share(self, value: Value) -> Value:
         if not self.first:

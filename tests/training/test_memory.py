@@ -1,7 +1,9 @@
 """The memory that a run is expected to hold, on this machine and on Macs; what it says when that is too much."""
 
 import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -162,10 +164,23 @@ def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
     assert backend.part_of(Device("cuda", "GPU", GIB, GIB), 2).usable == GIB  # each has its own
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
-    backend.leave_cores_to(2)
+    kept = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda thread, cores: kept.append((thread, (*cores,))), raising=False)
+    backend.take_cores(1, 2)
     assert backend.cores() == 4
-    backend.leave_cores_to(16)
-    assert backend.cores() == 1
+    if sys.platform == "linux":
+        assert {*kept} >= {(os.getpid(), (4, 5, 6, 7))}
+
+
+def test_with_more_ranks_than_cores_each_has_one(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5}, raising=False)
+    kept = set()
+    monkeypatch.setattr("os.sched_setaffinity", lambda thread, cores: kept.add((*cores,)), raising=False)
+    for number in range(4):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        backend.take_cores(number, 4)
+        assert backend.cores() == 1
+    assert kept == ({(3,), (5,)} if sys.platform == "linux" else set())
 
 
 def test_a_model_that_fits_with_no_batch_names_a_preset_that_does():
