@@ -104,23 +104,29 @@ class Ours(MLXGenerator):
 
         result = super().run(prompt, batch_size, new_tokens)
         if batch_size > 1:
-            # `engine.decode` reads a prompt that its texts share only once. The others read all, so time that.
+            # The engine reads a prompt that its texts share only once. The others read all, so time that.
             ids_bt = self.mx.array([prompt] * batch_size)
             started = time.perf_counter()
             network = engine.in_parts(self._model, batch_size)
-            self.mx.eval(engine.read(network, ids_bt, engine.make_cache(network, len(prompt) + new_tokens)))
+            cache = engine.make_cache(network, batch_size, len(prompt) + new_tokens)
+            cache.rows.begin(batch_size)
+            self.mx.eval(engine.read(network, ids_bt, cache))
             result["prefill"] = time.perf_counter() - started
         return result
 
     def generate(self, prompt: list[int], batch_size: int, new_tokens: int) -> Iterator[int]:
         from mlx_gpt.config import GenerationConfig
-        from mlx_gpt.generation import engine
+        from mlx_gpt.generation.engine import Engine, Request
 
         config = GenerationConfig(
             max_tokens=new_tokens, temperature=0.0, repetition_penalty=1.0, num_samples=batch_size, seed=0
         )
-        for tokens in engine.decode(self._model, self._tokenizer, prompt, config):
-            yield tokens[0]
+        engine = Engine(self._model, self._tokenizer, batch_size, len(prompt) + new_tokens)
+        engine.add(Request(prompt, config, ends=False))
+        while engine.busy:
+            for _, piece in engine.step():
+                if piece.sample == 0:
+                    yield from (token.id for token in piece.tokens)
 
 
 class MLXLM(MLXGenerator):

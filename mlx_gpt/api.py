@@ -9,8 +9,8 @@ from mlx.utils import tree_map
 from mlx_gpt import backend
 from mlx_gpt.config import GenerationConfig, TrainingConfig, build
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation import engine
-from mlx_gpt.generation.engine import Piece
+from mlx_gpt.generation.stream import stream as stream_pieces
+from mlx_gpt.generation.text import Piece
 from mlx_gpt.model import GPT
 from mlx_gpt.ranks import is_first
 from mlx_gpt.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> It
     Raises:
         UserError: a setting is unknown or out of its bounds, or the prompt is empty or too long.
     """
-    return engine.stream(model, tokenizer, prompt, build(GenerationConfig, settings))
+    return stream_pieces(model, tokenizer, prompt, build(GenerationConfig, settings))
 
 
 def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> str:

@@ -180,6 +180,12 @@ class GenerationConfig:
         0.0, "Leave out tokens less likely than this share of the likeliest; 0 is off.", at_least=0, at_most=1
     )
     repetition_penalty: float = setting(1.2, "Above 1 makes tokens that stand in the text rarer; 1 is off.", above=0)
+    presence_penalty: float = setting(
+        0.0, "Subtracted from the logit of a token that stands in the text; 0 is off.", at_least=-2, at_most=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "Subtracted as often as a token stands in the text; 0 is off.", at_least=-2, at_most=2
+    )
     seed: int | None = setting(
         None, "The same seed gives the same text. [default: another each time]", at_least=0, below=2**63
     )

@@ -20,7 +20,15 @@ from mlx_gpt.config import ModelConfig
 class Cache(Protocol):
     """What a layer remembers of the tokens before: their keys and values."""
 
-    offset: int
+    @property
+    def offset(self) -> int | mx.array:
+        """How many there were, (B, 1) where texts differ in it."""
+        ...
+
+    @property
+    def mask(self) -> mx.array | None:
+        """Which tokens each query may see, (B, 1, T, S) for S tokens so far; None for all up to its own."""
+        ...
 
     def update(self, keys_bhtd: mx.array, values_bhtd: mx.array) -> tuple[mx.array, mx.array]:
         """Append, and return the keys and values of all tokens so far."""
@@ -73,9 +81,11 @@ class Attention(nn.Module):
         key: mx.array | None = None,
     ) -> mx.array:
         """What each query gathers from the values up to its token, all heads side by side, (B, T, H D)."""
+        mask = None
         if cache is not None:
             k_bhtd, v_bhtd = cache.update(k_bhtd, v_bhtd)
-        y_bhtd = ops.causal_attention(q_bhtd, k_bhtd, v_bhtd, self.dropout, key)
+            mask = cache.mask
+        y_bhtd = ops.causal_attention(q_bhtd, k_bhtd, v_bhtd, self.dropout, key, mask)
         return y_bhtd.transpose(0, 2, 1, 3).flatten(2)
 
 
@@ -140,9 +150,9 @@ class GPT(nn.Module):
             x_btc = ops.recompute(block, call)(x_btc) if self.recompute else call(x_btc)
         return self.ln_f(x_btc)
 
-    def embed(self, ids_bt: mx.array, start: int = 0) -> mx.array:
-        """What enters the first block, (B, T, C), for tokens of which the first is at position `start`."""
-        return self.wte(ids_bt) + self.wpe(mx.arange(start, start + ids_bt.shape[1]))
+    def embed(self, ids_bt: mx.array, start: int | mx.array = 0) -> mx.array:
+        """What enters the first block, (B, T, C), for tokens of which the first is at position `start`, or (B, 1)."""
+        return self.wte(ids_bt) + self.wpe(start + mx.arange(ids_bt.shape[1]))
 
     def head(self, x_btc: mx.array) -> mx.array:
         """Logits (B, T, V) from hidden states (B, T, C)."""

@@ -65,7 +65,12 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
 
 
 def causal_attention(
-    q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array, rate: float = 0.0, key: mx.array | None = None
+    q_bhtd: mx.array,
+    k_bhsd: mx.array,
+    v_bhsd: mx.array,
+    rate: float = 0.0,
+    key: mx.array | None = None,
+    mask: mx.array | None = None,
 ) -> mx.array:
     """What queries gather from the values of the tokens up to their own, (B, H, T, D) (Vaswani et al. 2017).
 
@@ -73,8 +78,11 @@ def causal_attention(
 
     Args:
         rate, key: as in `dropout`, of the attention weights.
+        mask: (B, 1, T, S), instead of that: true for the tokens that a query may see. Without dropout.
     """
     T, S, scale = q_bhtd.shape[2], k_bhsd.shape[2], 1 / math.sqrt(q_bhtd.shape[3])
+    if mask is not None:
+        return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhsd, v_bhsd, scale=scale, mask=mask)
     if key is None and (T == 1 or backend.on_gpu()):
         mask = "causal" if T > 1 else None  # a single query may see all that is there
         return mx.fast.scaled_dot_product_attention(q_bhtd, k_bhsd, v_bhsd, scale=scale, mask=mask)

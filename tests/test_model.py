@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_gpt.config import ModelConfig
-from mlx_gpt.generation.engine import make_cache
+from mlx_gpt.generation.cache import KVCache, Rows
 from mlx_gpt.model import GPT
 
 KEY = mx.random.key(5)
@@ -77,9 +77,11 @@ def test_a_later_token_never_changes_what_came_before(make_model, ids, dropout):
 
 @pytest.mark.parametrize("pieces", [[17], [1] * 17, [5, 3, 1, 7, 1]], ids=str)
 def test_reading_in_pieces_gives_the_logits_of_the_whole(model, ids, pieces):
-    cache, parts, start = make_cache(model, capacity=32), [], 0
+    cache, parts, start = KVCache(len(model.h), Rows(len(ids), capacity=32)), [], 0
+    cache.rows.begin(len(ids))
     for length in pieces:
-        parts.append(model(mx.array(ids[:, start : start + length]), cache))
+        cache.rows.grow(length)
+        parts.append(model(mx.array(ids[:, start : start + length]), cache.layers))
         start += length
     np.testing.assert_allclose(np.array(mx.concatenate(parts, axis=1)), np.array(model(mx.array(ids))), atol=1e-5)
 

@@ -50,7 +50,7 @@ def show(
     model: "GPT", tokenizer: "Tokenizer", prompt: str, config: GenerationConfig, *, with_prompt: bool = True
 ) -> None:
     """Print a prompt and its continuations: the first as it is made, further ones after it."""
-    from mlx_gpt.generation.engine import Stats, check_prompt, stream
+    from mlx_gpt.generation.stream import Stats, check_prompt, stream
 
     check_prompt(model, tokenizer, prompt)
     stats = Stats()

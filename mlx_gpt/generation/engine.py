@@ -1,238 +1,360 @@
-"""Prompt to text: prefill, decode with a cache, stream."""
+"""Prompts to texts, many at a time: each is read, then all are decoded together, a token of each per step.
 
+Texts enter and leave between two steps (continuous batching: Yu et al. 2022, Orca). A prompt is read in chunks, one per
+step, so that those who are being answered wait for a chunk at most.
+"""
+
+import dataclasses
 import random
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_gpt import backend
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.generation.cache import KVCache, Rows
 from mlx_gpt.generation.parts import GPTInParts, in_parts
-from mlx_gpt.generation.sampling import penalise_repetition, sample
+from mlx_gpt.generation.sampling import likeliest, penalise, penalises, sample
+from mlx_gpt.generation.text import Piece, Reason, Text, Token
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Detokenizer, Tokenizer
 
-Reason = Literal["", "end", "stop", "length"]
+Logprobs = tuple[mx.array, mx.array, mx.array]  # as of `likeliest`
+
+CHUNK_CPU, CHUNK_GPU = 128, 512  # tokens of a prompt that are read at a time
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some text of one sample as it is made.
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to go on from, and how.
 
     Attributes:
-        sample: 0, 1, ... of `num_samples`.
-        reason: why the sample ends with this piece: it ended itself, a stop string, or `max_tokens`; else empty.
+        prompt: ids, from one to the model's context.
+        config: one text is made for each of its `num_samples`.
+        logit_bias: added to the logits of some ids before a token is drawn.
+        alternatives: tell each token's log-probability, and this many of the likeliest in its place.
+        prompt_too: tell them of the prompt as well.
+        ends: whether the end-of-text token ends a text.
     """
 
-    sample: int
-    text: str
-    reason: Reason = ""
+    prompt: Sequence[int]
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    alternatives: int | None = None
+    prompt_too: bool = False
+    ends: bool = True
+
+
+class Engine:
+    """Decodes the texts of requests together, a token of each per `step`.
+
+    A text is the same alone and in company, up to the rounding of sums: its random numbers are its own, and so are its
+    keys and values.
+
+    Attributes:
+        made: tokens so far, of all texts.
+
+    Args:
+        max_batch: texts at a time; further ones wait.
+        capacity: tokens that each may have in the cache, if fewer than the model's positions will do.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, max_batch: int = 1, capacity: int | None = None) -> None:
+        self.max_batch, self.made = max_batch, 0
+        self._tokenizer, self._positions, self._entries = tokenizer, model.config.n_positions, model.config.vocab_size
+        self._network = in_parts(model, max_batch)
+        backend.use_all_cores(self._network.count if isinstance(self._network, GPTInParts) else 1)
+        self._cache = make_cache(self._network, max_batch, capacity or self._positions)
+        # Where a vocabulary was padded to a round size.
+        self._unknown_v = (
+            mx.arange(self._entries) >= tokenizer.vocab_size if tokenizer.vocab_size < self._entries else None
+        )
+        self._queue: deque[_Prompt] = deque()
+        self._reading: _Prompt | None = None
+        self._rows: list[_Text] = []  # as in the cache
+        self._tokens_b = mx.array([], mx.uint32)  # the newest of each row
+        self._full: list[_Text] = []  # whose context is full, to be read again
+        self._picked: list[_Picked] = []  # what the device is computing
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for others to end."""
+        return sum(not prompt.again for prompt in self._queue)
+
+    @property
+    def active(self) -> int:
+        """Texts that are being read or decoded."""
+        reading = [
+            prompt for prompt in (self._reading, *self._queue) if prompt and (prompt.again or prompt is self._reading)
+        ]
+        return len(self._rows) + len(self._full) + sum(len(prompt.texts) for prompt in reading)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._queue or self._reading or self._rows or self._full or self._picked)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; what becomes of it comes from `step`.
+
+        Raises:
+            UserError: it wants more texts than are decoded at a time.
+        """
+        count = request.config.num_samples
+        if count > self.max_batch:
+            raise UserError(f"{count} texts were asked for, and {self.max_batch} at most are made at a time.")
+        seed = request.config.seed
+        seed = random.SystemRandom().randrange(2**62) if seed is None else seed
+        texts = [_Text(request, i, seed + i, self._tokenizer, self._entries) for i in range(count)]
+        self._queue.append(self._prompt(texts, request.prompt))
+
+    def drop(self, request: Request) -> None:
+        """Give up a request: nothing more comes of it, and its places are free at the next step."""
+        self._queue = deque(prompt for prompt in self._queue if prompt.request is not request)
+        if self._reading and self._reading.request is request:
+            self._reading = None
+        self._full = [text for text in self._full if text.request is not request]
+        for text in self._rows:
+            text.dropped |= text.request is request
+        for picked in self._picked:
+            for text in picked.texts:
+                text.dropped |= text.request is request
+
+    def step(self) -> list[tuple[Request, Piece]]:
+        """Advance every text, and return what the step before has made: the device computes while the caller works."""
+        before, self._picked = self._picked, []
+        self._leave()
+        self._decode()
+        self._read()
+        return [told for picked in before for told in self._tell(picked)]
+
+    def _leave(self) -> None:
+        """Free the rows of the texts that have ended, and of those whose context is full."""
+        staying = list(range(len(self._rows)))
+        for row in reversed(range(len(self._rows))):
+            text = self._rows[row]
+            full = self._cache.rows.lengths[row] == self._positions
+            if full and not text.over:
+                self._full.append(text)
+            if full or text.over:
+                self._cache.remove(row)
+                # As the cache does: the last one takes the row.
+                self._rows[row], staying[row] = self._rows[-1], staying[-1]
+                self._rows.pop()
+                staying.pop()
+        if len(staying) < len(self._tokens_b):
+            self._tokens_b = self._tokens_b[mx.array(staying, mx.uint32)]
+
+    def _decode(self) -> None:
+        """Compute the next token of each text."""
+        if self._rows:
+            logits_bv = read(self._network, self._tokens_b[:, None], self._cache)
+            self._tokens_b = self._pick(logits_bv, self._rows)
+
+    def _read(self) -> None:
+        """Read a chunk of the next prompt. When all of it has been read, its texts join the others."""
+        for text in [text for text in self._full if len(text.ids) == text.picked]:
+            # It goes on from the second half of its context, read anew at the first positions.
+            self._full.remove(text)
+            recent = [*text.request.prompt, *text.ids][-max(1, self._positions // 2) :]
+            self._queue.appendleft(self._prompt([text], recent, again=True))
+        if not self._reading and self._queue:
+            first = self._queue[0]
+            if first.again or self.active + len(first.texts) <= self.max_batch:
+                self._reading = self._queue.popleft()
+        if self._reading:
+            prompt = self._reading
+            logits_v = self._read_chunk(prompt)
+            if prompt.done:
+                self._reading = None
+                logits_bv = mx.broadcast_to(logits_v, (len(prompt.texts), self._entries))
+                self._tokens_b = mx.concatenate([self._tokens_b, self._pick(logits_bv, prompt.texts)])
+                self._picked[-1].prompt_logprobs = prompt.logprobs
+                for text in prompt.texts:
+                    self._cache.add(prompt.cache)
+                    self._rows.append(text)
+
+    def _prompt(self, texts: list["_Text"], ids: Sequence[int], again: bool = False) -> "_Prompt":
+        cache = make_cache(self._network, 1, min(self._positions, _padded(len(ids))))
+        cache.rows.begin()
+        return _Prompt(texts, ids, cache, again)
+
+    def _read_chunk(self, prompt: "_Prompt") -> mx.array:
+        """Logits (V,) of what comes after the next chunk of a prompt."""
+        start = prompt.cache.rows.lengths[0]
+        ids = prompt.ids[start : start + chunk_size()]
+        # MLX keeps a compiled function for each size, so there are to be few.
+        padding = min(_padded(len(ids)), prompt.cache.rows.capacity - start) - len(ids)
+        prompt.cache.rows.grow(len(ids) + padding)
+        x_tc = self._network.hidden(mx.array([[*ids, *[0] * padding]]), prompt.cache.layers)[0, : len(ids)]
+        prompt.cache.rows.lengths[0] = start + len(ids)
+        if prompt.request.prompt_too and not prompt.again:
+            logits_tv = self._network.head(x_tc).astype(mx.float32)
+            following = prompt.ids[start + 1 : start + 1 + len(ids)]
+            k = max(1, prompt.request.alternatives or 0)
+            prompt.logprobs.append(likeliest(logits_tv[: len(following)], mx.array(following, mx.uint32), k))
+            mx.async_eval(prompt.logprobs[-1])
+            return logits_tv[-1]
+        logits_bv = self._network.head(x_tc[-1:])
+        mx.async_eval(logits_bv)
+        return logits_bv[0]
+
+    def _pick(self, logits_bv: mx.array, texts: Sequence["_Text"]) -> mx.array:
+        """The next token of each text, (B,), which the device starts to compute."""
+        logits_bv = logits_bv.astype(mx.float32)
+        if self._unknown_v is not None:
+            logits_bv = mx.where(self._unknown_v, -mx.inf, logits_bv)
+        tokens_b = choose(logits_bv, texts)
+        asked = [text.request.alternatives for text in texts if text.request.alternatives is not None]
+        logprobs = likeliest(logits_bv, tokens_b, max(1, *asked)) if asked else None
+        mx.async_eval(tokens_b, logprobs)
+        for text in texts:
+            text.picked += 1
+        self._picked.append(_Picked(list(texts), tokens_b, logprobs))
+        return tokens_b
+
+    def _tell(self, picked: "_Picked") -> Iterator[tuple[Request, Piece]]:
+        """What tokens make certain."""
+        ids = picked.tokens_b.tolist()
+        logprobs = _listed(picked.logprobs) if picked.logprobs else [(None, ())] * len(ids)
+        for text, token, (logprob, alternatives) in zip(picked.texts, ids, logprobs, strict=True):
+            request = text.request
+            text.ids.append(token)
+            if text.dropped or text.text.reason:
+                continue  # picked before its end was known
+            self.made += 1
+            if picked.prompt_logprobs:
+                yield request, Piece(text.sample, "", tokens=self._prompt_tokens(request, picked.prompt_logprobs))
+            reason: Reason = "length" if len(text.ids) == request.config.max_tokens else ""
+            if token == self._tokenizer.end_of_text and request.ends:
+                reason = "end"
+            for piece in text.text.add(token, reason, logprob, alternatives[: request.alternatives]):
+                yield request, piece
+
+    def _prompt_tokens(self, request: Request, logprobs: list[Logprobs]) -> tuple[Token, ...]:
+        """The tokens of a prompt, with what the model thought of each."""
+        texts = Detokenizer(self._tokenizer)
+        thoughts = [(None, ()), *(thought for chunk in logprobs for thought in _listed(chunk))]
+        return tuple(
+            Token(token, texts.add(token), logprob, alternatives[: request.alternatives])
+            for token, (logprob, alternatives) in zip(request.prompt, thoughts, strict=True)
+        )
+
+
+class _Text:
+    """One text of a request, and what its next token depends on besides the network.
+
+    Attributes:
+        ids: the tokens that it is known to have.
+        picked: how many it has, those included that are being computed.
+    """
+
+    def __init__(self, request: Request, sample: int, seed: int, tokenizer: Tokenizer, entries: int) -> None:
+        config = request.config
+        self.request, self.sample, self.seed = request, sample, seed
+        self.text = Text(sample, tokenizer, request.prompt, config.stop)
+        self.ids: list[int] = []
+        self.picked = 0
+        self.dropped = False
+        # Equal for texts whose tokens can be drawn together.
+        self.sampling = dataclasses.replace(config, max_tokens=1, seed=None, num_samples=1, stop=())
+        self.counts_v = mx.array(np.bincount(request.prompt, minlength=entries)) if penalises(config) else None
+        self.bias_v: mx.array | None = None
+        if request.logit_bias:
+            bias_v = np.zeros(entries, np.float32)
+            bias_v[list(request.logit_bias)] = list(request.logit_bias.values())
+            self.bias_v = mx.array(bias_v)
+
+    @property
+    def over(self) -> bool:
+        """Whether it needs no further token."""
+        return self.dropped or bool(self.text.reason) or self.picked == self.request.config.max_tokens
+
+
+class _Prompt:
+    """What is read before texts go on from it: the same for all samples of a request.
+
+    Args:
+        cache: of its only row.
+        again: whether it is a text whose context was full.
+    """
+
+    def __init__(self, texts: list[_Text], ids: Sequence[int], cache: KVCache, again: bool) -> None:
+        self.request, self.texts, self.ids, self.cache, self.again = texts[0].request, texts, ids, cache, again
+        self.logprobs: list[Logprobs] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has been read."""
+        return self.cache.rows.lengths[0] == len(self.ids)
 
 
 @dataclass
-class Stats:
-    """The speed of a generation; filled while it streams.
+class _Picked:
+    """Tokens (B,) of texts, and if asked for their log-probabilities, which the device may still be computing."""
 
-    Attributes:
-        prompt_tokens: read once, whatever the number of samples.
-        new_tokens: of all samples together.
-        prompt_seconds: up to the first token.
-        seconds: after it.
-        peak_memory: bytes.
-    """
-
-    samples: int = 1
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    new_tokens: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
-
-    def __str__(self) -> str:
-        prompt_speed = self.prompt_tokens / max(1e-9, self.prompt_seconds)
-        later = self.new_tokens - self.samples  # the first token of each belongs to the prompt's time
-        speed = f"{later / self.seconds:,.1f}" if later > 0 and self.seconds > 0 else "-"
-        return (
-            f"Prompt: {self.prompt_tokens:,} tokens, {prompt_speed:,.1f} tokens/s. "
-            f"Generation: {self.new_tokens:,} tokens, {speed} tokens/s. "
-            f"Peak memory: {self.peak_memory / 1e6:,.0f} MB."
-        )
+    texts: list[_Text]
+    tokens_b: mx.array
+    logprobs: Logprobs | None
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
 
 
-class KVCache:
-    """Keys and values of one layer's heads, (B, H, capacity, D), allocated once and filled from the left."""
-
-    def __init__(self, capacity: int) -> None:
-        self.offset = 0
-        self._capacity = capacity
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
-
-    def update(self, keys_bhtd: mx.array, values_bhtd: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values, and return those of all tokens so far."""
-        B, H, T, D = keys_bhtd.shape
-        if self._keys is None or self._values is None:
-            self._keys = mx.zeros((B, H, self._capacity, D), keys_bhtd.dtype)
-            self._values = mx.zeros((B, H, self._capacity, D), keys_bhtd.dtype)
-        start, self.offset = self.offset, self.offset + T
-        self._keys[:, :, start : self.offset] = keys_bhtd
-        self._values[:, :, start : self.offset] = values_bhtd
-        return self._keys[:, :, : self.offset], self._values[:, :, : self.offset]
-
-    def repeat(self, times: int) -> None:
-        """Make `times` rows of one."""
-        if times > 1 and self._keys is not None and self._values is not None:
-            self._keys, self._values = mx.repeat(self._keys, times, axis=0), mx.repeat(self._values, times, axis=0)
-
-
-def stream(
-    model: GPT, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, stats: Stats | None = None
-) -> Iterator[Piece]:
-    """Continue `prompt`, yielding text as soon as it is certain; `stats` is filled on the way.
-
-    Raises:
-        UserError: the prompt is empty or longer than the context.
-    """
-    stats = stats if stats is not None else Stats()
-    ids = check_prompt(model, tokenizer, prompt)
-    mx.reset_peak_memory()
-    started = time.perf_counter()
-    samples = [_Sample(i, tokenizer, ids, config) for i in range(config.num_samples)]
-    for n, tokens in enumerate(decode(model, tokenizer, ids, config), 1):
-        now = time.perf_counter()
-        if n == 1:
-            stats.samples, stats.prompt_tokens, stats.prompt_seconds = len(samples), len(ids), now - started
-        stats.seconds = now - started - stats.prompt_seconds
-        stats.peak_memory = mx.get_peak_memory()
-        for item, token in zip(samples, tokens, strict=True):
-            if not item.reason:
-                stats.new_tokens += 1
-                yield from item.add(token, last=n == config.max_tokens)
-        if all(item.reason for item in samples):
-            break
+def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:
+    """Draw the next token of each text, (B,), as its request wants it."""
+    if any(text.bias_v is not None for text in texts):
+        none_v = mx.zeros(logits_bv.shape[-1])
+        logits_bv = logits_bv + mx.stack([none_v if text.bias_v is None else text.bias_v for text in texts])
+    alike: dict[GenerationConfig, list[int]] = {}
+    for row, text in enumerate(texts):
+        alike.setdefault(text.sampling, []).append(row)
+    tokens = []
+    for config, rows in alike.items():
+        logits_nv = logits_bv if len(alike) == 1 else logits_bv[mx.array(rows)]
+        members = [texts[row] for row in rows]
+        if penalises(config):
+            counts_nv = mx.stack([text.counts_v for text in members if text.counts_v is not None])
+            logits_nv = penalise(logits_nv, counts_nv, config)
+        keys = [mx.random.key(backend.seed_for(text.seed, text.picked)) for text in members if config.temperature]
+        tokens.append(sample(logits_nv, config, keys))
+        if penalises(config):
+            counts_nv = counts_nv.at[mx.arange(len(rows)), tokens[-1]].add(1)
+            for text, counts_v in zip(members, counts_nv, strict=True):
+                text.counts_v = counts_v
+    order = [row for rows in alike.values() for row in rows]
+    return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)[mx.array(np.argsort(order))]
 
 
-def check_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt.
-
-    Raises:
-        UserError: it is empty, or longer than the context.
-    """
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise UserError("The prompt is empty: give a few words to go on from.")
-    if len(ids) > model.config.n_positions:
-        raise UserError(
-            f"The prompt has {len(ids):,} tokens, more than the model's context of {model.config.n_positions:,}: "
-            "shorten it."
-        )
-    return ids
+def make_cache(network: GPT | GPTInParts, rows: int, capacity: int) -> KVCache:
+    """An empty cache for texts of at most `capacity` tokens."""
+    layers = network.n_caches if isinstance(network, GPTInParts) else len(network.h)
+    return KVCache(layers, Rows(rows, capacity))
 
 
-def decode(model: GPT, tokenizer: Tokenizer, prompt: list[int], config: GenerationConfig) -> Iterator[list[int]]:
-    """The next token of each of `num_samples` texts, `max_tokens` times.
-
-    The device computes the tokens after those that the caller is working on.
-    """
-    network = in_parts(model, config.num_samples)
-    backend.use_all_cores(network.count if isinstance(network, GPTInParts) else 1)
-    seed = random.SystemRandom().randrange(2**62) if config.seed is None else config.seed
-    samples, entries, positions = config.num_samples, model.config.vocab_size, model.config.n_positions
-    texts = [list(prompt) for _ in range(samples)]
-    # Where a vocabulary was padded to a round size.
-    unknown_v = mx.arange(entries) >= tokenizer.vocab_size if tokenizer.vocab_size < entries else None
-    seen_bs = mx.array([prompt] * samples)
-
-    def pick(logits_bv: mx.array, n: int) -> mx.array:
-        """Token number `n` of each text, (B,)."""
-        nonlocal seen_bs
-        logits_bv = logits_bv.astype(mx.float32)
-        if unknown_v is not None:
-            logits_bv = mx.where(unknown_v, -mx.inf, logits_bv)
-        if config.repetition_penalty != 1:
-            logits_bv = penalise_repetition(logits_bv, seen_bs, config.repetition_penalty)
-        keys = [mx.random.key(backend.seed_for(seed + i, n)) for i in range(samples if config.temperature else 0)]
-        tokens_b = sample(logits_bv, config, keys)
-        if config.repetition_penalty != 1:
-            seen_bs = mx.concatenate([seen_bs, tokens_b[:, None].astype(seen_bs.dtype)], axis=1)
-        mx.async_eval(tokens_b)
-        return tokens_b
-
-    # All texts have the same prompt: it is read once, then shared.
-    cache = make_cache(network, min(len(prompt) + config.max_tokens, positions))
-    logits_bv = read(network, mx.array([prompt]), cache)
-    for layer in cache:
-        layer.repeat(samples)
-    tokens_b = pick(mx.broadcast_to(logits_bv, (samples, entries)), 0)
-    for n in range(1, config.max_tokens):
-        if cache[0].offset < positions:
-            following_b = pick(read(network, tokens_b[:, None], cache), n)
-            ids = tokens_b.tolist()
-        else:
-            # The context is full. Go on from its second half, read anew at the first positions.
-            ids = tokens_b.tolist()
-            kept = max(1, positions // 2)
-            recent_bt = mx.array([[*text, token][-kept:] for text, token in zip(texts, ids, strict=True)])
-            cache = make_cache(network, positions)
-            following_b = pick(read(network, recent_bt, cache), n)
-        for text, token in zip(texts, ids, strict=True):
-            text.append(token)
-        yield ids
-        tokens_b = following_b
-    yield tokens_b.tolist()
-
-
-def make_cache(network: GPT | GPTInParts, capacity: int) -> list[KVCache]:
-    """An empty cache for `capacity` tokens, one per layer and part of it."""
-    count = network.n_caches if isinstance(network, GPTInParts) else len(network.h)
-    return [KVCache(capacity) for _ in range(count)]
-
-
-def read(network: GPT | GPTInParts, ids_bt: mx.array, cache: Sequence[KVCache]) -> mx.array:
+def read(network: GPT | GPTInParts, ids_bt: mx.array, cache: KVCache) -> mx.array:
     """Read tokens into the cache; logits (B, V) of what comes after the last."""
-    return network.head(network.hidden(ids_bt, cache)[:, -1])
+    cache.rows.grow(ids_bt.shape[1])
+    return network.head(network.hidden(ids_bt, cache.layers)[:, -1])
 
 
-class _Sample:
-    """One text while it is made: what is certain of it and what a stop string still holds back."""
-
-    def __init__(self, index: int, tokenizer: Tokenizer, prompt: list[int], config: GenerationConfig) -> None:
-        self.reason: Reason = ""
-        self._index = index
-        self._end_of_text = tokenizer.end_of_text
-        self._detokenizer = Detokenizer(tokenizer, prompt)
-        self._stop = config.stop
-        self._held = ""
-
-    def add(self, token: int, last: bool) -> Iterator[Piece]:
-        """The text that this token makes certain, if any, and the reason if it is the end."""
-        if token == self._end_of_text:
-            self.reason = "end"
-        else:
-            self._held += self._detokenizer.add(token)
-            self.reason = "length" if last else ""
-        if self.reason:
-            self._held += self._detokenizer.finish()
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.reason, certain = "stop", min(found)
-        elif self.reason:
-            certain = len(self._held)
-        else:
-            certain = len(self._held) - held_back(self._held, self._stop)
-        text, self._held = self._held[:certain], self._held[certain:]
-        if text or self.reason:
-            yield Piece(self._index, text, self.reason)
+def chunk_size() -> int:
+    """Tokens of a prompt that are read at a time."""
+    return CHUNK_GPU if backend.on_gpu() else CHUNK_CPU
 
 
-def held_back(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+def _padded(count: int) -> int:
+    """The next power of two, or multiple of a chunk."""
+    size = chunk_size()
+    return -(-count // size) * size if count > size else 1 << (count - 1).bit_length()
+
+
+def _listed(logprobs: Logprobs) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Each token's log-probability, and the likeliest in its place, from the likeliest down."""
+    chosen, values, ids = (array.tolist() for array in logprobs)
+    return [
+        (logprob, tuple(sorted(zip(row_ids, row_values, strict=True), key=lambda pair: -pair[1])))
+        for logprob, row_values, row_ids in zip(chosen, values, ids, strict=True)
+    ]

@@ -1,6 +1,6 @@
 """Logits to the next token. Meaning and order of the settings are Hugging Face's.
 
-Shapes: B texts, V entries of the vocabulary, N candidates among them, S tokens so far.
+Shapes: B texts, V entries of the vocabulary, N candidates among them.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,28 @@ import mlx.core as mx
 from mlx_gpt.config import GenerationConfig
 
 
-def penalise_repetition(logits_bv: mx.array, seen_bs: mx.array, penalty: float) -> mx.array:
-    """Make the tokens `seen_bs` less likely, S ids per text (Keskar et al. 2019, CTRL, arXiv:1909.05858).
+def penalise(logits_bv: mx.array, counts_bv: mx.array, config: GenerationConfig) -> mx.array:
+    """Make tokens less likely that stand in the text `counts_bv` times.
 
-    A positive logit is divided by the penalty and a negative one multiplied, once, however often the token was seen.
+    A positive logit is divided by the repetition penalty and a negative one multiplied, once, however often the token
+    stands there (Keskar et al. 2019, CTRL, arXiv:1909.05858). The presence penalty is subtracted once, the frequency
+    penalty each time, as OpenAI's API defines them.
     """
-    logits_bs = mx.take_along_axis(logits_bv, seen_bs, axis=-1)
-    logits_bs = mx.where(logits_bs > 0, logits_bs / penalty, logits_bs * penalty)
-    return mx.put_along_axis(logits_bv, seen_bs, logits_bs, axis=-1)
+    penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty)
+    return _penalise(logits_bv, counts_bv, *map(mx.array, penalties))
+
+
+@mx.compile
+def _penalise(
+    logits_bv: mx.array, counts_bv: mx.array, repetition: mx.array, presence: mx.array, frequency: mx.array
+) -> mx.array:
+    divided_bv = mx.where(logits_bv > 0, logits_bv / repetition, logits_bv * repetition) - presence
+    return mx.where(counts_bv > 0, divided_bv - frequency * counts_bv, logits_bv)
+
+
+def penalises(config: GenerationConfig) -> bool:
+    """Whether `penalise` changes anything."""
+    return (config.repetition_penalty, config.presence_penalty, config.frequency_penalty) != (1, 0, 0)
 
 
 def sample(logits_bv: mx.array, config: GenerationConfig, keys: Sequence[mx.array]) -> mx.array:
@@ -60,3 +74,10 @@ def keep_min_p(logits_bn: mx.array, p: float) -> mx.array:
     """-inf for tokens less likely than `p` times the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
     relative_bn = mx.exp(logits_bn - logits_bn.max(axis=-1, keepdims=True))
     return mx.where(relative_bn < p, -mx.inf, logits_bn)
+
+
+def likeliest(logits_bv: mx.array, tokens_b: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The log-probability of one token of each row, (B,), and the `k` highest with their ids, (B, k), in any order."""
+    logprobs_bv = logits_bv - mx.logsumexp(logits_bv, axis=-1, keepdims=True)
+    chosen_b = mx.take_along_axis(logprobs_bv, tokens_b[:, None], axis=-1).squeeze(-1)
+    return chosen_b, *keep_top_k(logprobs_bv, k)

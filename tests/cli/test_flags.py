@@ -348,6 +348,16 @@ def test_generate_repetition_penalty(generate, likeliest):
     assert generate("--temperature", "0", "--repetition-penalty", "1") != likeliest
 
 
+def test_generate_presence_penalty(generate):
+    plain = ("--temperature", "0", "--repetition-penalty", "1")
+    assert generate(*plain, "--presence-penalty", "2") != generate(*plain)
+
+
+def test_generate_frequency_penalty(generate):
+    plain = ("--temperature", "0", "--repetition-penalty", "1")
+    assert generate(*plain, "--frequency-penalty", "2") != generate(*plain)
+
+
 def test_generate_seed(generate):
     assert generate("--seed", "2") == generate("--seed", "2") != generate()
 

@@ -11,10 +11,12 @@ import transformers
 
 from mlx_gpt.config import GenerationConfig, ModelConfig
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Stats, decode, stream
+from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.stream import Stats, stream
+from mlx_gpt.generation.text import Piece, Text, Token
 from mlx_gpt.weights import save_model
 
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 PROMPT = "The duck swims"
 
 
@@ -28,8 +30,18 @@ def texts(model, tokenizer, prompt, **settings):
 
 
 def tokens(model, tokenizer, prompt, **settings):
-    """The ids of the first sample."""
-    return [row[0] for row in decode(model, tokenizer, prompt, GenerationConfig(**settings))]
+    """The ids of a text that goes on after its end."""
+    engine = Engine(model, tokenizer)
+    engine.add(Request(prompt, GenerationConfig(**settings), ends=False))
+    return [token.id for _, piece in run(engine) for token in piece.tokens]
+
+
+def run(engine):
+    """All that the engine has to tell."""
+    told = []
+    while engine.busy:
+        told += engine.step()
+    return told
 
 
 class Script:
@@ -221,3 +233,166 @@ def test_a_prompt_may_fill_the_context_but_no_more(make_model, byte_tokenizer):
     assert texts(model, byte_tokenizer, "x" * 32, max_tokens=9, **GREEDY)[0]
     with pytest.raises(UserError, match="33 tokens, more than the model's context of 32"):
         texts(model, byte_tokenizer, "x" * 33)
+
+
+# ---- in company -----------------------------------------------------------------------------------------------------
+
+
+def alone(model, tokenizer, request, max_batch=1):
+    engine = Engine(model, tokenizer, max_batch)
+    engine.add(request)
+    return made(run(engine))
+
+
+def made(told):
+    """By request and sample: the text, its tokens and its reason."""
+    texts: dict[Any, list[Any]] = {}
+    for request, piece in told:
+        found = texts.setdefault((request, piece.sample), ["", [], ""])
+        found[0] += piece.text
+        found[1] += [token.id for token in piece.tokens]
+        found[2] = piece.reason
+    return texts
+
+
+def various_requests(bpe, count=24):
+    """Greedy and drawn, short and long, with every setting, some past the last position."""
+    kinds: list[dict[str, Any]] = [
+        GREEDY,
+        {"seed": 3},
+        {"seed": 4, "temperature": 1.3, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
+        {"seed": 5, "num_samples": 2, "min_p": 0.02},
+        {"seed": 6, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    ]
+    ids = bpe.encode("The duck swims over the wide lake and dives for a while, then it comes up again, with a fish.")
+    for i in range(count):
+        config = GenerationConfig(max_tokens=(7, 1, 40, 23, 12, 30, 3)[i % 7], **kinds[i % 5])
+        yield Request(
+            ids[i % 9 : i % 9 + 1 + 5 * (i % 4)], config, logit_bias={7: -100.0, 9: 2.0} if i % 6 == 0 else {}
+        )
+
+
+def test_a_text_is_the_same_alone_and_in_company(model, bpe):
+    requests = list(various_requests(bpe))
+    engine = Engine(model, bpe, max_batch=4)
+    told = []
+    for i, request in enumerate(requests):  # they come while others are being decoded
+        engine.add(request)
+        for _ in range(i % 3):
+            told += engine.step()
+            assert engine.active <= 4
+    together = made(told + run(engine))
+    expected: dict[Any, list[Any]] = {}
+    for request in requests:
+        expected |= alone(model, bpe, request, request.config.num_samples)
+    assert together == expected
+    assert len(together) == sum(request.config.num_samples for request in requests)
+    assert {reason for *_, reason in together.values()} >= {"length"}
+
+
+def test_a_long_prompt_stalls_nobody(make_model, bpe, monkeypatch):
+    monkeypatch.setattr("mlx_gpt.generation.engine.CHUNK_CPU", 4)
+    model, ids = make_model(), bpe.encode(PROMPT)
+    first = Request(ids[:2], GenerationConfig(max_tokens=28, **GREEDY), ends=False)
+    long = Request([*ids, *ids, *ids][:31], GenerationConfig(max_tokens=2, **GREEDY), ends=False)
+    engine = Engine(model, bpe, max_batch=2)
+    engine.add(first)
+    for _ in range(3):
+        engine.step()
+    engine.add(long)
+    order = [request for request, piece in run(engine) for _ in piece.tokens]
+    assert order.index(long) >= 7  # its prompt takes eight steps, each of which has a token for the other
+    chunks = made(run_all(model, bpe, [long]))
+    monkeypatch.undo()
+    assert [*made(run_all(model, bpe, [long])).values()] == [*chunks.values()]
+
+
+def run_all(model, tokenizer, requests, max_batch=4):
+    engine = Engine(model, tokenizer, max_batch)
+    for request in requests:
+        engine.add(request)
+    return run(engine)
+
+
+def test_a_request_that_is_dropped_frees_its_place_wherever_it_is(model, bpe):
+    ids = bpe.encode(PROMPT)
+
+    def request(**settings):
+        return Request(ids, GenerationConfig(max_tokens=35, **GREEDY | settings), ends=False)
+
+    expected = [*alone(model, bpe, request()).values()]
+    for steps in (0, 1, 2, 5, 34):  # queued, being read, its first token on the way, decoded, its context full
+        engine, gone, waits = Engine(model, bpe, max_batch=2), request(num_samples=2, seed=1), request()
+        engine.add(gone)
+        engine.add(waits)
+        for _ in range(steps):
+            engine.step()
+        engine.drop(gone)
+        told = run(engine)
+        assert {asked for asked, _ in told} == {waits}
+        assert [*made(told).values()] == expected
+        assert (engine.active, engine.waiting) == (0, 0)
+
+
+def test_more_samples_than_places_are_refused(model, bpe):
+    with pytest.raises(UserError, match="3 texts were asked for, and 2 at most"):
+        Engine(model, bpe, max_batch=2).add(Request([1], GenerationConfig(num_samples=3)))
+
+
+# ---- what a model thinks of tokens ----------------------------------------------------------------------------------
+
+
+def test_log_probabilities_are_the_models_own(model, bpe):
+    ids = bpe.encode(PROMPT)
+    config = GenerationConfig(max_tokens=12, seed=3, temperature=2.0)
+    told = [
+        token
+        for _, piece in run_all(model, bpe, [Request(ids, config, {}, 3, True, ends=False)])
+        for token in piece.tokens
+    ]
+    tokens = [token.id for token in told]
+    assert tokens[: len(ids)] == ids
+    assert len(tokens) == len(ids) + 12
+    logits = np.array(model(mx.array([tokens])))[0].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    assert told[0].logprob is None
+    for before, token in zip(expected, told[1:], strict=False):
+        assert token.logprob == pytest.approx(before[token.id], abs=1e-4)
+        assert [i for i, _ in token.alternatives] == np.argsort(-before)[:3].tolist()
+        assert [value for _, value in token.alternatives] == pytest.approx(np.sort(before)[::-1][:3], abs=1e-4)
+    assert "".join(token.text for token in told) == bpe.decode(tokens)
+
+
+def test_bias_makes_a_token_certain_or_impossible(model, bpe):
+    ids, config = bpe.encode(PROMPT), GenerationConfig(max_tokens=5, **GREEDY)
+    usual = alone(model, bpe, Request(ids, config, ends=False))
+    [[_, tokens, _]] = usual.values()
+    [[_, biased, _]] = alone(model, bpe, Request(ids, config, {11: 100.0}, ends=False)).values()
+    [[_, banned, _]] = alone(model, bpe, Request(ids, config, dict.fromkeys(tokens, -100.0), ends=False)).values()
+    assert biased == [11] * 5
+    assert not {*banned} & {*tokens}
+
+
+@pytest.mark.parametrize(
+    ("stop", "made"),
+    [((), list("abcdef")), (("cd",), list("ab")), (("zz", "de"), list("abc")), (("f",), list("abcde"))],
+)
+def test_the_tokens_told_are_those_of_the_text(say, stop, made):
+    pieces = say("abcdef", stop=stop)
+    assert [token.text for piece in pieces for token in piece.tokens] == made
+    for piece in pieces:
+        assert "".join(token.text for token in piece.tokens) == piece.text
+
+
+def test_a_token_that_a_stop_string_cuts_is_told_whole(byte_tokenizer):
+    text = Text(0, byte_tokenizer, [], ["b"])
+    text._detokenizer = Words()  # type: ignore[assignment]
+    assert [*text.add(0, "")] == [Piece(0, "xy", tokens=(Token(0, "xy"),))]
+    assert [*text.add(1, "")] == [Piece(0, "a", "stop", (Token(1, "abc"),))]
+
+
+class Words:
+    """Stands in for a detokenizer with long tokens."""
+
+    def add(self, token):
+        return ["xy", "abc"][token]

@@ -14,10 +14,16 @@ def assert_close(ours, theirs):
     np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)
 
 
+def empty_cache(network, texts, capacity):
+    cache = engine.make_cache(network, texts, capacity)
+    cache.rows.begin(texts)
+    return cache
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_parts_read_as_the_network_does(model, ids, count):
     network = GPTInParts(model, count)
-    cache, whole = engine.make_cache(network, 32), engine.make_cache(model, 32)
+    cache, whole = empty_cache(network, len(ids), 32), empty_cache(model, len(ids), 32)
     for start, end in ((0, 9), (9, 10), (10, 11), (11, 17)):
         tokens = mx.array(ids[:, start:end])
         assert_close(engine.read(network, tokens, cache), engine.read(model, tokens, whole))
@@ -28,7 +34,7 @@ def test_the_order_of_weights_in_memory_changes_nothing(make_model, bpe, ids, tm
     loaded = load_model(tmp_path)
     tokens = mx.array(ids)
     fresh, other = (GPTInParts(each, 2) for each in (make_model(), loaded))
-    assert_close(*(engine.read(each, tokens, engine.make_cache(each, 17)) for each in (fresh, other)))
+    assert_close(*(engine.read(each, tokens, empty_cache(each, len(ids), 17)) for each in (fresh, other)))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -44,10 +50,14 @@ def test_a_vocabulary_of_any_size_is_read_whole(make_model, batch):
 def test_decoding_in_two_parts_gives_the_same_text(model, bpe, monkeypatch, settings):
     config = GenerationConfig(max_tokens=40, seed=5, **settings)  # past the last position
     prompt = bpe.encode("The duck swims")
-    made = []
+    made: list[list[tuple[int, list[int]]]] = []
     for count in (1, 2):
         monkeypatch.setattr(parts, "part_count", lambda *_, count=count: count)
-        made.append(list(engine.decode(model, bpe, prompt, config)))
+        running = engine.Engine(model, bpe, config.num_samples)
+        running.add(engine.Request(prompt, config, ends=False))
+        made.append([])
+        while running.busy:
+            made[-1] += [(piece.sample, [token.id for token in piece.tokens]) for _, piece in running.step()]
     assert made[0] == made[1]
 
 

@@ -1,5 +1,7 @@
 """The next token is drawn as transformers draws it."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ import torch
 import transformers
 
 from mlx_gpt.config import GenerationConfig
-from mlx_gpt.generation.sampling import keep_min_p, keep_top_k, keep_top_p, penalise_repetition, sample
+from mlx_gpt.generation.sampling import keep_min_p, keep_top_k, keep_top_p, likeliest, penalise, sample
 
 ENTRIES = 40
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +46,38 @@ def draws(logits_v, keys, **settings):
     return np.bincount(drawn, minlength=len(logits_v)) / len(keys)
 
 
+def counts_of(ids):
+    """How often each entry stands in each row."""
+    return mx.array(np.stack([np.bincount(row, minlength=ENTRIES) for row in ids]))
+
+
 # ---- each filter ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
 def test_repetition_is_penalised_as_in_transformers(logits, penalty):
     ids = np.random.default_rng(1).integers(0, ENTRIES, (5, 12))
-    ours = penalise_repetition(mx.array(logits), mx.array(ids), penalty)
+    ours = penalise(mx.array(logits), counts_of(ids), GenerationConfig(repetition_penalty=penalty))
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
     np.testing.assert_allclose(np.array(ours), warped([processor], logits, torch.tensor(ids)), rtol=1e-6)
+
+
+def test_presence_and_frequency_are_penalised_as_openai_defines_it(logits):
+    ids = np.random.default_rng(1).integers(0, ENTRIES, (5, 60))
+    config = GenerationConfig(**OFF | {"presence_penalty": 0.7, "frequency_penalty": -0.3})
+    counts = np.array(counts_of(ids))
+    assert counts.max() > 2
+    expected = logits - 0.7 * (counts > 0) + 0.3 * counts
+    np.testing.assert_allclose(np.array(penalise(mx.array(logits), mx.array(counts), config)), expected, atol=1e-6)
+
+
+def test_log_probabilities_are_those_of_all_entries(logits):
+    tokens = np.arange(5)
+    chosen, values, ids = (np.array(a) for a in likeliest(mx.array(logits), mx.array(tokens), 3))
+    expected = np.log(probabilities(logits))
+    np.testing.assert_allclose(chosen, expected[np.arange(5), tokens], atol=1e-5)
+    np.testing.assert_allclose(np.sort(values), np.sort(expected)[:, -3:], atol=1e-5)
+    np.testing.assert_allclose(values, np.take_along_axis(expected, ids.astype(int), axis=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3, ENTRIES - 1])
@@ -113,8 +138,8 @@ def test_a_neutral_setting_is_off(logits, keys, neutral):
 
 
 def test_a_penalty_of_one_is_off(logits):
-    seen = mx.zeros((5, 3), mx.int32)
-    assert np.array_equal(np.array(penalise_repetition(mx.array(logits), seen, 1.0)), logits)
+    counts = counts_of(np.zeros((5, 3), int))
+    assert np.array_equal(np.array(penalise(mx.array(logits), counts, GenerationConfig(repetition_penalty=1))), logits)
 
 
 @pytest.mark.parametrize(
