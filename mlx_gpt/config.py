@@ -193,6 +193,23 @@ class GenerationConfig:
     stop: tuple[str, ...] = setting((), "End the text before this string; may be given several times.")
 
 
+@dataclass(frozen=True)
+class ServeConfig:
+    """How models are served."""
+
+    host: str = setting("127.0.0.1", "The address to listen on.")
+    port: int = setting(8080, "The port; 0 takes any.", at_least=0, below=2**16)
+    api_key: str = setting("", "What clients have to know; MLX_GPT_API_KEY says it unseen.")
+    insecure: bool = setting(False, "Listen beyond this machine without a key.")
+    allow_host: tuple[str, ...] = setting((), "Another name of this server; may be given several times.")
+    allow_origin: tuple[str, ...] = setting((), "A site whose pages may ask, as https://a.example; likewise.")
+    max_batch: int = setting(8, "Texts of a model that are made at a time.", at_least=1)
+    max_queue: int = setting(32, "Texts that may wait; more are refused.", at_least=0)
+    max_tokens: int = setting(4096, "Most tokens that one may ask for.", at_least=1)
+    grace: int = setting(30, "Seconds to finish what is being answered, after SIGTERM.", at_least=0)
+    log_prompts: bool = setting(False, "Write what was asked into the log.")
+
+
 COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -107,14 +107,24 @@ class Tokenizer:
         """The text of its `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of one text, without an end of document.
+
+        Args:
+            special: take the names of special tokens for these tokens, as the text of a chat template wants it.
 
         Raises:
             UserError: the text has a character that is no Unicode, such as half of a surrogate pair, or the tokenizer
                 fails at it.
         """
-        return self.encode_batch([text])[0]
+        if not special:
+            return self.encode_batch([text])[0]
+        with failing_as("The tokenizer can't encode this text, use another one"):
+            self.backend.encode_special_tokens = False
+            try:
+                return self.backend.encode(text, add_special_tokens=False).ids
+            finally:
+                self.backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts, on all cores. Errors as in `encode`."""
@@ -136,6 +146,20 @@ class Tokenizer:
             with failing_as(CANNOT_DECODE):
                 return self.backend.decode(ids, skip_special_tokens=True)
         return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode(errors="replace")
+
+    def bytes_of(self, token: int) -> list[int]:
+        """The UTF-8 bytes of one id."""
+        return list(self.decode([token]).encode() if self.token_bytes is None else self.token_bytes[token])
+
+    def name_of(self, token: int) -> str:
+        r"""The text of one id, or what it is called: a part of a character as `bytes:\xf0\x9f`, a special token."""
+        known = bytes(self.bytes_of(token))
+        if not known:
+            return self.backend.id_to_token(token) or ""
+        try:
+            return known.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for the end of a document."""

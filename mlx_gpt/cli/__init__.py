@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "Turn CSV, TSV, JSONL, Parquet and text files into a corpus to train on.",
     "train": "Train a model, or go on with a run.",
     "generate": "Continue a prompt, or talk to a model.",
+    "serve": "Serve models to other programs, and to people on a page.",
     "eval": "Loss, perplexity and bits per byte of a model on a text.",
     "plot": "Draw the curves of a run, or of several.",
     "doctor": "Is this machine ready? Versions, device, speed, credentials.",

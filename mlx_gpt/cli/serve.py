@@ -1,0 +1,33 @@
+"""`mlx-gpt serve`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_gpt.cli.options import SettingsCommand, given, settings_options
+from mlx_gpt.config import ServeConfig, build
+from mlx_gpt.errors import UserError
+
+
+@click.command("serve", cls=SettingsCommand)
+@click.option(
+    "--model",
+    "models",
+    metavar="PATH",
+    multiple=True,
+    help="A run or a model directory; several can be compared.  [default: the newest run]",
+)
+@settings_options(ServeConfig)
+def command(models: tuple[str, ...], **settings: Any) -> None:
+    """Serve models to programs that know OpenAI's API, and to people on a page."""
+    config: ServeConfig = build(ServeConfig, {"api_key": os.environ.get("MLX_GPT_API_KEY", "")} | given(settings))
+    try:
+        from mlx_gpt.serving.server import serve
+    except ImportError as error:
+        raise UserError(f"Serving needs {error.name}: pip install 'mlx-gpt[serve]'.") from None
+    from mlx_gpt.training.run import newest_run
+
+    paths = [Path(path) for path in models] or [newest_run(Path("weights"), with_model=True)]
+    serve(paths, config, click.echo)

@@ -1,0 +1,76 @@
+"""Conversations to prompts, by the template that came with a model's tokenizer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_gpt.errors import UserError, shown
+from mlx_gpt.tokenizer import Tokenizer
+
+
+class ChatTemplate:
+    """A Jinja template as transformers applies it: `chat_template` of `tokenizer_config.json`, or a file of its own."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        from jinja2.exceptions import TemplateSyntaxError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise UserError(f"The model's chat template can't be used: {shown(error, 200)}.") from None
+        self._variables = dict(variables)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChatTemplate | None":
+        """The template of a model directory; None if it has none.
+
+        Raises:
+            UserError: it has one that can't be used.
+        """
+        try:
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = {}
+        config = config if isinstance(config, dict) else {}
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several by name
+            source = next((one.get("template") for one in source if one.get("name") == "default"), None)
+        if (folder / "chat_template.jinja").is_file():
+            source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if not isinstance(source, str):
+            return None
+        variables = {}
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = config.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                variables[name] = token
+        return cls(source, variables)
+
+    def text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation, up to where the assistant is to answer.
+
+        Raises:
+            UserError: the template doesn't take such messages.
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"The model's chat template refuses these messages: {shown(error, 200)}.") from None
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+        """The ids of that text, the template's special tokens among them. Errors as in `text`."""
+        return tokenizer.encode(self.text(messages), special=True)
+
+
+def _refuse(message: str) -> None:
+    """What a template calls to refuse a conversation."""
+    raise UserError(message)

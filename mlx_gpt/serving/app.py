@@ -1,0 +1,256 @@
+"""The paths of the server."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from mlx_gpt.config import ServeConfig
+from mlx_gpt.serving import curves, openapi, page, protocol
+from mlx_gpt.serving.guard import Guard
+from mlx_gpt.serving.metrics import Metrics
+from mlx_gpt.serving.protocol import Answer, APIError, Asked
+from mlx_gpt.serving.worker import BusyError, EngineError, Job, Served, Worker
+
+log = logging.getLogger("mlx_gpt")
+
+
+class Paths:
+    """What the server answers."""
+
+    def __init__(self, worker: Worker, metrics: Metrics, config: ServeConfig) -> None:
+        self._worker, self._metrics = worker, metrics
+        self._most_tokens, self._log_prompts = config.max_tokens, config.log_prompts
+        self._started = int(time.time())
+
+    def routes(self) -> list[Route]:
+        """The paths, and what answers them."""
+        return [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model}", self.model),
+            Route("/v1/models/{model}/curves", self.curves),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    async def page(self, request: Request) -> Response:
+        """The page for people."""
+        return HTMLResponse(
+            page.HTML, headers={"Content-Security-Policy": page.POLICY, "Referrer-Policy": "no-referrer"}
+        )
+
+    async def health(self, request: Request) -> Response:
+        """Whether the server answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' view."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, request: Request) -> Response:
+        """The API's description."""
+        return JSONResponse(openapi.document())
+
+    async def models(self, request: Request) -> Response:
+        """The models that can be asked."""
+        return JSONResponse({"object": "list", "data": [self._described(one) for one in self._worker.models.values()]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        return JSONResponse(self._described(self._find(request.path_params["model"])))
+
+    async def curves(self, request: Request) -> Response:
+        """The losses of the run that made a model."""
+        served = self._find(request.path_params["model"])
+        return JSONResponse(await asyncio.to_thread(curves.of, served.folder))
+
+    async def completions(self, request: Request) -> Response:
+        """Go on from a text."""
+        body = protocol.parse(protocol.CompletionRequest, await request.body())
+        served = self._find(body.model)
+        return await self._answer(request, protocol.completion(body, served, self._worker.max_batch, self._most_tokens))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer in a conversation."""
+        body = protocol.parse(protocol.ChatRequest, await request.body())
+        served = self._find(body.model)
+        return await self._answer(request, protocol.chat(body, served, self._worker.max_batch, self._most_tokens))
+
+    def _find(self, name: str | None) -> Served:
+        models = self._worker.models
+        if name is None:
+            return next(iter(models.values()))
+        if name not in models:
+            known = ", ".join(models)
+            raise APIError(404, f"There is no model of that name here, only {known}.", "model", "model_not_found")
+        return models[name]
+
+    def _described(self, served: Served) -> dict[str, Any]:
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "mlx-gpt",
+            "context": served.n_positions,
+            "parameters": served.n_params,
+            "chat": served.template is not None,
+        }
+
+    async def _answer(self, request: Request, asked: Asked) -> Response:
+        try:
+            job = self._worker.submit(asked.served, asked.requests)
+        except BusyError as error:
+            busy = APIError(429, str(error), code="queue_full")
+            busy.headers["Retry-After"] = str(error.retry_after)
+            raise busy from None
+        if self._log_prompts:
+            log.info("prompts: %r", [asked.served.tokenizer.decode(one.prompt) for one in asked.requests])
+        answer = Answer(asked)
+        self._metrics.prompts.inc(answer.prompt_tokens)
+        if asked.stream:
+            return StreamingResponse(
+                self._stream(request, job, answer), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+            )
+        made = asyncio.ensure_future(self._whole(request, job, answer))
+        gone = asyncio.ensure_future(_hang_up(request))
+        try:
+            await asyncio.wait([made, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not made.done():
+                raise ConnectionError
+            return made.result()
+        except EngineError:
+            raise APIError(500, "The model failed at this request; the log says why.", code="engine_failed") from None
+        finally:
+            for task in (made, gone):
+                task.cancel()
+
+    async def _whole(self, request: Request, job: Job, answer: Answer) -> Response:
+        with contextlib.closing(_Watched(self, request, job, answer)) as watched:
+            async for number, piece in job.pieces():
+                watched.token()
+                answer.add(number, piece)
+        return JSONResponse(answer.whole())
+
+    async def _stream(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[bytes]:
+        with contextlib.closing(_Watched(self, request, job, answer)) as watched:
+            for chunk in answer.first():
+                yield _event(chunk)
+            try:
+                async for number, piece in job.pieces():
+                    watched.token()
+                    for chunk in answer.add(number, piece):
+                        yield _event(chunk)
+            except EngineError:
+                failed = APIError(500, "The model failed at this request; the log says why.", code="engine_failed")
+                yield _event(failed.body())
+                return
+            for chunk in answer.last():
+                yield _event(chunk)
+            yield b"data: [DONE]\n\n"
+
+    def done(self, request: Request, job: Job, answer: Answer, first: float | None, end: float) -> None:
+        """A job has ended, or its client has gone: free its places, and note how it went."""
+        self._worker.finish(job)
+        tokens = answer.completion_tokens
+        request.scope["told"] = f" {answer.prompt_tokens} + {tokens} tokens{'' if not job.left else ', cut off'}"
+        if first is not None:
+            self._metrics.first_token.observe(first - job.began)
+            self._metrics.latency.observe(end - job.began)
+            if tokens > 1 and end > first:
+                self._metrics.speed.observe((tokens - 1) / (end - first))
+
+
+class _Watched:
+    """Notes when a job's first token comes, and ends the job when it is closed."""
+
+    def __init__(self, paths: Paths, request: Request, job: Job, answer: Answer) -> None:
+        self._paths, self._request, self._job, self._answer = paths, request, job, answer
+        self._first: float | None = None
+
+    def token(self) -> None:
+        """A token has come."""
+        self._first = self._first or time.monotonic()
+
+    def close(self) -> None:
+        """The job is over."""
+        self._paths.done(self._request, self._job, self._answer, self._first, time.monotonic())
+
+
+def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
+    """The application, guarded."""
+    metrics.places.set(worker.max_batch * max(1, len(worker.models)))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        worker.bind()
+        yield
+
+    handlers: dict[Any, Callable[[Request, Exception], Response]] = {
+        APIError: _refused,
+        HTTPException: _not_there,
+        Exception: _unforeseen,
+    }
+    app: ASGIApp = Starlette(
+        routes=Paths(worker, metrics, config).routes(), exception_handlers=handlers, lifespan=lifespan
+    )
+    origins = config.allow_origin
+    if origins:
+        app = CORSMiddleware(app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+    return Guard(app, metrics, [config.host, *config.allow_host], origins, config.api_key)
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _not_there(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = {
+        404: "There is nothing here: the API is under /v1, and described in /openapi.json.",
+        405: f"This path wants {(error.headers or {}).get('Allow', 'another method')}.",
+    }.get(error.status_code, error.detail)
+    return JSONResponse(APIError(error.status_code, message).body(), error.status_code, error.headers)
+
+
+def _unforeseen(request: Request, error: Exception) -> Response:
+    log.error("Something unforeseen went wrong", exc_info=error)
+    return JSONResponse(APIError(500, "Something unforeseen went wrong; the log says what.").body(), 500)
+
+
+async def _hang_up(request: Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    """A server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Under which name each model is served: that of its run, with a number where two are alike."""
+    names: list[str] = []
+    for folder in folders:
+        place = folder.resolve()
+        name = place.parent.name if place.name in ("best", "final") else place.name
+        count = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{count + 1}" if count else name)
+    return names

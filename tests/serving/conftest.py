@@ -1,0 +1,69 @@
+"""Models behind a real socket, in a thread of this process."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from mlx_gpt.config import ServeConfig
+from mlx_gpt.serving.server import Server
+from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.weights import save_model
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
+    "{% endif %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, make_model, bpe, sentences):
+    """A run, `plain`, and a model that knows conversations, `chatty`."""
+    place = tmp_path_factory.mktemp("weights")
+    save_model(place / "plain/best", make_model(), bpe)
+    records = [{"step": 0, "val_loss": 6.0}, *({"step": i, "train_loss": 6 - i / 10} for i in range(1, 21))]
+    lines = "".join(json.dumps(record) + "\n" for record in [*records, {"step": 20, "val_loss": 4.1}])
+    (place / "plain/metrics.jsonl").write_text(lines)
+    backend = Tokenizer.train(sentences, 300).backend
+    backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>"])
+    save_model(place / "chatty", make_model(vocab_size=303), Tokenizer(backend))
+    path = place / "chatty/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
+    return place
+
+
+@contextlib.contextmanager
+def served(*paths: Path, **settings) -> Iterator[str]:
+    """The address of a server that ends with the block."""
+    with Server(paths, ServeConfig(port=0, **settings)) as server:
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def url(folders):
+    with served(folders / "plain", folders / "chatty", max_batch=4, max_queue=4) as url:
+        yield url
+
+
+@pytest.fixture
+def http(url):
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
