@@ -3,9 +3,9 @@
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import os
 import platform
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ if mx.default_device() == mx.cpu:
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 T = TypeVar("T")
+
+_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,12 @@ def stream_count(on_gpu: bool) -> int:
     return 1 if on_gpu else min(2, cores())
 
 
-@functools.cache
 def _further_cpu_stream(number: int) -> mx.Stream:
-    return mx.new_stream(mx.cpu)
+    """A stream of this thread: MLX's work on no other."""
+    streams: dict[int, mx.Stream] = vars(_own).setdefault("streams", {})
+    if number not in streams:
+        streams[number] = mx.new_stream(mx.cpu)
+    return streams[number]
 
 
 def use_all_cores(products: int = 1) -> None:

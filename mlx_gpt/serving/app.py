@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.serving import curves, openapi, page, protocol
@@ -23,6 +23,8 @@ from mlx_gpt.serving.guard import Guard
 from mlx_gpt.serving.metrics import Metrics
 from mlx_gpt.serving.protocol import Answer, APIError, Asked
 from mlx_gpt.serving.worker import BusyError, EngineError, Job, Served, Worker
+
+FAILED = "The model failed at this request; the log says why."
 
 log = logging.getLogger("mlx_gpt")
 
@@ -65,7 +67,7 @@ class Paths:
 
     async def openapi(self, request: Request) -> Response:
         """The API's description."""
-        return JSONResponse(openapi.document())
+        return JSONResponse(openapi.document(self._worker.models.values()))
 
     async def models(self, request: Request) -> Response:
         """The models that can be asked."""
@@ -82,13 +84,13 @@ class Paths:
 
     async def completions(self, request: Request) -> Response:
         """Go on from a text."""
-        body = protocol.parse(protocol.CompletionRequest, await request.body())
+        body = await _parsed(request, protocol.CompletionRequest)
         served = self._find(body.model)
         return await self._answer(request, protocol.completion(body, served, self._worker.max_batch, self._most_tokens))
 
     async def chat(self, request: Request) -> Response:
         """Answer in a conversation."""
-        body = protocol.parse(protocol.ChatRequest, await request.body())
+        body = await _parsed(request, protocol.ChatRequest)
         served = self._find(body.model)
         return await self._answer(request, protocol.chat(body, served, self._worker.max_batch, self._most_tokens))
 
@@ -123,46 +125,15 @@ class Paths:
             log.info("prompts: %r", [asked.served.tokenizer.decode(one.prompt) for one in asked.requests])
         answer = Answer(asked)
         self._metrics.prompts.inc(answer.prompt_tokens)
+        watched = _Watched(self, request, job, answer)
         if asked.stream:
-            return StreamingResponse(
-                self._stream(request, job, answer), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
-            )
-        made = asyncio.ensure_future(self._whole(request, job, answer))
-        gone = asyncio.ensure_future(_hang_up(request))
-        try:
-            await asyncio.wait([made, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not made.done():
-                raise ConnectionError
-            return made.result()
-        except EngineError:
-            raise APIError(500, "The model failed at this request; the log says why.", code="engine_failed") from None
-        finally:
-            for task in (made, gone):
-                task.cancel()
-
-    async def _whole(self, request: Request, job: Job, answer: Answer) -> Response:
-        with contextlib.closing(_Watched(self, request, job, answer)) as watched:
-            async for number, piece in job.pieces():
-                watched.token()
-                answer.add(number, piece)
-        return JSONResponse(answer.whole())
-
-    async def _stream(self, request: Request, job: Job, answer: Answer) -> AsyncIterator[bytes]:
-        with contextlib.closing(_Watched(self, request, job, answer)) as watched:
-            for chunk in answer.first():
-                yield _event(chunk)
+            return _EventStream(watched)
+        with contextlib.closing(watched):
             try:
-                async for number, piece in job.pieces():
-                    watched.token()
-                    for chunk in answer.add(number, piece):
-                        yield _event(chunk)
+                await _unless_gone(request.receive, watched.all_of_it())
             except EngineError:
-                failed = APIError(500, "The model failed at this request; the log says why.", code="engine_failed")
-                yield _event(failed.body())
-                return
-            for chunk in answer.last():
-                yield _event(chunk)
-            yield b"data: [DONE]\n\n"
+                raise APIError(500, FAILED, code="engine_failed") from None
+        return JSONResponse(answer.whole())
 
     def done(self, request: Request, job: Job, answer: Answer, first: float | None, end: float) -> None:
         """A job has ended, or its client has gone: free its places, and note how it went."""
@@ -177,19 +148,86 @@ class Paths:
 
 
 class _Watched:
-    """Notes when a job's first token comes, and ends the job when it is closed."""
+    """A job and its answer: notes when the first token comes, and ends the job when it is closed."""
 
     def __init__(self, paths: Paths, request: Request, job: Job, answer: Answer) -> None:
         self._paths, self._request, self._job, self._answer = paths, request, job, answer
         self._first: float | None = None
 
-    def token(self) -> None:
-        """A token has come."""
-        self._first = self._first or time.monotonic()
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of the answer as they are made.
+
+        Raises:
+            EngineError: the model failed.
+        """
+        for chunk in self._answer.first():
+            yield chunk
+        async for number, piece in self._job.pieces():
+            self._first = self._first or time.monotonic()
+            for chunk in self._answer.add(number, piece):
+                yield chunk
+        for chunk in self._answer.last():
+            yield chunk
+
+    async def all_of_it(self) -> None:
+        """Wait for all of them. Errors as above."""
+        async for _ in self.chunks():
+            pass
 
     def close(self) -> None:
         """The job is over."""
         self._paths.done(self._request, self._job, self._answer, self._first, time.monotonic())
+
+
+class _EventStream(Response):
+    """Sends an answer as it is made, as server-sent events (https://html.spec.whatwg.org/#server-sent-events)."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, watched: _Watched) -> None:
+        self._watched = watched
+        super().__init__(headers={"X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, unless the client goes."""
+        with contextlib.closing(self._watched):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await _unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            async for chunk in self._watched.chunks():
+                await self._send(send, json.dumps(chunk, separators=(",", ":")))
+            await self._send(send, "[DONE]")
+        except EngineError:
+            await self._send(send, json.dumps(APIError(500, FAILED, code="engine_failed").body()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, event: str) -> None:
+        await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, but only as long as the client is there.
+
+    Raises:
+        ConnectionError: it has gone.
+    """
+
+    async def hang_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ConnectionError
+        working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
 
 
 def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
@@ -202,6 +240,7 @@ def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
         yield
 
     handlers: dict[Any, Callable[[Request, Exception], Response]] = {
+        ConnectionError: _gone,
         APIError: _refused,
         HTTPException: _not_there,
         Exception: _unforeseen,
@@ -215,9 +254,21 @@ def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
     return Guard(app, metrics, [config.host, *config.allow_host], origins, config.api_key)
 
 
+async def _parsed(request: Request, kind: type[protocol.Sampling]) -> Any:
+    """The body. A page of another site could send any other content type without asking beforehand."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != "application/json":
+        raise APIError(415, "Send the body as Content-Type: application/json.", code="content_type")
+    return protocol.parse(kind, await request.body())
+
+
 def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
     return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it but the log
 
 
 def _not_there(request: Request, error: Exception) -> Response:
@@ -232,17 +283,6 @@ def _not_there(request: Request, error: Exception) -> Response:
 def _unforeseen(request: Request, error: Exception) -> Response:
     log.error("Something unforeseen went wrong", exc_info=error)
     return JSONResponse(APIError(500, "Something unforeseen went wrong; the log says what.").body(), 500)
-
-
-async def _hang_up(request: Request) -> None:
-    """Return when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    """A server-sent event (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -67,8 +67,11 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers.setdefault("Cache-Control", "no-store")
-            async with asyncio.timeout(WRITE_SECONDS):  # one who doesn't read
-                await send(message)
+            try:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await send(message)
+            except TimeoutError:  # one who doesn't read; the application will find that he has gone
+                scope["extensions"]["mlx_gpt.connection"]["abort"]()
 
         try:
             try:
@@ -78,10 +81,10 @@ class Guard:
                 if status:
                     raise
                 await refuse(error, sending)
-        except (TimeoutError, ConnectionError):
-            log.info("A client did not take its answer in time, or went away")
-            if connection := scope.get("extensions", {}).get("mlx_gpt.abort"):
-                connection["abort"]()
+        except ConnectionError:
+            status = status or 499  # nginx's number for a client that has gone
+        except asyncio.CancelledError:
+            log.info("The grace is over: an answer is cut off")
         finally:
             known = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(known, str(status)).inc()
@@ -110,10 +113,6 @@ class Guard:
                 error = APIError(401, "Give the server's key: Authorization: Bearer KEY.", code="invalid_api_key")
                 error.headers["WWW-Authenticate"] = "Bearer"
                 raise error
-        if scope["method"] == "POST":
-            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise APIError(415, "Send the body as Content-Type: application/json.", code="content_type")
 
     def _is_ours(self, host: str) -> bool:
         try:

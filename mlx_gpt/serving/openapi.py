@@ -1,12 +1,13 @@
 """The API's description for programs (https://spec.openapis.org/oas/v3.1.0)."""
 
-import functools
 import importlib.metadata
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
 from mlx_gpt.serving.protocol import ChatRequest, CompletionRequest
+from mlx_gpt.serving.worker import Served
 
 REF = "#/components/schemas/{model}"
 ERROR = {
@@ -38,10 +39,13 @@ REFUSALS = {
 }
 
 
-@functools.cache
-def document() -> dict[str, Any]:
-    """The document."""
+def document(models: Iterable[Served]) -> dict[str, Any]:
+    """The document of a server with these models."""
     _, schemas = models_json_schema([(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=REF)
+    models = list(models)
+    chatty = [one.name for one in models if one.template]
+    for kind, names in (("CompletionRequest", [one.name for one in models]), ("ChatRequest", chatty)):
+        schemas["$defs"][kind]["properties"]["model"] |= {"enum": [*names, None]}
     name = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     return {
         "openapi": "3.1.0",

@@ -55,7 +55,7 @@ class StreamOptions(BaseModel):
 class Sampling(BaseModel):
     """What completions and chat have in common."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="One of /v1/models; left out, the first.")
     n: int | None = Field(None, ge=1, description="Texts to make.")
@@ -74,13 +74,25 @@ class Sampling(BaseModel):
         None, description="Added to the logits of these ids.", max_length=1024
     )
     user: str | None = Field(None, description="Has no effect.")
+    # What OpenAI's API has and these models can't do, which some clients send as null.
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    metadata: None = None
+    modalities: None = None
+    parallel_tool_calls: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    response_format: None = None
+    service_tier: None = None
+    store: None = None
+    tool_choice: None = None
+    tools: None = None
 
     def config(self, max_tokens: int, most_texts: int) -> GenerationConfig:
         """The settings of these texts."""
         if (self.n or 1) > most_texts:
             raise APIError(400, f"`n` is at most {most_texts} on this server.", "n")
-        if self.stream_options is not None and not self.stream:
-            raise APIError(400, "`stream_options` goes with `stream`: true only.", "stream_options")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return GenerationConfig(
             max_tokens=max_tokens,
@@ -117,8 +129,8 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(
         None, ge=0, le=MOST_ALTERNATIVES, description="Tell each token's log-probability, and so many others."
     )
-    best_of: int | None = Field(None, ge=1, description="Only as many as `n`.")
-    suffix: str | None = Field(None, description="Not supported.", max_length=0)
+    best_of: None = None
+    suffix: None = None
 
 
 class TextPart(BaseModel):
@@ -176,13 +188,9 @@ def parse(kind: type[Sampling], body: bytes) -> Any:
         APIError: it is not one; 400.
     """
     try:
-        parsed = kind.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise _refusal(kind, error) from None
-    for name, value in (parsed.model_extra or {}).items():
-        if value is not None and value is not False:
-            raise APIError(400, f"`{shown(name)}` is not supported by this server: leave it out.", shown(name))
-    return parsed
 
 
 def _refusal(kind: type[Sampling], error: ValidationError) -> APIError:
@@ -190,12 +198,13 @@ def _refusal(kind: type[Sampling], error: ValidationError) -> APIError:
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         return APIError(400, f"The body is not valid JSON: {shown(errors[0]['msg'], 200)}.", code="invalid_json")
-    place = errors[0]["loc"]
-    if not place or place[0] not in kind.model_fields:
+    if not errors[0]["loc"]:
         return APIError(400, "The body has to be a JSON object.")
-    name = str(place[0])
+    name = shown(errors[0]["loc"][0])
+    if errors[0]["type"] == "none_required" or (errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 1):
+        return APIError(400, f"`{name}` is not supported by this server: leave it out.", name)
     # Where several types will do, there is an error for each: that of the right type was meant.
-    errors = [one for one in errors if one["loc"][0] == name]
+    errors = [one for one in errors if one["loc"][0] == errors[0]["loc"][0]]
     meant = [one for one in errors if not one["type"].endswith("_type")] or errors
     if len(meant) > 1:
         return APIError(400, f"`{name}` is of a wrong type: /openapi.json tells which it may have.", name)
@@ -213,8 +222,6 @@ def completion(body: CompletionRequest, served: Served, most_texts: int, most_to
     tokenizer = served.tokenizer
     given: Any = body.prompt if body.prompt is not None else ""
     prompts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
-    if body.best_of not in (None, body.n or 1):
-        raise APIError(400, "`best_of` other than `n` is not supported: leave it out.", "best_of")
     tokens = _or(body.max_tokens, 16)
     scored = tokens == 0
     if scored and not body.echo:

@@ -155,7 +155,7 @@ class Protocol(H11Protocol):
         """Some of a request has come."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self.scope.setdefault("extensions", {})["mlx_gpt.abort"] = {"abort": self.transport.abort}
+            self.scope.setdefault("extensions", {})["mlx_gpt.connection"] = {"abort": self.transport.abort}
             self._stop_waiting()
         elif self._waiting is None:
             self._wait()
@@ -177,6 +177,15 @@ class Protocol(H11Protocol):
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=256)
+        # With the protocol named, asyncio sets TCP_NODELAY: without, tokens would wait 40 ms for each other.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(256)
+        except OSError:
+            listener.close()
+            raise
+        return listener
     except OSError as error:
         raise UserError(f"Can't listen on {host}:{port} ({error.strerror or error}): choose another --port.") from None

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_gpt.generation.chat import ChatTemplate
 from mlx_gpt.generation.engine import Engine, Request
 from mlx_gpt.generation.text import Piece
@@ -190,6 +192,7 @@ class Worker:
             while not busy or not self._commands.empty():
                 what, job = self._commands.get()
                 if job is None:
+                    mx.clear_streams()  # those of this thread, or the process would abort at its end
                     return
                 engine = engines[job.served.name]
                 for i, request in enumerate(job.requests):

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,3 +69,44 @@ def http(url):
 @pytest.fixture
 def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+PROGRAM = str(Path(sys.executable).with_name("mlx-gpt"))
+
+
+class Process:
+    """`mlx-gpt serve` in a process of its own.
+
+    Attributes:
+        url: its address.
+        log: the file that has its log.
+    """
+
+    def __init__(self, log: Path, *flags: object) -> None:
+        self.log = log
+        command = [PROGRAM, "serve", "--port", "0", *map(str, flags)]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert "http" in line, log.read_text()
+        self.url = line.split(" at ")[1].split()[0]
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        pid = str(self.process.pid)
+        return 1024 * int(subprocess.run(["ps", "-o", "rss=", "-p", pid], capture_output=True, check=True).stdout)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start servers, which end with the test."""
+    with contextlib.ExitStack() as ends:
+
+        def start(*flags):
+            server = Process(tmp_path / "serve.log", *flags)
+            ends.callback(server.process.wait)
+            ends.callback(server.process.kill)
+            return server
+
+        yield start

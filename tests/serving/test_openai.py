@@ -29,7 +29,7 @@ def text_of(model, tokenizer, prompt=PROMPT, **settings):
 def test_greedy_is_that_of_mlx_lm_and_transformers(client, folders, bpe):
     got = client.completions.create(model="plain", prompt=PROMPT, max_tokens=12, **GREEDY)
     ids = bpe.encode(PROMPT)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folders / "plain/best")
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folders / "plain/best")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "plain/best")
     made = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
     assert got.choices[0].text == tokenizer.decode(made)
@@ -197,7 +197,7 @@ def test_a_template_may_refuse(client):
     ("body", "param", "words"),
     [
         ({"tools": [{}]}, "tools", "not supported"),
-        ({"suffix": "x"}, "suffix", "at most 0"),
+        ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"nonsense": 1}, "nonsense", "not supported"),
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
@@ -221,7 +221,6 @@ def test_a_template_may_refuse(client):
         ({"logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
         ({"stop": ""}, "stop", "at least 1"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "goes with `stream`"),
         ({"stream": True, "stream_options": {"nonsense": 1}}, "stream_options", "Extra inputs"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -236,7 +235,7 @@ def test_what_cant_be_done_is_refused_by_name(http, body, param, words):
     assert "\n" not in error["message"]
 
 
-@pytest.mark.parametrize("body", [{"user": "me"}, {"suffix": None}, {"tools": None}, {"best_of": 1}, {"store": False}])
+@pytest.mark.parametrize("body", [{"user": "me"}, {"suffix": None}, {"tools": None}, {"best_of": None}])
 def test_what_changes_nothing_is_taken(http, body):
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1} | body).status_code == 200
 

@@ -1,0 +1,248 @@
+"""Who may ask, how much, and for how long."""
+
+import json
+import re
+import socket
+import time
+
+import httpx
+import pytest
+
+from mlx_gpt.config import ServeConfig
+from mlx_gpt.errors import UserError
+from mlx_gpt.serving import guard, server
+from mlx_gpt.serving.server import Server
+from tests.serving.conftest import served
+
+OURS = ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]:8080", "192.168.1.7", "LOCALHOST"]
+NOT_OURS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[", "a b", "evil.example:8080"]
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+BODY = {"prompt": "The duck", "max_tokens": 3}
+
+
+def post(url, body=BODY, **headers):
+    return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30)
+
+
+def raw(url, data, wait=10.0, most=2**30):
+    """What comes back for bytes as they are, until the connection ends, nothing more comes or it is enough."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(data)
+        answer = b""
+        try:
+            while len(answer) < most and (more := connection.recv(65536)):
+                answer += more
+        except (TimeoutError, ConnectionError):
+            pass
+    return answer
+
+
+# ---- hosts and origins ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", OURS)
+def test_addresses_and_localhost_are_this_server(url, host):
+    assert post(url, Host=host).status_code == 200
+
+
+@pytest.mark.parametrize("host", NOT_OURS)
+def test_another_name_is_refused(url, host):
+    answer = post(url, Host=host)
+    assert answer.status_code == 421
+    assert "--allow-host" in answer.json()["error"]["message"]
+    assert httpx.get(f"{url}/", headers={"Host": host}).status_code == 421
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "file://"]
+)
+def test_pages_from_elsewhere_are_refused(url, origin):
+    answer = post(url, Origin=origin)
+    assert answer.status_code == 403
+    assert "access-control-allow-origin" not in answer.headers
+    assert "--allow-origin" in answer.json()["error"]["message"]
+
+
+def test_the_own_page_may_ask(url):
+    assert post(url, Origin=url).status_code == 200
+
+
+def test_only_json_is_taken_which_a_foreign_form_cant_send(url):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = httpx.post(f"{url}/v1/completions", content=json.dumps(BODY), headers={"Content-Type": kind})
+        assert answer.status_code == 415
+
+
+def test_a_site_and_a_name_can_be_allowed(folders):
+    site = "https://a.example"
+    with served(folders / "plain", allow_origin=(site,), allow_host=("gpt.local",)) as url:
+        assert post(url, Host="gpt.local", Origin=site).headers["access-control-allow-origin"] == site
+        asked = {
+            "Origin": site,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization",
+        }
+        before = httpx.options(f"{url}/v1/completions", headers=asked)
+        assert (before.status_code, before.headers["access-control-allow-origin"]) == (200, site)
+        assert post(url, Origin="https://b.example").status_code == 403
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_opens_all_but_the_page(folders):
+    with served(folders / "plain", api_key="sésame") as url:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic abc"},
+            {"Authorization": "Bearer"},
+        ):
+            answer = post(url, **headers)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+        key = "Bearer sésame".encode()
+        assert httpx.post(f"{url}/v1/completions", json=BODY, headers={b"Authorization": key}).status_code == 200
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/").status_code == httpx.get(f"{url}/health").status_code == 200
+
+
+def test_others_are_let_in_with_a_key_or_knowingly(folders, caplog):
+    with pytest.raises(UserError, match=r"On 0\.0\.0\.0 others can ask: give an --api-key, or --insecure"):
+        Server([folders / "plain"], ServeConfig(host="0.0.0.0", port=0))
+    with served(folders / "plain", host="0.0.0.0", insecure=True) as url:
+        assert post(url.replace("0.0.0.0", "127.0.0.1")).status_code == 200
+    assert caplog.text.count("INSECURE") == 2
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_body_is_refused_before_it_has_come(url):
+    answer = raw(url, HEAD + b"Content-Length: 99999999999\r\n\r\n{")
+    assert b" 413 " in answer.splitlines()[0]
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    answer = raw(url, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 18)
+    assert not answer or b" 413 " in answer.splitlines()[0]
+    assert post(url).status_code == 200
+
+
+def test_slow_clients_are_cut_off(folders, monkeypatch):
+    monkeypatch.setattr(guard, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
+    with served(folders / "plain") as url:
+        began = time.monotonic()
+        assert raw(url, b"") == b""  # one who says nothing
+        assert raw(url, HEAD) == b""  # nor all of the head
+        answer = raw(url, HEAD + b"Content-Length: 100\r\n\r\n{")
+        assert b" 408 " in answer.splitlines()[0]
+        assert time.monotonic() - began < 9
+        with httpx.Client(base_url=url) as client:
+            client.get("/health")
+            time.sleep(0.8)  # between two requests of a connection there is more time, and it opens another then
+            assert client.get("/health").status_code == 200
+
+
+def test_one_who_does_not_read_frees_his_place(folders, monkeypatch):
+    monkeypatch.setattr(guard, "WRITE_SECONDS", 0.5)
+    with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**6) as url:
+        host, port = url.removeprefix("http://").split(":")
+        asked = {"prompt": "The duck", "max_tokens": 10**6, "stream": True, "logprobs": 20, "logit_bias": {"0": -100}}
+        body = json.dumps(asked).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            connection.recv(10)
+            assert post(url).status_code == 429
+            until(lambda: post(url).status_code == 200)
+
+
+def until(true, seconds=30):
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_one_who_hangs_up_frees_his_place(folders):
+    with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**7) as url:
+        endless = BODY | {"max_tokens": 10**7, "logit_bias": {"0": -100}}
+        for streams in (True, False):
+            body = json.dumps(endless | {"stream": streams}).encode()
+            raw(url, HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body, wait=0.3, most=1)
+            until(lambda: post(url).status_code == 200, seconds=5)
+
+
+def test_beyond_the_queue_one_is_told_when_to_try_again(folders):
+    with served(folders / "plain", max_batch=1, max_queue=1, max_tokens=10**7) as url:
+        endless = BODY | {"max_tokens": 10**7, "stream": True, "logit_bias": {"0": -100}}
+        asked = ("POST", f"{url}/v1/completions")
+        # The second begins at once, for whoever waits is told so when his first token comes.
+        with httpx.stream(*asked, json=endless), httpx.stream(*asked, json=endless):
+            answer = post(url)
+            assert answer.status_code == 429
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            told = httpx.get(f"{url}/metrics").text
+            assert re.search(r"^mlx_gpt_active_texts 1\.0$", told, re.M)
+            assert re.search(r"^mlx_gpt_queued_texts 1\.0$", told, re.M)
+        until(lambda: "mlx_gpt_active_texts 0.0" in httpx.get(f"{url}/metrics").text)
+
+
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_a_line_per_request_and_no_prompt(folders, caplog):
+    caplog.set_level("INFO", "mlx_gpt")
+    with served(folders / "plain") as url:
+        post(url, {"prompt": "A secret duck", "max_tokens": 3, "seed": 1, "logit_bias": {"0": -100}})
+        httpx.get(f"{url}/a%0Ab%1b[31mc")
+    lines = [record.getMessage() for record in caplog.records if record.name == "mlx_gpt"]
+    assert re.fullmatch(r"POST /v1/completions 200 \d+\.\d+ s \d+ \+ 3 tokens", lines[0])
+    assert "secret" not in caplog.text
+    assert "\x1b" not in lines[1]
+    assert "\n" not in lines[1]
+    with served(folders / "plain", log_prompts=True) as url:
+        post(url, {"prompt": "A secret duck"})
+    assert "A secret duck" in caplog.text
+
+
+def test_metrics_count(folders):
+    with served(folders / "plain") as url:
+        post(url, BODY | {"logit_bias": {"0": -100}})
+        post(url, {"prompt": 1})
+        told = httpx.get(f"{url}/metrics").text
+    assert 'mlx_gpt_requests_total{path="/v1/completions",status="200"} 1.0' in told
+    assert 'mlx_gpt_requests_total{path="/v1/completions",status="400"} 1.0' in told
+    assert "mlx_gpt_generated_tokens_total 3.0" in told
+    for name in ("time_to_first_token_seconds", "request_seconds", "tokens_per_second"):
+        assert f"mlx_gpt_{name}_count 1.0" in told
+
+
+def test_the_page_lets_nothing_else_in(url):
+    answer = httpx.get(f"{url}/")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://(?!www\.w3\.org)|@import", answer.text)
+
+
+def test_an_engine_that_fails_is_begun_anew(folders, monkeypatch, caplog):
+    from mlx_gpt.generation.engine import Engine
+
+    with served(folders / "plain") as url:
+        step = Engine.step
+        monkeypatch.setattr(Engine, "step", lambda self: 1 / 0)
+        answer = post(url)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "Traceback" not in answer.text
+        streamed = post(url, BODY | {"stream": True})
+        assert json.loads(streamed.text.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        monkeypatch.setattr(Engine, "step", step)
+        assert post(url).status_code == 200
+    assert "ZeroDivisionError" in caplog.text
