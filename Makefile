@@ -22,10 +22,10 @@ lint: .venv/test.stamp
 clean:
 	rm -rf .venv
 
-# What running needs.
+# What running needs, and serving.
 .venv/run.stamp: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(PIP) --editable '.[serve]'
 	touch $@
 
 # What tests and checks need beside it.

@@ -1,5 +1,6 @@
 """What the README shows works: each of its commands, in its order, and its Python."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt import cli
+from mlx_gpt.weights import save_model
 
 from .data.kaggle_server import serving
 from .data.zips import make_zip
+from .serving.conftest import Process
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,7 +55,25 @@ def test_every_command_works(capfd):
             code = cli.run(arguments)
             assert code == 0, f"{command}\n{capfd.readouterr().err}"
             ran.add(arguments[0])
-    assert ran == set(cli.COMMANDS)
+    assert ran | {"serve"} == set(cli.COMMANDS)
+
+
+def test_the_server_is_used_as_it_shows(bpe, make_model, capsys):
+    save_model(Path("weights/demo/best"), make_model(), bpe)
+    serve, ask = (command for command in COMMANDS if "serve" in command or command.startswith("curl"))
+    flags = shlex.split(serve.removeprefix(".venv/bin/mlx-gpt serve "))
+    server = Process(Path("serve.log"), *flags)
+    try:
+        here = server.url.removeprefix("http://")
+        answer = subprocess.run(shlex.split(ask.replace("127.0.0.1:8080", here)), capture_output=True, check=True)
+        assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+        [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "openai" in block]
+        exec(compile(code.replace("127.0.0.1:8080", here), "README.md", "exec"), {})
+        assert json.loads(answer.stdout)["model"] == "demo"
+        assert capsys.readouterr().out
+    finally:
+        server.process.kill()
+        server.process.wait()
 
 
 def test_every_target_of_make_is_there():
