@@ -104,6 +104,15 @@ COLUMNS: dict[str, Sequence[Column]] = {
         ("losses differ by", "loss_difference", scientific),
         ("resident MB, each", "resident_memory", megabytes),
     ),
+    "serving": (
+        ("clients", "clients", text),
+        ("program", "program", text),
+        ("tokens/s together", "tokens_per_second", number),
+        ("seconds to the first", "first_token", number),
+        ("over one client", "over_one_client", ratio),
+        ("mlx-gpt over it", "ours_over_this", ratio),
+        ("connections lost", "lost", text),
+    ),
     "startup": (
         ("command", "program", text),
         ("seconds", "seconds", number),

@@ -59,11 +59,11 @@ class ChatTemplate:
         Raises:
             UserError: the template doesn't take such messages.
         """
-        from jinja2.exceptions import TemplateError
-
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # it is a program from elsewhere
             raise UserError(f"The model's chat template refuses these messages: {shown(error, 200)}.") from None
 
     def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:

@@ -126,15 +126,24 @@ def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
     Raises:
         UserError: one can't be loaded.
     """
-    from mlx_gpt import api
+    from mlx_gpt import api, backend
     from mlx_gpt.generation.chat import ChatTemplate
     from mlx_gpt.generation.engine import Engine
     from mlx_gpt.training.run import model_directory
 
     folders = [model_directory(path) for path in paths]
     models = {}
+    room = backend.device().usable
     for name, folder in zip(app.names_of(folders), folders, strict=True):
         model, tokenizer = api.load(folder)
+        config = model.config
+        cache = 2 * config.n_layer * config.n_embd * config.n_positions * max_batch * model.wte.weight.dtype.size
+        room -= cache
+        if room < 0:
+            size = f"{cache / 1e6:,.0f} MB"
+            raise UserError(
+                f"The cache of {max_batch} texts of {name} takes {size}, more than is free: lower --max-batch."
+            )
         engine = functools.partial(Engine, model, tokenizer, max_batch)
         template = ChatTemplate.load(folder)
         models[name] = Served(name, folder, tokenizer, model.config.n_positions, model.n_params(), template, engine)

@@ -58,3 +58,11 @@ def test_data(benchmark):
 def test_startup(benchmark):
     done = benchmark("startup.py", "--trials", "1")
     assert rows(done, "program") == [("python -c pass",), ("mlx-gpt --help",)]
+
+
+def test_serving(benchmark, monkeypatch):
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    done = benchmark("serving.py", "--preset", "smoke", "--prompt-tokens", "4", "--new-tokens", "4", "--trials", "1")
+    servers = ["mlx-gpt serve", "mlx_lm.server"]
+    assert rows(done, "clients", "program") == [(clients, server) for clients in (1, 8, 64) for server in servers]
+    assert [row["lost"] for row in done.result["rows"] if row["program"] == "mlx-gpt serve"] == [0, 0, 0]

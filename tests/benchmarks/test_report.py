@@ -34,6 +34,7 @@ def test_each_benchmark_has_its_place():
         "memory",
         "data",
         "distributed",
+        "serving",
         "startup",
     ]
     assert set(report.COLUMNS) == set(re.findall("<!-- results: (.*) -->", README))

@@ -27,6 +27,7 @@ def test_without_the_extra_it_tells_how_to_get_it(folders, capsys, monkeypatch):
         (["--model", "nowhere"], "There is no nowhere: name a run or a model directory."),
         (["--port", "65536"], "below 65536"),
         (["--max-batch", "0"], "at least 1"),
+        (["--max-batch", "1000000000"], "The cache of 1000000000 texts of plain takes 16,384,000 MB"),
         (["--host", "no such host", "--insecure"], "Can't listen on no such host"),
         (["--host", "0.0.0.0"], "give an --api-key, or --insecure"),
     ],

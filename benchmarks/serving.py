@@ -1,0 +1,202 @@
+"""How many tokens `mlx-gpt serve` serves to one client and to several at once, beside mlx-lm's server.
+
+    python benchmarks/serving.py
+
+Fresh weights of GPT-2's smallest shape are written once and served by both, each in a process of its own, and asked in
+turns while the other waits. A client sends a prompt, reads the stream to its end and sends the next one; all count from
+the first request to the last token. On a CPU under Linux mlx-lm's server has the BLAS that mlx-gpt puts in place.
+"""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import numpy as np
+
+import facts
+import report
+from harness import (
+    common_options,
+    environment,
+    free_ports,
+    need,
+    pairwise,
+    summary,
+    turns_bar,
+    write_json,
+)  # fmt: skip
+from shapes import SHAPES, settings_of
+
+OURS, THEIRS = "mlx-gpt serve", "mlx_lm.server"
+CLIENTS = (1, 8, 64)
+ROUNDS = 2  # requests of each client in a turn
+# mlx_gpt first, so that the same BLAS serves both.
+START = {
+    OURS: "import sys; from mlx_gpt.cli import run; sys.exit(run(['serve', *sys.argv[1:], '--max-queue', '64']))",
+    THEIRS: "import mlx_gpt; from mlx_lm.server import main; main()",
+}
+
+
+@dataclass
+class Turn:
+    """What the clients of a turn saw: tokens together, seconds of all, seconds of each to the first token.
+
+    Attributes:
+        lost: requests whose connection was reset, and which were sent again.
+    """
+
+    tokens: int = 0
+    lost: int = 0
+    seconds: float = 0.0
+    first: list[float] = field(default_factory=list)
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of all together."""
+        return self.tokens / self.seconds
+
+
+@click.command()
+@click.option("--preset", default="gpt2", show_default=True, type=click.Choice(list(SHAPES)))
+@click.option("--prompt-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--new-tokens", default=48, show_default=True, type=click.IntRange(2))
+@common_options
+def main(preset: str, prompt_tokens: int, new_tokens: int, trials: int, threads: int, json_file: str | None) -> None:
+    """Have 1, 8 and 64 clients ask both servers."""
+    result = facts.gather("serving", threads=threads, trials=trials)
+    facts.warn_if_busy(result["machine"]["load_before"])
+    programs = [OURS]
+    try:
+        need("mlx-lm")
+        programs.append(THEIRS)
+    except click.ClickException as error:
+        click.echo(f"Measured without mlx-lm. {error.message}", err=True)
+    settings = settings_of(preset)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write = "import json, sys; from generate_with import Ours; Ours(sys.argv[1], 'auto', json.loads(sys.argv[2]))"
+        here = Path(__file__).parent
+        subprocess.run([sys.executable, "-c", write, str(folder), json.dumps(settings)], cwd=here, check=True)
+        urls = {name: stack.enter_context(serving(name, folder, threads)) for name in programs}
+        prompts = Prompts(settings["vocab_size"], prompt_tokens)
+        turns: dict[tuple[int, str], list[Turn]] = {(count, name): [] for count in CLIENTS for name in programs}
+        for name in programs:  # which compiles what each needs
+            asyncio.run(turn(urls[name], 8, prompts, new_tokens))
+        with turns_bar("serving", trials * len(turns)) as bar:
+            for _ in range(trials):
+                for count, name in turns:
+                    turns[count, name].append(asyncio.run(turn(urls[name], count, prompts, new_tokens)))
+                    bar()
+    sizes = f"{prompt_tokens} tokens of prompt, {new_tokens} new ones, {ROUNDS} requests of each client in a turn"
+    result |= {"shapes": {preset: {"sizes": sizes}}, "rows": rows(turns)}
+    if json_file:
+        write_json(json_file, result)
+    click.echo("\n".join(report.lines(result)))
+
+
+class Prompts:
+    """Prompts of the tokenizer's own words, none twice: no server may remember one."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self._draw, self._entries, self._length = np.random.default_rng(0), vocab_size, length
+
+    def __call__(self) -> str:
+        """The next one: bytes, each of which is a token."""
+        return bytes(self._draw.integers(ord("a"), ord("z") + 1, self._length, np.uint8)).decode()
+
+
+@contextlib.contextmanager
+def serving(name: str, folder: Path, threads: int) -> Iterator[str]:
+    """Start a server; its address."""
+    port = free_ports(1)
+    command = [sys.executable, "-c", START[name], "--model", str(folder), "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(threads, "float32", None))
+        try:
+            for _ in range(600):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise click.ClickException(f"{name} ended: {log.read().strip().splitlines()[-1]}")
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def turn(url: str, clients: int, prompts: Prompts, new_tokens: int) -> Turn:
+    """Have so many clients ask, each some requests one after the other."""
+    result, began = Turn(), time.perf_counter()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def ask() -> None:
+            left = ROUNDS
+            while left:
+                try:
+                    await one(client, prompts(), new_tokens, result)
+                    left -= 1
+                except httpx.TransportError:
+                    result.lost += 1
+
+        await asyncio.gather(*(ask() for _ in range(clients)))
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+async def one(client: httpx.AsyncClient, prompt: str, new_tokens: int, result: Turn) -> None:
+    """One request: read its stream, and count.
+
+    Raises:
+        click.ClickException: it had no answer, or other than as many tokens as it asked for.
+    """
+    asked: dict[str, Any] = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
+    asked["stream_options"] = {"include_usage": True}
+    began, first, made = time.perf_counter(), 0.0, 0
+    async with client.stream("POST", "/v1/completions", json=asked) as answer:
+        if answer.status_code != 200:
+            raise click.ClickException(f"{answer.status_code}: {(await answer.aread()).decode()[:200]}")
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter()
+                if '"completion_tokens"' in line:  # the last one, which alone is worth reading
+                    made = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+    if made != new_tokens:
+        raise click.ClickException(f"{made} tokens came of {new_tokens}.")
+    result.tokens += made
+    result.first.append(first - began)
+
+
+def rows(turns: dict[tuple[int, str], list[Turn]]) -> list[dict[str, Any]]:
+    """A row per number of clients and server."""
+    speeds = {key: [one.speed for one in several] for key, several in turns.items()}
+    return [
+        {
+            "clients": count,
+            "program": name,
+            "tokens_per_second": summary(speeds[count, name]),
+            "first_token": summary([seconds for one in several for seconds in one.first]),
+            "lost": sum(one.lost for one in turns[count, name]),
+            "over_one_client": pairwise(speeds[count, name], speeds[1, name]) if count > 1 else None,
+            "ours_over_this": pairwise(speeds[count, OURS], speeds[count, name]) if name != OURS else None,
+        }
+        for (count, name), several in turns.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()

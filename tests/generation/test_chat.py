@@ -1,0 +1,68 @@
+"""Conversations are written as transformers writes them."""
+
+import json
+
+import pytest
+
+from mlx_gpt.errors import UserError
+from mlx_gpt.generation.chat import ChatTemplate
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+MESSAGES = [{"role": "user", "content": "Are geese <|endoftext|> ducks?"}]
+
+
+@pytest.fixture
+def model_with(tmp_path):
+    def write(config, file=None):
+        (tmp_path / "tokenizer_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        if file:
+            (tmp_path / "chat_template.jinja").write_text(file)
+        return ChatTemplate.load(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("config", "file"),
+    [
+        ({"chat_template": PLAIN}, None),
+        ({"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": PLAIN}]}, None),
+        ({"chat_template": "another"}, PLAIN),  # which newer versions write
+        ({}, PLAIN),
+    ],
+)
+@pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_it_is_found_wherever_transformers_puts_it(model_with, config, file, token):
+    template = model_with(config | {"eos_token": token}, file)
+    assert template.text(MESSAGES) == "user: Are geese <|endoftext|> ducks?</s>\n"
+
+
+@pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": 7}, "[]", "no JSON"])
+def test_a_model_may_have_none(model_with, config):
+    assert model_with(config) is None
+
+
+def test_one_that_is_broken_is_told(model_with):
+    with pytest.raises(UserError, match=r"^The model's chat template can't be used: .*\.$"):
+        model_with({"chat_template": "{% for %}"})
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ messages[7].content.upper() }}", "refuses these messages"),
+        ("{{ raise_exception('no system message') }}", "^no system message$"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses these messages: access to attribute"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "refuses these messages: Range too big"),
+    ],
+)
+def test_what_a_template_cant_do_is_told(model_with, source, words):
+    with pytest.raises(UserError, match=words):
+        model_with({"chat_template": source}).text(MESSAGES)
+
+
+def test_its_special_tokens_are_tokens(model_with, bpe):
+    template = model_with({"chat_template": "{{ messages[0].content }}{{ eos_token }}", "eos_token": "<|endoftext|>"})
+    ids = template.ids([{"role": "user", "content": "The duck"}], bpe)
+    assert ids == [*bpe.encode("The duck"), bpe.end_of_text]
+    assert bpe.end_of_text not in bpe.encode("The duck<|endoftext|>")  # nor afterwards
