@@ -157,6 +157,7 @@ class Engine:
 
     def _read(self) -> None:
         """Read a chunk of the next prompt. When all of it has been read, its texts join the others."""
+        self._full = [text for text in self._full if not text.over]
         for text in [text for text in self._full if len(text.ids) == text.picked]:
             # It goes on from the second half of its context, read anew at the first positions.
             self._full.remove(text)
@@ -193,7 +194,7 @@ class Engine:
         x_tc = self._network.hidden(mx.array([[*ids, *[0] * padding]]), prompt.cache.layers)[0, : len(ids)]
         prompt.cache.rows.lengths[0] = start + len(ids)
         if prompt.request.prompt_too and not prompt.again:
-            logits_tv = self._network.head(x_tc).astype(mx.float32)
+            logits_tv = self._known(self._network.head(x_tc))
             following = prompt.ids[start + 1 : start + 1 + len(ids)]
             k = max(1, prompt.request.alternatives or 0)
             prompt.logprobs.append(likeliest(logits_tv[: len(following)], mx.array(following, mx.uint32), k))
@@ -203,11 +204,14 @@ class Engine:
         mx.async_eval(logits_bv)
         return logits_bv[0]
 
+    def _known(self, logits_bv: mx.array) -> mx.array:
+        """Logits in float32, -inf for what is no token."""
+        logits_bv = logits_bv.astype(mx.float32)
+        return logits_bv if self._unknown_v is None else mx.where(self._unknown_v, -mx.inf, logits_bv)
+
     def _pick(self, logits_bv: mx.array, texts: Sequence["_Text"]) -> mx.array:
         """The next token of each text, (B,), which the device starts to compute."""
-        logits_bv = logits_bv.astype(mx.float32)
-        if self._unknown_v is not None:
-            logits_bv = mx.where(self._unknown_v, -mx.inf, logits_bv)
+        logits_bv = self._known(logits_bv)
         tokens_b = choose(logits_bv, texts)
         asked = [text.request.alternatives for text in texts if text.request.alternatives is not None]
         logprobs = likeliest(logits_bv, tokens_b, max(1, *asked)) if asked else None

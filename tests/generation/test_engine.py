@@ -363,6 +363,16 @@ def test_log_probabilities_are_the_models_own(model, bpe):
     assert "".join(token.text for token in told) == bpe.decode(tokens)
 
 
+def test_entries_that_the_tokenizer_lacks_have_no_probability(make_model, bpe):
+    padded = make_model(vocab_size=bpe.vocab_size + 100)
+    asked = Request(bpe.encode(PROMPT), GenerationConfig(max_tokens=2, seed=1), alternatives=300, prompt_too=True)
+    for _, piece in run_all(padded, bpe, [asked]):
+        for token in piece.tokens:
+            if token.logprob is not None:
+                assert sum(np.exp(logprob) for _, logprob in token.alternatives) == pytest.approx(1, abs=1e-4)
+                assert max(i for i, _ in token.alternatives) < bpe.vocab_size
+
+
 def test_bias_makes_a_token_certain_or_impossible(model, bpe):
     ids, config = bpe.encode(PROMPT), GenerationConfig(max_tokens=5, **GREEDY)
     usual = alone(model, bpe, Request(ids, config, ends=False))
