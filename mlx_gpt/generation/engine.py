@@ -117,11 +117,8 @@ class Engine:
         self._queue = deque(prompt for prompt in self._queue if prompt.request is not request)
         if self._reading and self._reading.request is request:
             self._reading = None
-        self._full = [text for text in self._full if text.request is not request]
-        for text in self._rows:
-            text.dropped |= text.request is request
-        for picked in self._picked:
-            for text in picked.texts:
+        for texts in (self._full, *(picked.texts for picked in self._picked)):
+            for text in texts:
                 text.dropped |= text.request is request
 
     def step(self) -> list[tuple[Request, Piece]]:

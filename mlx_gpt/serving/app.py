@@ -191,7 +191,7 @@ class _EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it, unless the client goes."""
-        with contextlib.closing(self._watched):
+        with contextlib.closing(self._watched), contextlib.suppress(ConnectionError):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await _unless_gone(receive, self._send_all(send))
 

@@ -168,13 +168,15 @@ def until(true, seconds=30):
         time.sleep(0.05)
 
 
-def test_one_who_hangs_up_frees_his_place(folders):
+def test_one_who_hangs_up_frees_his_place(folders, caplog):
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**7) as url:
         endless = BODY | {"max_tokens": 10**7, "logit_bias": {"0": -100}}
         for streams in (True, False):
             body = json.dumps(endless | {"stream": streams}).encode()
             raw(url, HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body, wait=0.3, most=1)
             until(lambda: post(url).status_code == 200, seconds=5)
+    assert "Traceback" not in caplog.text
+    assert "unforeseen" not in caplog.text
 
 
 def test_beyond_the_queue_one_is_told_when_to_try_again(folders):
