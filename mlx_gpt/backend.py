@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import platform
 import threading
@@ -190,15 +191,21 @@ def _cores_there() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@functools.cache
+def cores_at_first() -> list[int]:
+    """The cores that the system let this process use before it took a part of them."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
+
 def take_cores(number: int, processes: int) -> None:
     """Use only this process's part of the cores from now on, at least one: number `number` of so many on this host.
 
     Linux keeps all threads of the process on them, so that one that waits busily, as MLX's ring has, takes no time
     from the other processes.
     """
-    count = max(1, _cores_there() // processes)
+    there = cores_at_first()
+    count = max(1, len(there) // processes)
     if hasattr(os, "sched_setaffinity") and not on_gpu():
-        there = sorted(os.sched_getaffinity(0))
         first = number * len(there) // processes
         for thread in Path("/proc/self/task").iterdir():
             with contextlib.suppress(OSError):  # it has ended

@@ -120,11 +120,7 @@ class Tokenizer:
         if not special:
             return self.encode_batch([text])[0]
         with failing_as("The tokenizer can't encode this text, use another one"):
-            self.backend.encode_special_tokens = False
-            try:
-                return self.backend.encode(text, add_special_tokens=False).ids
-            finally:
-                self.backend.encode_special_tokens = True
+            return self._with_special.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts, on all cores. Errors as in `encode`."""
@@ -166,6 +162,13 @@ class Tokenizer:
         if self.token_bytes is None:
             return np.array([len(self.decode([i]).encode()) for i in range(self.vocab_size)])
         return np.array([len(piece) for piece in self.token_bytes])
+
+    @functools.cached_property
+    def _with_special(self) -> HFTokenizer:
+        """The same, for which the name of a special token is that token."""
+        backend = HFTokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     @functools.cached_property
     def splits_like_gpt2(self) -> bool:

@@ -67,7 +67,6 @@ class Engine:
         self.max_batch, self.made = max_batch, 0
         self._tokenizer, self._positions, self._entries = tokenizer, model.config.n_positions, model.config.vocab_size
         self._network = in_parts(model, max_batch)
-        backend.use_all_cores(self._network.count if isinstance(self._network, GPTInParts) else 1)
         self._cache = make_cache(self._network, max_batch, capacity or self._positions)
         # Where a vocabulary was padded to a round size.
         self._unknown_v = (
@@ -123,6 +122,8 @@ class Engine:
 
     def step(self) -> list[tuple[Request, Piece]]:
         """Advance every text, and return what the step before has made: the device computes while the caller works."""
+        # Of all in this process, so each time: another engine may be divided otherwise.
+        backend.use_all_cores(self._network.count if isinstance(self._network, GPTInParts) else 1)
         before, self._picked = self._picked, []
         self._leave()
         self._decode()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ from mlx_gpt.serving.metrics import Metrics
 from mlx_gpt.serving.protocol import Answer, APIError, Asked
 from mlx_gpt.serving.worker import BusyError, EngineError, Job, Served, Worker
 
+DEAD = "The thread that computes has ended; the log says why: start the server again."
 FAILED = "The model failed at this request; the log says why."
 
 log = logging.getLogger("mlx_gpt")
@@ -58,7 +60,9 @@ class Paths:
         )
 
     async def health(self, request: Request) -> Response:
-        """Whether the server answers."""
+        """Whether the server can answer."""
+        if not self._worker.alive:
+            raise APIError(503, DEAD, code="engine_ended")
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
@@ -86,13 +90,17 @@ class Paths:
         """Go on from a text."""
         body = await _parsed(request, protocol.CompletionRequest)
         served = self._find(body.model)
-        return await self._answer(request, protocol.completion(body, served, self._worker.max_batch, self._most_tokens))
+        return await self._answer(request, await self._understood(protocol.completion, body, served))
 
     async def chat(self, request: Request) -> Response:
         """Answer in a conversation."""
         body = await _parsed(request, protocol.ChatRequest)
         served = self._find(body.model)
-        return await self._answer(request, protocol.chat(body, served, self._worker.max_batch, self._most_tokens))
+        return await self._answer(request, await self._understood(protocol.chat, body, served))
+
+    async def _understood(self, reader: Callable[..., Asked], body: protocol.Sampling, served: Served) -> Asked:
+        """What a body asks for; in a thread, since a long text takes a while to encode."""
+        return await asyncio.to_thread(reader, body, served, self._worker.max_batch, self._most_tokens)
 
     def _find(self, name: str | None) -> Served:
         models = self._worker.models
@@ -121,6 +129,8 @@ class Paths:
             busy = APIError(429, str(error), code="queue_full")
             busy.headers["Retry-After"] = str(error.retry_after)
             raise busy from None
+        except EngineError:
+            raise APIError(503, DEAD, code="engine_ended") from None
         if self._log_prompts:
             log.info("prompts: %r", [asked.served.tokenizer.decode(one.prompt) for one in asked.requests])
         answer = Answer(asked)
@@ -249,9 +259,9 @@ def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
         routes=Paths(worker, metrics, config).routes(), exception_handlers=handlers, lifespan=lifespan
     )
     origins = config.allow_origin
-    if origins:
-        app = CORSMiddleware(app, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"])
-    return Guard(app, metrics, [config.host, *config.allow_host], origins, config.api_key)
+    app = Guard(app, metrics, [config.host, *config.allow_host], origins, config.api_key)
+    # Outside, so that the pages of these sites can read a refusal, too.
+    return CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"]) if origins else app
 
 
 async def _parsed(request: Request, kind: type[protocol.Sampling]) -> Any:
@@ -286,11 +296,11 @@ def _unforeseen(request: Request, error: Exception) -> Response:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Under which name each model is served: that of its run, with a number where two are alike."""
+    """Under which name each model is served: that of its run, with a number where that is taken."""
     names: list[str] = []
     for folder in folders:
         place = folder.resolve()
         name = place.parent.name if place.name in ("best", "final") else place.name
-        count = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{count + 1}" if count else name)
+        free = (f"{name}-{i}" if i > 1 else name for i in itertools.count(1))
+        names.append(next(one for one in free if one not in names))
     return names

@@ -51,7 +51,7 @@ class Guard:
         self._app, self._metrics = app, metrics
         self._hosts = {"localhost", platform.node().lower(), *(host.lower() for host in hosts)}
         self._origins = set(origins)
-        self._key = hashlib.sha256(api_key.encode()).digest() if api_key else None
+        self._key = hashlib.sha256(api_key.encode(errors="surrogateescape")).digest() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -105,8 +105,7 @@ class Guard:
         if origin is not None and origin not in self._origins and origin not in (f"http://{host}", f"https://{host}"):
             message = f"Pages of {shown(origin)} may not ask this server: if they may, start it with --allow-origin."
             raise APIError(403, message, code="unknown_origin")
-        # A browser asks beforehand without a key.
-        if self._key and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+        if self._key and scope["path"] not in OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             given = hashlib.sha256(key.strip().encode("latin-1")).digest()
             if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._key):

@@ -66,6 +66,7 @@ class Server(uvicorn.Server):
             self._worker.start()
         except BaseException:
             self._listener.close()
+            self._worker.stop()
             raise
         self.models = self._worker.models
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -126,6 +127,9 @@ def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
     Raises:
         UserError: one can't be loaded.
     """
+
+    from mlx.utils import tree_flatten
+
     from mlx_gpt import api, backend
     from mlx_gpt.generation.chat import ChatTemplate
     from mlx_gpt.generation.engine import Engine
@@ -133,16 +137,16 @@ def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
 
     folders = [model_directory(path) for path in paths]
     models = {}
-    room = backend.device().usable
+    room, taken = backend.device().usable, 0
     for name, folder in zip(app.names_of(folders), folders, strict=True):
         model, tokenizer = api.load(folder)
         config = model.config
-        cache = 2 * config.n_layer * config.n_embd * config.n_positions * max_batch * model.wte.weight.dtype.size
-        room -= cache
-        if room < 0:
-            size = f"{cache / 1e6:,.0f} MB"
+        taken += sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+        taken += 2 * config.n_layer * config.n_embd * config.n_positions * max_batch * model.wte.weight.dtype.size
+        if taken > room:
+            size = f"{taken / 1e6:,.0f} MB"
             raise UserError(
-                f"The cache of {max_batch} texts of {name} takes {size}, more than is free: lower --max-batch."
+                f"Weights and caches of {max_batch} texts take {size}, more than is free: lower --max-batch."
             )
         engine = functools.partial(Engine, model, tokenizer, max_batch)
         template = ChatTemplate.load(folder)
@@ -160,11 +164,11 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         self._wait()
 
-    def data_received(self, data: bytes) -> None:
-        """Some of a request has come."""
-        super().data_received(data)
+    def handle_events(self) -> None:
+        """Some of a request has come, or it is the turn of one that came with the one before."""
+        super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
-            self.scope.setdefault("extensions", {})["mlx_gpt.connection"] = {"abort": self.transport.abort}
+            self.cycle.scope.setdefault("extensions", {})["mlx_gpt.connection"] = {"abort": self.transport.abort}
             self._stop_waiting()
         elif self._waiting is None:
             self._wait()

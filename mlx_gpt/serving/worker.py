@@ -131,21 +131,29 @@ class Worker:
         if error := self._loaded.get():
             raise error
 
+    @property
+    def alive(self) -> bool:
+        """Whether it still computes."""
+        return self._thread.is_alive()
+
     def bind(self) -> None:
         """Deliver to the running event loop from now on."""
         self._loop = asyncio.get_running_loop()
 
     def stop(self) -> None:
-        """End the thread, after the step that it is in."""
+        """End the thread, after the step or the loading that it is in."""
         self._commands.put(("stop", None))
-        self._thread.join()
+        self._thread.join(timeout=60)
 
     def submit(self, served: Served, requests: Sequence[Request]) -> Job:
         """Begin a job. Give it to `finish` in the end, whatever the end is.
 
         Raises:
             BusyError: too many texts wait already.
+            EngineError: nothing computes any more.
         """
+        if not self.alive:
+            raise EngineError
         texts = sum(request.config.num_samples for request in requests)
         inside = sum(self._texts(job) for job in self._jobs if job.served is served)
         if inside + texts > self.max_batch + self.max_queue:
@@ -171,39 +179,60 @@ class Worker:
         return sum(request.config.num_samples for request in job.requests)
 
     def _count(self) -> None:
-        inside = sum(map(self._texts, self._jobs))
-        places = self.max_batch * max(1, len(self.models))
-        self._metrics.active.set(min(inside, places))
-        self._metrics.queued.set(max(0, inside - places))
+        inside = dict.fromkeys(self.models, 0)
+        for job in self._jobs:
+            inside[job.served.name] += self._texts(job)
+        self._metrics.active.set(sum(min(texts, self.max_batch) for texts in inside.values()))
+        self._metrics.queued.set(sum(max(0, texts - self.max_batch) for texts in inside.values()))
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        error: BaseException | None = None
         try:
             self.models = self._load()
             engines = {name: served.engine() for name, served in self.models.items()}
-        except BaseException as error:
+            self._loaded.put(None)
+            self._serve(engines)
+        except BaseException as caught:
+            error = caught
+            if self.models:
+                log.critical("The thread that computes has ended", exc_info=error)
+        finally:
+            mx.clear_streams()  # those of this thread, or the process would abort at its end
             self._loaded.put(error)
-            return
-        self._loaded.put(None)
+
+    def _serve(self, engines: dict[str, Engine]) -> None:
         asked: dict[Request, _Asked] = {}
-        while True:
-            busy = [name for name, engine in engines.items() if engine.busy]
-            while not busy or not self._commands.empty():
-                what, job = self._commands.get()
-                if job is None:
-                    mx.clear_streams()  # those of this thread, or the process would abort at its end
-                    return
-                engine = engines[job.served.name]
-                for i, request in enumerate(job.requests):
-                    if what == "add":
-                        asked[request] = _Asked(job, i, request.config.num_samples)
-                        engine.add(request)
-                    elif asked.pop(request, None):
-                        engine.drop(request)
+        try:
+            while True:
                 busy = [name for name, engine in engines.items() if engine.busy]
-            for name in busy:
-                self._step(name, engines, asked)
+                while not busy or not self._commands.empty():
+                    what, job = self._commands.get()
+                    if job is None:
+                        return
+                    self._obey(what, job, engines[job.served.name], asked)
+                    busy = [name for name, engine in engines.items() if engine.busy]
+                for name in busy:
+                    self._step(name, engines, asked)
+        finally:
+            self._deliver([(job, EngineError()) for job in {one.job for one in asked.values()}])
+
+    def _obey(self, what: str, job: Job, engine: Engine, asked: dict[Request, _Asked]) -> None:
+        """Add a job's requests, or drop what is left of them."""
+        try:
+            for i, request in enumerate(job.requests):
+                if what == "add":
+                    asked[request] = _Asked(job, i, request.config.num_samples)
+                    engine.add(request)
+                elif asked.pop(request, None):
+                    engine.drop(request)
+        except Exception:
+            log.exception("A request to %s failed", job.served.name)
+            for request in job.requests:
+                if asked.pop(request, None):
+                    engine.drop(request)
+            self._deliver([(job, EngineError())])
 
     def _step(self, name: str, engines: dict[str, Engine], asked: "dict[Request, _Asked]") -> None:
         """Advance an engine, and hand over what it has made."""

@@ -1,12 +1,16 @@
 """`mlx-gpt serve` on the command line."""
 
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
 
 from mlx_gpt import cli
+from mlx_gpt.serving.app import names_of
+from tests.serving.conftest import PROGRAM
 
 
 def refused(capsys, *arguments):
@@ -27,7 +31,7 @@ def test_without_the_extra_it_tells_how_to_get_it(folders, capsys, monkeypatch):
         (["--model", "nowhere"], "There is no nowhere: name a run or a model directory."),
         (["--port", "65536"], "below 65536"),
         (["--max-batch", "0"], "at least 1"),
-        (["--max-batch", "1000000000"], "The cache of 1000000000 texts of plain takes 16,384,000 MB"),
+        (["--max-batch", "1000000000"], "Weights and caches of 1000000000 texts take 16,384,000 MB"),
         (["--host", "no such host", "--insecure"], "Can't listen on no such host"),
         (["--host", "0.0.0.0"], "give an --api-key, or --insecure"),
     ],
@@ -49,6 +53,28 @@ def test_models_of_one_name_are_told_apart(folders, start):
     server = start("--model", folders / "plain", "--model", folders / "plain/best", "--api-key", "sesame")
     models = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer sesame"}).json()["data"]
     assert [model["id"] for model in models] == ["plain", "plain-2"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a", "b/best", "c/final"], ["a", "b", "c"]),
+        (["x/a", "y/a", "z/a/best"], ["a", "a-2", "a-3"]),
+        (["x/a-2", "x/a", "y/a"], ["a-2", "a", "a-3"]),
+        (["demo-long", "demo"], ["demo-long", "demo"]),
+    ],
+)
+def test_names_are_numbered_where_they_are_taken(paths, names):
+    assert names_of([Path(path) for path in paths]) == names
+
+
+def test_an_end_while_loading_is_clean(folders, tmp_path):
+    log = (tmp_path / "log").open("w+")
+    done = subprocess.run(
+        [PROGRAM, "serve", "--model", folders / "plain", "--max-batch", "1000000000"], stderr=log, check=False
+    )
+    log.seek(0)
+    assert (done.returncode, len(log.read().splitlines())) == (2, 1)
 
 
 def test_the_key_may_come_unseen(folders, start, monkeypatch):

@@ -10,8 +10,10 @@ import pytest
 
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.generation.engine import Engine
 from mlx_gpt.serving import guard, server
 from mlx_gpt.serving.server import Server
+from mlx_gpt.serving.worker import Worker
 from tests.serving.conftest import served
 
 OURS = ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]:8080", "192.168.1.7", "LOCALHOST"]
@@ -158,6 +160,13 @@ def test_one_who_does_not_read_frees_his_place(folders, monkeypatch):
             connection.recv(10)
             assert post(url).status_code == 429
             until(lambda: post(url).status_code == 200)
+        with socket.socket() as connection:  # and one whose second request came with the first
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            before = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            connection.sendall(before + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: post(url).status_code == 429)
+            until(lambda: post(url).status_code == 200)
 
 
 def until(true, seconds=30):
@@ -234,17 +243,31 @@ def test_the_page_lets_nothing_else_in(url):
     assert not re.search(r"(src|href)=\"(?!data:)|https?://(?!www\.w3\.org)|@import", answer.text)
 
 
-def test_an_engine_that_fails_is_begun_anew(folders, monkeypatch, caplog):
-    from mlx_gpt.generation.engine import Engine
-
+@pytest.mark.parametrize("where", ["step", "add"])
+def test_an_engine_that_fails_loses_only_what_it_had(folders, monkeypatch, caplog, where):
     with served(folders / "plain") as url:
-        step = Engine.step
-        monkeypatch.setattr(Engine, "step", lambda self: 1 / 0)
+        whole = getattr(Engine, where)
+        monkeypatch.setattr(Engine, where, lambda *arguments: 1 / 0)
         answer = post(url)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
         assert "Traceback" not in answer.text
         streamed = post(url, BODY | {"stream": True})
         assert json.loads(streamed.text.removeprefix("data: "))["error"]["code"] == "engine_failed"
-        monkeypatch.setattr(Engine, "step", step)
+        monkeypatch.setattr(Engine, where, whole)
         assert post(url).status_code == 200
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_server_that_can_compute_no_more_says_so(folders, monkeypatch):
+    with served(folders / "plain") as url:
+        monkeypatch.setattr(Worker, "_step", lambda *arguments: 1 / 0)
+        assert post(url).status_code == 500
+        until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        assert post(url).json()["error"]["code"] == "engine_ended"
+
+
+def test_an_allowed_site_can_read_refusals(folders):
+    site = "https://a.example"
+    with served(folders / "plain", allow_origin=(site,), api_key="sesame") as url:
+        answer = post(url, Origin=site)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, site)

@@ -158,6 +158,13 @@ def test_each_rank_holds_its_own_micro_batch_and_auto_chooses_for_it():
     assert "This fits: --batch-size" in refused
 
 
+@pytest.fixture(autouse=True)
+def own_cores():
+    """No test leaves another its cores."""
+    yield
+    backend.cores_at_first.cache_clear()
+
+
 def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
     assert backend.part_of(cpu(12 * GIB), 3).usable == 4 * GIB
     assert backend.part_of(mac(24), 2).usable == mac(24).usable // 2
@@ -165,15 +172,23 @@ def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
     kept = []
-    monkeypatch.setattr("os.sched_setaffinity", lambda thread, cores: kept.append((thread, (*cores,))), raising=False)
-    backend.take_cores(1, 2)
-    assert backend.cores() == 4
+
+    def keep(thread, cores):
+        kept.append((thread, (*cores,)))
+        monkeypatch.setattr("os.sched_getaffinity", lambda process: set(cores), raising=False)
+
+    monkeypatch.setattr("os.sched_setaffinity", keep, raising=False)
+    backend.cores_at_first.cache_clear()
+    for _ in range(2):  # of two trainings one after the other
+        backend.take_cores(1, 2)
+        assert backend.cores() == 4
     if sys.platform == "linux":
         assert {*kept} >= {(os.getpid(), (4, 5, 6, 7))}
 
 
 def test_with_more_ranks_than_cores_each_has_one(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5}, raising=False)
+    backend.cores_at_first.cache_clear()
     kept = set()
     monkeypatch.setattr("os.sched_setaffinity", lambda thread, cores: kept.add((*cores,)), raising=False)
     for number in range(4):
