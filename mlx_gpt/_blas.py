@@ -44,6 +44,8 @@ def load() -> None:
         elif package := importlib.util.find_spec("scipy_openblas32"):
             _library = _openblas(Path(str(package.origin)).parent / "lib" / "libscipy_openblas.so")
             live = _name(_library)
+        else:
+            live = "MLX's own, since scipy-openblas32 is not installed"
     except OSError as error:
         if wanted:
             problem = f"MLX_GPT_BLAS={wanted} can't be loaded ({error}): name a BLAS library, or `off`."
@@ -70,28 +72,33 @@ def _openblas(path: Path) -> ctypes.CDLL:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlx-gpt")  # noqa: PTH111
     compiled = cache / f"cblas-{zlib.crc32(source.read_bytes()):08x}-{platform.machine()}.so"
     try:
+        # Without a home the place is in the current folder, where anyone may have put something.
+        if not cache.is_absolute() or compiled.stat().st_uid != os.getuid():
+            raise OSError(f"{compiled} may be somebody else's")
         ctypes.CDLL(str(compiled), ctypes.RTLD_GLOBAL)
     except OSError:
-        _compile(source, compiled)
+        _compile(source, compiled if cache.is_absolute() else None)
     return library
 
 
-def _compile(source: Path, compiled: Path) -> None:
+def _compile(source: Path, compiled: Path | None) -> None:
     """Compile and load `source`, and keep it as `compiled` for the next time if that can be written."""
     import shutil
     import subprocess
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, compiled.name)
+        made = Path(folder, "cblas.so")
         command = ["g++", "-O2", "-shared", "-fPIC", "-o", str(made), str(source)]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except subprocess.CalledProcessError as error:
             raise OSError(f"{' '.join(command)}: {error.stderr.decode(errors='replace').strip()}") from None
         ctypes.CDLL(str(made), ctypes.RTLD_GLOBAL)
+        if not compiled:
+            return
         with contextlib.suppress(OSError):
-            compiled.parent.mkdir(parents=True, exist_ok=True)
+            compiled.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             whole = compiled.with_name(f"{compiled.name}.{os.getpid()}")
             shutil.copyfile(made, whole)
             whole.replace(compiled)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlx_gpt  # noqa: F401 - before mlx, so that its BLAS serves it
+import mlx_gpt
 
 import mlx.core as mx  # isort: skip
 
@@ -61,12 +61,21 @@ def test_openblas_serves_and_another_can_be_named_or_none():
 
 
 @on_linux
-def test_it_is_compiled_once_for_all_who_start_at_the_same_time(tmp_path):
+def test_those_who_start_together_leave_one_whole_library(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", "from mlx_gpt import _blas; print(_blas.live)"]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert all(process.communicate()[0].startswith("OpenBLAS") for process in running)
     assert [path.suffix for path in (tmp_path / "mlx-gpt").iterdir()] == [".so"]
+    without_compiler = str(Path(sys.executable).parent)
+    assert live(XDG_CACHE_HOME=str(tmp_path), PATH=without_compiler).startswith("OpenBLAS")
+
+
+@on_linux
+def test_nothing_is_kept_in_or_taken_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert live(XDG_CACHE_HOME="here", PYTHONPATH=str(Path(mlx_gpt.__file__).parent.parent)).startswith("OpenBLAS")
+    assert list(tmp_path.iterdir()) == []
 
 
 @on_linux
