@@ -325,6 +325,7 @@ def test_a_dialogue_in_a_terminal(terminal, trained):
     window.see("> ")
     window.type("The duck\n")
     window.see("The duck\r\n")
+    window.see(" ")  # its answer has begun: a Ctrl-C before that is one at the prompt
     window.type("\x03")
     window.see("(stopped)")
     window.see("> ")
