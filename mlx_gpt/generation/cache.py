@@ -15,6 +15,7 @@ class Rows:
         lengths: how many each has, for the rows in use, which are the first.
         offset: of the pass that `grow` has announced: how many tokens came before, (B, 1) where texts differ in it.
         mask: of that pass: which tokens each query may see, (B, 1, T, S); None for all up to its own.
+        places: of that pass, where texts differ in it: where the tokens go, (count, 1, T, 1).
     """
 
     def __init__(self, count: int, capacity: int) -> None:
@@ -22,6 +23,7 @@ class Rows:
         self.lengths: list[int] = []
         self.offset: int | mx.array = 0
         self.mask: mx.array | None = None
+        self.places: mx.array | None = None
 
     def begin(self, texts: int = 1) -> None:
         """Begin so many texts in the next rows."""
@@ -31,11 +33,12 @@ class Rows:
         """Announce a pass over `T` more tokens of each text."""
         before, self.lengths = self.lengths, [length + T for length in self.lengths]
         if len(set(before)) == 1:
-            self.offset, self.mask = before[0], None
+            self.offset, self.mask, self.places = before[0], None, None
         else:
             self.offset = mx.array(before)[:, None]
             positions_bt = self.offset + mx.arange(T)
             self.mask = (mx.arange(max(self.lengths)) <= positions_bt[..., None])[:, None]
+            self.places = mx.pad(positions_bt, [(0, self.count - len(before)), (0, 0)])[:, None, :, None]
 
 
 class KVCache:
@@ -90,13 +93,15 @@ class LayerCache:
     def update(self, keys_bhtd: mx.array, values_bhtd: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values, and return those of all tokens so far, (B, H, S, D) both."""
         B, _, T, _ = keys_bhtd.shape
-        offset, stop = self._rows.offset, max(self._rows.lengths)
+        places, stop = self._rows.places, max(self._rows.lengths)
         self._allocate(keys_bhtd)
-        for array, new_bhtd in zip(self._arrays, (keys_bhtd, values_bhtd), strict=True):
-            if isinstance(offset, int):
-                array[:B, :, offset:stop] = new_bhtd
+        for i, new_bhtd in enumerate((keys_bhtd, values_bhtd)):
+            if places is None:
+                self._arrays[i][:B, :, stop - T : stop] = new_bhtd
             else:
-                array[mx.arange(B)[:, None], :, offset + mx.arange(T)] = new_bhtd.swapaxes(1, 2)
+                # For all rows, in use or not: in place, and twice as fast as a general index.
+                new_bhtd = mx.pad(new_bhtd, [(0, self._rows.count - B), (0, 0), (0, 0), (0, 0)])
+                self._arrays[i] = mx.put_along_axis(self._arrays[i], places, new_bhtd, axis=2)
         keys, values = (array[:B, :, :stop] for array in self._arrays)
         return keys, values
 
