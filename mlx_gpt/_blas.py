@@ -70,7 +70,8 @@ def _openblas(path: Path) -> ctypes.CDLL:
     source = Path(__file__).with_name("_cblas.cpp")
     # Not Path's own `expanduser`, which fails where there is no home.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlx-gpt")  # noqa: PTH111
-    compiled = cache / f"cblas-{zlib.crc32(source.read_bytes()):08x}-{platform.machine()}.so"
+    made_of = source.read_bytes() + _processor().encode()
+    compiled = cache / f"cblas-{zlib.crc32(made_of):08x}-{platform.machine()}.so"
     try:
         # Without a home the place is in the current folder, where anyone may have put something.
         if not cache.is_absolute() or compiled.stat().st_uid != os.getuid():
@@ -81,6 +82,13 @@ def _openblas(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _processor() -> str:
+    """The instructions that it knows: what is compiled for one processor may not run on another."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return ""
+
+
 def _compile(source: Path, compiled: Path | None) -> None:
     """Compile and load `source`, and keep it as `compiled` for the next time if that can be written."""
     import shutil
@@ -89,7 +97,7 @@ def _compile(source: Path, compiled: Path | None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "cblas.so")
-        command = ["g++", "-O2", "-shared", "-fPIC", "-o", str(made), str(source)]
+        command = ["g++", "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC", "-o", str(made), str(source)]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except subprocess.CalledProcessError as error:
