@@ -2,8 +2,8 @@
 
     python -m tests.serving.load --model weights/demo --minutes 5
 
-starts `mlx-gpt serve` and has 1, 8 and 64 clients ask it for so long each. With --beside it starts mlx-lm's server on
-the same model, and has 1 and 8 clients ask both in turns.
+starts `mlx-gpt serve` and has 1, 8 and 64 clients ask it for so long each. How fast that is beside mlx-lm's server,
+`benchmarks/serving.py` measures.
 """
 
 import argparse
