@@ -17,6 +17,8 @@ import sys
 import zlib
 from pathlib import Path
 
+COMPILER = ("g++", "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC")
+
 live: str = "MLX's own"
 """What serves matrix products: the library that was loaded, or MLX's own choice."""
 
@@ -70,16 +72,28 @@ def _openblas(path: Path) -> ctypes.CDLL:
     source = Path(__file__).with_name("_cblas.cpp")
     # Not Path's own `expanduser`, which fails where there is no home.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlx-gpt")  # noqa: PTH111
-    made_of = source.read_bytes() + _processor().encode()
+    made_of = " ".join([*COMPILER, _processor()]).encode() + source.read_bytes()
     compiled = cache / f"cblas-{zlib.crc32(made_of):08x}-{platform.machine()}.so"
+    if cache.is_absolute():
+        with contextlib.suppress(OSError):
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private = _is_private(cache)
     try:
-        # Without a home the place is in the current folder, where anyone may have put something.
-        if not cache.is_absolute() or compiled.stat().st_uid != os.getuid():
+        if not private:
             raise OSError(f"{compiled} may be somebody else's")
         ctypes.CDLL(str(compiled), ctypes.RTLD_GLOBAL)
     except OSError:
-        _compile(source, compiled if cache.is_absolute() else None)
+        _compile(source, compiled if private else None)
     return library
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody else can have put anything there. Without a home it is relative to whatever folder is current."""
+    try:
+        facts = folder.stat()
+    except OSError:
+        return False
+    return folder.is_absolute() and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
 
 
 def _processor() -> str:
@@ -97,7 +111,7 @@ def _compile(source: Path, compiled: Path | None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "cblas.so")
-        command = ["g++", "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC", "-o", str(made), str(source)]
+        command = [*COMPILER, "-o", str(made), str(source)]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except subprocess.CalledProcessError as error:
@@ -106,7 +120,6 @@ def _compile(source: Path, compiled: Path | None) -> None:
         if not compiled:
             return
         with contextlib.suppress(OSError):
-            compiled.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             whole = compiled.with_name(f"{compiled.name}.{os.getpid()}")
             shutil.copyfile(made, whole)
             whole.replace(compiled)

@@ -26,7 +26,7 @@ constexpr int LANES = 4, SUMS = 12;
 typedef float Register __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define UNROLL _Pragma("GCC unroll 32")
 
-constexpr int FEW = 16;     // rows of A; with more, OpenBLAS is as fast
+constexpr int FEW = 16;     // rows of A; with more, OpenBLAS is as fast on two cores. These are computed by one
 constexpr int GROUP = 8;    // of them at a time
 constexpr int TILE = 192;   // columns of B for all groups, so that the second finds them in the cache,
 constexpr int AT_ONCE = 8;  // or rows of B
@@ -92,7 +92,7 @@ template <int M> void multiply_dots(const Product &p, int n) {
   struct alignas(64) CacheLine { float floats[16]; };  // a register read across two lines takes twice as long
   static thread_local std::vector<CacheLine> lines;
   lines.resize((long)p.k * M / 16 + 1);
-  float *a = lines[0].floats, *to = a;
+  float *a = reinterpret_cast<float *>(lines.data()), *to = a;
   for (int i = 0; i + LANES <= p.k; i += LANES)
     for (int m = 0; m < M; m++)
       for (int l = 0; l < LANES; l++) *to++ = p.a[m * p.a_row + (i + l) * p.a_column];
