@@ -191,12 +191,12 @@ class Engine:
         prompt.cache.rows.grow(len(ids) + padding)
         x_tc = self._network.hidden(mx.array([[*ids, *[0] * padding]]), prompt.cache.layers)[0, : len(ids)]
         prompt.cache.rows.lengths[0] = start + len(ids)
-        if prompt.request.prompt_too and not prompt.again:
+        if prompt.logprobs is not None:
             logits_tv = self._known(self._network.head(x_tc))
-            following = prompt.ids[start + 1 : start + 1 + len(ids)]
-            k = max(1, prompt.request.alternatives or 0)
-            prompt.logprobs.append(likeliest(logits_tv[: len(following)], mx.array(following, mx.uint32), k))
-            mx.async_eval(prompt.logprobs[-1])
+            if following := prompt.ids[start + 1 : start + 1 + len(ids)]:  # the last token may be alone in its chunk
+                k = max(1, prompt.request.alternatives or 0)
+                prompt.logprobs.append(likeliest(logits_tv[: len(following)], mx.array(following, mx.uint32), k))
+                mx.async_eval(prompt.logprobs[-1])
             return logits_tv[-1]
         logits_bv = self._network.head(x_tc[-1:])
         mx.async_eval(logits_bv)
@@ -229,7 +229,7 @@ class Engine:
             if text.dropped or text.text.reason:
                 continue  # picked before its end was known
             self.made += 1
-            if picked.prompt_logprobs:
+            if picked.prompt_logprobs is not None:
                 yield request, Piece(text.sample, "", tokens=self._prompt_tokens(request, picked.prompt_logprobs))
             reason: Reason = "length" if len(text.ids) == request.config.max_tokens else ""
             if token == self._tokenizer.end_of_text and request.ends:
@@ -287,7 +287,7 @@ class _Prompt:
 
     def __init__(self, texts: list[_Text], ids: Sequence[int], cache: KVCache, again: bool) -> None:
         self.request, self.texts, self.ids, self.cache, self.again = texts[0].request, texts, ids, cache, again
-        self.logprobs: list[Logprobs] = []
+        self.logprobs: list[Logprobs] | None = [] if self.request.prompt_too and not again else None
 
     @property
     def done(self) -> bool:
@@ -302,7 +302,7 @@ class _Picked:
     texts: list[_Text]
     tokens_b: mx.array
     logprobs: Logprobs | None
-    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] | None = None
 
 
 def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from mlx_gpt.config import GenerationConfig
+from mlx_gpt.generation import engine
 from mlx_gpt.generation.stream import stream
 
 PROMPT = "The duck swims"
@@ -67,6 +68,8 @@ def test_seeds_and_settings_are_those_of_the_command_line(client, model, bpe):
 def test_usage_counts_tokens(client, bpe):
     got = client.completions.create(model="plain", prompt=[PROMPT, "A goose"], max_tokens=6, n=2, logprobs=0)
     counted = sum(len(choice.logprobs.tokens) for choice in got.choices)
+    lasting = client.completions.create(model="plain", prompt=PROMPT, max_tokens=6, n=3, logit_bias={"0": -100})
+    assert lasting.usage.completion_tokens == 18
     assert got.usage.prompt_tokens == len(bpe.encode(PROMPT)) + len(bpe.encode("A goose"))
     assert got.usage.completion_tokens == counted
     assert got.usage.total_tokens == got.usage.prompt_tokens + counted
@@ -98,6 +101,19 @@ def test_echo_begins_with_the_prompt(client, streams, logprobs):
     assert "".join(texts) == PROMPT + alone
 
 
+@pytest.mark.parametrize("count", [1, 8, 9, 10])
+def test_a_prompt_of_any_length_is_told_token_by_token(client, bpe, monkeypatch, count):
+    monkeypatch.setattr(engine, "CHUNK_CPU", 8)
+    ids = (bpe.encode(PROMPT) * 10)[:count]
+    got = client.completions.create(model="plain", prompt=ids, max_tokens=1, echo=True, logprobs=0).choices[0]
+    assert got.logprobs.tokens[:count] == [bpe.name_of(token) for token in ids]
+    assert [logprob is None for logprob in got.logprobs.token_logprobs] == [True] + [False] * count
+    scored = client.completions.create(
+        model="plain", prompt=ids, max_tokens=0, echo=True, logprobs=0, logit_bias={str(bpe.end_of_text): 100}
+    )
+    assert (scored.choices[0].finish_reason, len(scored.choices[0].logprobs.tokens)) == ("length", count)
+
+
 def test_log_probabilities_are_the_models(client, model, bpe):
     asked = {"model": "plain", "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 3}
     choice = client.completions.create(**asked).choices[0]
@@ -109,7 +125,8 @@ def test_log_probabilities_are_the_models(client, model, bpe):
     for i, (logprob, best) in enumerate(zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True)):
         assert logprob == pytest.approx(expected[i, ids[i + 1]].item(), abs=1e-4)
         assert max(best.values()) == pytest.approx(expected[i].max().item(), abs=1e-4)
-        assert len(best) <= 3
+        assert best[told.tokens[i + 1]] == logprob
+        assert len(best) <= 4  # with the token itself
     assert [choice.text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens, strict=True)]
 
 
@@ -118,6 +135,8 @@ def test_stop_ends_before_it(client):
     stop = whole[8:11]
     got = client.completions.create(model="plain", prompt=PROMPT, max_tokens=20, stop=["☃", stop], **GREEDY).choices[0]
     assert (got.text, got.finish_reason) == (whole[: whole.index(stop)], "stop")
+    long = client.completions.create(model="plain", prompt=PROMPT, max_tokens=3, stop="a stop of any length")
+    assert long.choices[0].finish_reason
 
 
 def test_bias_and_penalties_act(client, bpe):
@@ -174,6 +193,14 @@ def test_a_conversation_streams(client):
     assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in streamed)
 
 
+def test_an_answer_is_sent_back_with_the_next_question(client):
+    messages: list[Any] = [{"role": "user", "content": "Geese"}]
+    asked = {"model": "chatty", "max_tokens": 2, "seed": 2}
+    messages.append(client.chat.completions.create(messages=messages, **asked).choices[0].message)
+    messages.append({"role": "user", "content": "Ducks"})
+    assert client.chat.completions.create(messages=messages, **asked).choices[0].message.role == "assistant"
+
+
 def test_without_a_limit_an_answer_fills_the_context(client):
     got = client.chat.completions.create(model="chatty", messages=[{"role": "user", "content": "Geese"}], seed=3)
     assert got.usage.total_tokens <= 32
@@ -200,6 +227,9 @@ def test_a_template_may_refuse(client):
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"nonsense": 1}, "nonsense", "not supported"),
+        ({"store": True}, "store", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "should be 'text'"),
+        ({"prompt": [*[1] * 200_000, "a"]}, "prompt", "wrong type"),
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": -0.1}, "top_p", "greater than"),
@@ -235,7 +265,19 @@ def test_what_cant_be_done_is_refused_by_name(http, body, param, words):
     assert "\n" not in error["message"]
 
 
-@pytest.mark.parametrize("body", [{"user": "me"}, {"suffix": None}, {"tools": None}, {"best_of": None}])
+def test_a_body_that_is_wrong_everywhere_is_not_told_all_of_it(http):
+    answer = http.post("/v1/completions", json={f"nonsense{i}": i for i in range(5_000)})
+    assert answer.status_code == 400
+    assert "wrong in many places" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"user": "me"}, {"suffix": None}, {"tools": None}, {"best_of": None}, {"best_of": 1}, {"store": None},
+        {"response_format": {"type": "text"}}, {"verbosity": None},
+    ],
+)  # fmt: skip
 def test_what_changes_nothing_is_taken(http, body):
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1} | body).status_code == 200
 
