@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import re
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -23,6 +25,7 @@ from mlx_gpt.serving.worker import Served, Worker
 
 HEADER_SECONDS = 20.0  # for a request's head
 MOST_HEADERS = 2**15  # bytes
+MOST_AHEAD = 2**20  # bytes of requests that came before the last one was answered
 MOST_CONNECTIONS = 512
 
 log = logging.getLogger("mlx_gpt")
@@ -57,6 +60,9 @@ class Server(uvicorn.Server):
             raise UserError(
                 f"On {config.host} others can ask: give an --api-key, or --insecure if everyone may use the model."
             )
+        for origin in config.allow_origin:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise UserError(f"--allow-origin {origin} is no site: name it as a browser does, https://a.example.")
         self._listener = _listen(config.host, config.port)
         metrics = Metrics()
         self._worker = Worker(
@@ -164,9 +170,20 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         self._wait()
 
+    def on_response_complete(self) -> None:
+        """An answer has been written: now it has to be read in time, and the next request to come."""
+        if self._waiting is None:
+            self._wait()
+        super().on_response_complete()
+
     def handle_events(self) -> None:
         """Some of a request has come, or it is the turn of one that came with the one before."""
         super().handle_events()
+        if self.conn.their_state is h11.DONE:
+            # More came before the answer, and uvicorn has paused reading: nobody would see the client hang up.
+            if len(self.conn.trailing_data[0]) > MOST_AHEAD:
+                self.transport.abort()
+            self.flow.resume_reading()
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.scope.setdefault("extensions", {})["mlx_gpt.connection"] = {"abort": self.transport.abort}
             self._stop_waiting()

@@ -118,6 +118,7 @@ class Worker:
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()
         self._seconds_per_text = 1.0  # a running average
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loaded: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -134,7 +135,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether it still computes."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     def bind(self) -> None:
         """Deliver to the running event loop from now on."""
@@ -162,6 +163,9 @@ class Worker:
         self._jobs.add(job)
         self._count()
         self._commands.put(("add", job))
+        if not self.alive:  # it may have ended before this
+            self._jobs.discard(job)
+            raise EngineError
         return job
 
     def finish(self, job: Job) -> None:
@@ -216,7 +220,13 @@ class Worker:
                 for name in busy:
                     self._step(name, engines, asked)
         finally:
-            self._deliver([(job, EngineError()) for job in {one.job for one in asked.values()}])
+            self._ended = True
+            lost = {one.job for one in asked.values()}
+            while not self._commands.empty():
+                what, job = self._commands.get()
+                if job and what == "add":
+                    lost.add(job)
+            self._deliver([(job, EngineError()) for job in lost])
 
     def _obey(self, what: str, job: Job, engine: Engine, asked: dict[Request, _Asked]) -> None:
         """Add a job's requests, or drop what is left of them."""
