@@ -157,6 +157,10 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
+    def special_names(self) -> list[str]:
+        """What the ids are called that no text has, such as the end of a document."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for the end of a document."""
         if self.token_bytes is None:

@@ -120,9 +120,12 @@ class Paths:
             "context": served.n_positions,
             "parameters": served.n_params,
             "chat": served.template is not None,
+            "special_tokens": served.tokenizer.special_names(),
         }
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
+        if self._log_prompts:
+            log.info("prompts: %r", [asked.served.tokenizer.decode(one.prompt) for one in asked.requests])
         try:
             job = self._worker.submit(asked.served, asked.requests)
         except BusyError as error:
@@ -131,8 +134,6 @@ class Paths:
             raise busy from None
         except EngineError:
             raise APIError(503, DEAD, code="engine_ended") from None
-        if self._log_prompts:
-            log.info("prompts: %r", [asked.served.tokenizer.decode(one.prompt) for one in asked.requests])
         answer = Answer(asked)
         self._metrics.prompts.inc(answer.prompt_tokens)
         watched = _Watched(self, request, job, answer)

@@ -115,8 +115,11 @@ def test_settings_act_and_are_explained(page):
         meaning = page.locator(f"#{field.get_attribute('aria-describedby')}")
         assert len(meaning.inner_text()) > 20
     set_to(page, "Temperature", 7)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     page.locator(".go").click()
-    assert texts(page) == first  # the browser says what it may be
+    page.wait_for_timeout(300)
+    assert (asked, texts(page)) == ([], first)  # the browser says what it may be
 
 
 def test_a_token_tells_how_likely_it_was_and_what_else_there_was(page):
@@ -140,6 +143,23 @@ def test_a_token_tells_how_likely_it_was_and_what_else_there_was(page):
     page.locator("textarea").press("End")
     page.get_by_role("button", name="Colours").click()
     assert page.locator(".paper.colours").count() == 0
+
+
+def test_what_a_stop_string_held_back_belongs_to_its_token(page):
+    page.locator("textarea").fill("The duck")
+    set_to(page, "Length", 12)
+    go_on(page)
+    [text], tokens = texts(page), page.locator(".ink .made").all_text_contents()
+    page.get_by_role("button", name="Undo").click()
+    beginnings = [text[at : at + 3] for at in range(8, len(text) - 3)]
+    for stop in {
+        f"{beginning}\N{SNOWMAN}" for beginning in beginnings[:: len(beginnings) // 4]
+    }:  # which never come whole
+        page.get_by_label("Stop at").fill(stop)
+        page.locator("textarea").fill("The duck")
+        go_on(page)
+        assert texts(page) == [text]
+        assert page.locator(".ink .made").all_text_contents() == tokens
 
 
 def test_what_is_typed_into_a_text_keeps_the_tokens_around(page):
