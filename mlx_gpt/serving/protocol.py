@@ -19,8 +19,10 @@ from mlx_gpt.generation.text import Piece, Token
 from mlx_gpt.serving.worker import Served
 
 MOST_ALTERNATIVES = 20
+MOST_ERRORS = 100  # that a refusal is made of: a large body can have a million
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Id = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 
 
 class APIError(Exception):
@@ -52,6 +54,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(False, description="Tell the usage in a last chunk.")
 
 
+class PlainText(BaseModel):
+    """The only format of an answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+
+
 class Sampling(BaseModel):
     """What completions and chat have in common."""
 
@@ -61,7 +71,9 @@ class Sampling(BaseModel):
     n: int | None = Field(None, ge=1, description="Texts to make.")
     stream: bool | None = Field(None, description="Send the text as it is made, as server-sent events.")
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = Field(None, description="End the text before any of these.", max_length=16)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = Field(
+        None, description="End the text before any of these."
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same text.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest; default 1.")
     top_p: float | None = Field(None, ge=0, le=1, description="Sample among tokens of this probability together.")
@@ -74,7 +86,7 @@ class Sampling(BaseModel):
         None, description="Added to the logits of these ids.", max_length=1024
     )
     user: str | None = Field(None, description="Has no effect.")
-    # What OpenAI's API has and these models can't do, which some clients send as null.
+    # What OpenAI's API has and these models can't do: clients send them as null, or as what is the case anyway.
     audio: None = None
     function_call: None = None
     functions: None = None
@@ -83,11 +95,15 @@ class Sampling(BaseModel):
     parallel_tool_calls: None = None
     prediction: None = None
     reasoning_effort: None = None
-    response_format: None = None
+    prompt_cache_key: None = None
+    response_format: PlainText | None = None
+    safety_identifier: None = None
     service_tier: None = None
     store: None = None
     tool_choice: None = None
     tools: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     def config(self, max_tokens: int, most_texts: int) -> GenerationConfig:
         """The settings of these texts."""
@@ -121,15 +137,15 @@ class Sampling(BaseModel):
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[Id] | list[list[Id]] | None = Field(
-        None, description="A text, its ids, or several of either; nothing begins a new text."
-    )
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)] | None
+    ) = Field(None, description="A text, its ids, or several of either; nothing begins a new text.")
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="Most new tokens; default 16.")
     echo: bool | None = Field(None, description="Begin with the prompt.")
     logprobs: int | None = Field(
         None, ge=0, le=MOST_ALTERNATIVES, description="Tell each token's log-probability, and so many others."
     )
-    best_of: None = None
+    best_of: Literal[1] | None = None
     suffix: None = None
 
 
@@ -150,12 +166,17 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    # Of an answer that is sent back: what no answer of these models has.
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: None = None
 
 
 class ChatRequest(Sampling):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Most new tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same.")
     logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
@@ -195,13 +216,15 @@ def parse(kind: type[Sampling], body: bytes) -> Any:
 
 def _refusal(kind: type[Sampling], error: ValidationError) -> APIError:
     """What is wrong with a body, in a sentence."""
+    if error.error_count() > MOST_ERRORS:
+        return APIError(400, "The body is wrong in many places: /openapi.json tells what it may have.")
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         return APIError(400, f"The body is not valid JSON: {shown(errors[0]['msg'], 200)}.", code="invalid_json")
     if not errors[0]["loc"]:
         return APIError(400, "The body has to be a JSON object.")
     name = shown(errors[0]["loc"][0])
-    if errors[0]["type"] == "none_required" or (errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 1):
+    if len(errors[0]["loc"]) == 1 and errors[0]["type"] in ("none_required", "extra_forbidden", "literal_error"):
         return APIError(400, f"`{name}` is not supported by this server: leave it out.", name)
     # Where several types will do, there is an error for each: that of the right type was meant.
     errors = [one for one in errors if one["loc"][0] == errors[0]["loc"][0]]
@@ -239,8 +262,8 @@ def completion(body: CompletionRequest, served: Served, most_texts: int, most_to
         )
         for prompt in prompts
     ]
-    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-    return Asked("text", served, requests, bool(body.stream), _usage(body), texts if body.echo else [], scored)
+    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts if body.echo]
+    return Asked("text", served, requests, bool(body.stream), _usage(body), texts, scored)
 
 
 def chat(body: ChatRequest, served: Served, most_texts: int, most_tokens: int) -> Asked:
@@ -331,7 +354,7 @@ class Answer:
             self.completion_tokens += len(tokens)
         self._texts[i] += text
         self._tokens[i] += tokens
-        self._reasons[i] = "stop" if reason in ("end", "stop") else reason
+        self._reasons[i] = "stop" if reason in ("end", "stop") and not self._asked.scored else reason and "length"
         return [self._chunk(self._choice(i, text, tokens, self._reasons[i]))] if text or tokens or reason else []
 
     def last(self) -> Iterator[dict[str, Any]]:
@@ -391,7 +414,10 @@ class Answer:
             "tokens": [name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {name(one): logprob for one, logprob in token.alternatives} if token.logprob is not None else None
+                # The token itself is always among them.
+                {name(one): logprob for one, logprob in (*token.alternatives, (token.id, token.logprob))}
+                if token.logprob is not None
+                else None
                 for token in tokens
             ],
             "text_offset": offsets,

@@ -43,11 +43,6 @@ CHUNKS = [
     b"2;x=" + b"y" * 9000 + b"\r\n{}\r\n0\r\n\r\n", b"2\r\n{}\r\n0\r\nX: y\r\n\r\n", b"\r\n\r\n", b"2\n{}\n0\n\n",
 ]  # fmt: skip
 
-NO_HTTP = [
-    b"\x16\x03\x01\x02\x00\x01", b"\r\n" * 50, b"GET / HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    b"GET /\r\n\r\n", b"\n",
-]  # fmt: skip
-
 
 def requests(count: int, seed: int = 0) -> Iterator[tuple[bytes, bool]]:
     """The bytes of so many requests, of every kind in turn, and whether they want an answer as they are."""
@@ -143,7 +138,7 @@ def _garbage(draw: random.Random) -> bytes:
 
 
 def _large(draw: random.Random) -> bytes:
-    """More than is taken."""
+    """More than is taken, or nearly."""
     size = draw.choice([2**20 + 1, 2**21])
     body = draw.choice(
         [
@@ -151,6 +146,8 @@ def _large(draw: random.Random) -> bytes:
             b'{"prompt": "' + b"x" * size + b'"}',
             b"[" * size,
             b'{"prompt": [' + b"1," * (size // 2) + b"1]}",
+            b'{"prompt": [' + b"1," * 400_000 + b'"a"]}',
+            b'{"messages": [' + b"{}," * 300_000 + b"{}]}",
         ]
     )
     return request(body, draw.choice(PATHS))
