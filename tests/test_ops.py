@@ -25,6 +25,15 @@ def reference(x, weight, targets):
     return loss.item(), x.grad.numpy(), weight.grad.numpy()
 
 
+def test_exponentials_are_right_or_nothing():
+    """What is too small to be heard beside 1 is 0: gradients times it would be subnormal numbers, which are slow."""
+    x = np.linspace(-64, 0, 100_001, dtype=np.float32)[1:]
+    for exp in (ops.exp_nonpositive, mx.compile(ops.exp_nonpositive)):
+        np.testing.assert_allclose(np.array(exp(mx.array(x))), np.exp(x.astype(np.float64)), rtol=2e-7)
+        assert exp(mx.array([-64.1, -87, -1e30, -mx.inf])).tolist() == [0, 0, 0, 0]
+        assert mx.isnan(exp(mx.array([mx.nan]))).item()
+
+
 @pytest.mark.parametrize("rows", [128, 4, 3])
 def test_the_loss_in_chunks_has_the_gradients_of_the_whole(hidden, rows, monkeypatch):
     """In one chunk, in even ones, and with a shorter last one."""
