@@ -245,20 +245,13 @@ def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
     """The application, guarded."""
     metrics.places.set(worker.max_batch * max(1, len(worker.models)))
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        worker.bind()
-        yield
-
     handlers: dict[Any, Callable[[Request, Exception], Response]] = {
         ConnectionError: _gone,
         APIError: _refused,
         HTTPException: _not_there,
         Exception: _unforeseen,
     }
-    app: ASGIApp = Starlette(
-        routes=Paths(worker, metrics, config).routes(), exception_handlers=handlers, lifespan=lifespan
-    )
+    app: ASGIApp = Starlette(routes=Paths(worker, metrics, config).routes(), exception_handlers=handlers)
     origins = config.allow_origin
     app = Guard(app, metrics, [config.host, *config.allow_host], origins, config.api_key)
     # Outside, so that the pages of these sites can read a refusal, too.

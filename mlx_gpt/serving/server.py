@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
                 app.make(self._worker, metrics, config),
                 http=Protocol,
                 ws="none",
-                lifespan="on",
+                lifespan="off",
                 log_config=None,
                 log_level="warning",
                 access_log=False,  # guard.py has a line per request
@@ -107,6 +107,11 @@ class Server(uvicorn.Server):
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until it is to end."""
         super().run(sockets=[self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        self._worker.bind()
+        await super().startup(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

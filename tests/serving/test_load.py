@@ -89,6 +89,15 @@ def test_sigterm_waits_no_longer_than_the_grace(folders, start):
     assert "Traceback" not in server.log.read_text()
 
 
+def test_two_signals_at_once_end_it_without_a_traceback(folders, start):
+    server = start("--model", folders / "plain")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=30) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_after_sigkill_it_starts_again_at_the_same_address(folders, start):
     first = start("--model", folders / "plain")
     port = first.url.split(":")[-1]
