@@ -49,7 +49,7 @@ class Guard:
         api_key: str = "",
     ) -> None:
         self._app, self._metrics = app, metrics
-        self._hosts = {"localhost", platform.node().lower(), *(host.lower().partition(":")[0] for host in hosts)}
+        self._hosts = {"localhost", platform.node().lower(), *(host.lower() for host in hosts)}
         self._origins = set(origins)
         self._key = hashlib.sha256(api_key.encode(errors="surrogateescape")).digest() if api_key else None
 
