@@ -131,8 +131,8 @@ def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
 def recompute(block: nn.Module, call: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
     """`call`, a use of `block`, that keeps only its input for the backward pass (Chen et al. 2016, arXiv:1604.06174).
 
-    The rest is computed again as soon as the gradient that needs it is there. `mx.checkpoint` lets it be sooner, and
-    MLX, which takes what is ready, then computes many blocks again before the first of them is used.
+    The rest is computed again as soon as the gradient that needs it is there, and is done with before the next is.
+    `mx.checkpoint` demands neither, and MLX, which takes what is ready, then holds many blocks at once.
     """
 
     @mx.custom_function
@@ -150,6 +150,7 @@ def recompute(block: nn.Module, call: Callable[[mx.array], mx.array]) -> Callabl
             return call(x)
 
         _, (dx, *darrays) = mx.vjp(again, [*mx.depends([x], [cotangent]), *arrays], [cotangent])
+        (dx,) = mx.depends([dx], darrays)  # or the block before would be computed again while this one still stands
         return tree_unflatten(list(zip(names, darrays, strict=True))), dx
 
     return lambda x: forward(block.trainable_parameters(), x)
@@ -284,8 +285,8 @@ def _attention(kept_bhts: mx.array | None) -> Callable[..., tuple[mx.array, ...]
         for queries, seen, kept in blocks(q_bhtd.shape[2], k_bhsd.shape[2]):
             q, k, v = q_bhtd[:, :, queries], k_bhsd[:, :, seen], v_bhsd[:, :, seen]
             scores = mx.addmm(_future(q.shape[2], k.shape[2], q.dtype), q, k.swapaxes(-1, -2))
-            exps = exp_nonpositive(scores - scores.max(axis=-1, keepdims=True))
-            inverse = 1 / (exps @ mx.ones((exps.shape[-1], 1)))
+            _, exps, sums = _exponentials(scores)
+            inverse = 1 / sums
             outputs.append(((exps if kept is None else exps * kept) @ v) * inverse)
             inverses.append(inverse)
             blocks_of_exps.append(exps)
@@ -315,12 +316,17 @@ def _attention(kept_bhts: mx.array | None) -> Callable[..., tuple[mx.array, ...]
     return attend
 
 
+def _exponentials(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The highest of each row, (..., 1), the exponentials of what is below it, and their sum, (..., 1)."""
+    highest = x.max(axis=-1, keepdims=True)
+    exps = exp_nonpositive(x - highest)
+    return highest, exps, exps @ mx.ones((x.shape[-1], 1))
+
+
 @mx.custom_function
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     # The exponentials and their sum are returned for the gradient.
-    highest = logits.max(axis=-1, keepdims=True)
-    exps = exp_nonpositive(logits - highest)
-    total = exps.sum(axis=-1, keepdims=True)
+    highest, exps, total = _exponentials(logits)
     hit = mx.take_along_axis(logits, targets[..., None], axis=-1)
     return (mx.log(total) + highest - hit).squeeze(-1), exps, total
 
@@ -336,11 +342,6 @@ def _cross_entropy_vjp(
     return exps * (weight / total) - mx.where(hit, weight, 0.0), mx.zeros_like(targets)
 
 
-def _add_product(total: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    """`total + a @ b`; on the CPU in the product's own pass."""
-    return total + a @ b if backend.on_gpu() else mx.addmm(total, a, b)
-
-
 @mx.custom_function
 def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     # The mean, and its gradients for x and the weight, which cost little more while the logits are at hand.
@@ -352,12 +353,22 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
         part = slice(start, start + size)
         # Else the logits of all chunks would be made before the first gradient.
         chunk, ids = mx.depends([x[part], targets[part]], [total, dweight, *dx[-1:]])
-        loss, dlogits = mx.value_and_grad(lambda logits, ids=ids: cross_entropy(logits, ids).sum() / rows)(
-            chunk @ weight.T
-        )
+        logits = chunk @ weight.T
+        if not _slow_exp(logits):
+            loss, dlogits = mx.value_and_grad(lambda logits, ids=ids: cross_entropy(logits, ids).sum() / rows)(logits)
+            dx.append(dlogits @ weight)
+            dweight = dweight + dlogits.T @ chunk
+        else:
+            # The logits' gradient is softmax - one hot. It is never made: the exponentials alone are multiplied, and
+            # what the softmax divides by and the targets' ones come in where there are C instead of V numbers.
+            highest, exps, sums = _exponentials(logits)
+            loss = (mx.log(sums) + highest - mx.take_along_axis(logits, ids[:, None], axis=1)).sum() / rows
+            scale = 1 / (rows * sums)
+            dx.append((exps @ weight) * scale - weight[ids] * (1 / rows))
+            dweight = mx.addmm(dweight, exps.T, chunk * scale)
         total = total + loss
-        dx.append(dlogits @ weight)
-        dweight = _add_product(dweight, dlogits.T, chunk)
+    if _slow_exp(x):
+        dweight = dweight.at[targets].add(x * (-1 / rows))
     return total, mx.concatenate(dx), dweight.astype(weight.dtype)
 
 

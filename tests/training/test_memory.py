@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,6 +98,14 @@ def test_the_device_is_the_one_that_mlx_describes(monkeypatch):
     monkeypatch.setattr(mx, "set_memory_limit", limits.append)
     backend.prepare(device)
     assert limits == [WORKING_SETS[16]] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_what_computes_on_the_cpu_is_not_interrupted_by_what_hands_it_work():
+    """Asked of a process of its own: this one should stay as it is."""
+    code = "import os; from mlx_gpt import backend as b; b.prepare(b.device()); print(os.sched_getscheduler(0))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(asked.stdout) == (os.SCHED_BATCH if backend.device().kind == "cpu" else os.SCHED_OTHER)
 
 
 def test_no_more_cores_are_used_than_the_environment_allows(monkeypatch):
