@@ -126,13 +126,14 @@ def _keep_freed_memory() -> None:
 
 
 def _schedule_as_batch() -> None:
-    """Have Linux not interrupt what computes whenever another thread, such as the one that hands it work, could go on.
+    """Have this thread, which hands out the work, not take a core from one that computes as soon as it is woken.
 
-    It holds for this thread and those that it starts, which get as much of the cores as before.
+    It still gets its share of the cores. Threads and processes that it starts from now on inherit this (sched(7)).
     """
-    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+    if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def shares(*batches: np.ndarray, saving: bool = False) -> Iterator[list[mx.array]]:

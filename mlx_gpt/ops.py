@@ -131,8 +131,9 @@ def dropout(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
 def recompute(block: nn.Module, call: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
     """`call`, a use of `block`, that keeps only its input for the backward pass (Chen et al. 2016, arXiv:1604.06174).
 
-    The rest is computed again as soon as the gradient that needs it is there, and is done with before the next is.
-    `mx.checkpoint` demands neither, and MLX, which takes what is ready, then holds many blocks at once.
+    The rest is computed again as soon as the gradient that needs it is there, and all gradients of a block are finished
+    before the block before it is computed again. `mx.checkpoint` demands neither, and MLX, which takes what is ready,
+    then holds many blocks at once.
     """
 
     @mx.custom_function
@@ -325,10 +326,10 @@ def _exponentials(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
 
 @mx.custom_function
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    # The exponentials and their sum are returned for the gradient.
-    highest, exps, total = _exponentials(logits)
+    # The exponentials and their sums are returned for the gradient.
+    highest, exps, sums = _exponentials(logits)
     hit = mx.take_along_axis(logits, targets[..., None], axis=-1)
-    return (mx.log(total) + highest - hit).squeeze(-1), exps, total
+    return (mx.log(sums) + highest - hit).squeeze(-1), exps, sums
 
 
 @_cross_entropy.vjp
@@ -337,9 +338,9 @@ def _cross_entropy_vjp(
 ) -> tuple[mx.array, mx.array]:
     logits, targets = primals
     weight = cotangents[0][..., None]
-    _, exps, total = outputs
+    _, exps, sums = outputs
     hit = mx.arange(logits.shape[-1]) == targets[..., None]
-    return exps * (weight / total) - mx.where(hit, weight, 0.0), mx.zeros_like(targets)
+    return exps * (weight / sums) - mx.where(hit, weight, 0.0), mx.zeros_like(targets)
 
 
 @mx.custom_function
@@ -347,6 +348,7 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
     # The mean, and its gradients for x and the weight, which cost little more while the logits are at hand.
     rows = len(x)
     size = rows_at_once(rows, len(weight), backend.on_gpu())
+    by_exponentials = _slow_exp(x) and _slow_exp(weight)
     dx: list[mx.array] = []
     total, dweight = mx.array(0.0), mx.array(0.0)
     for start in range(0, rows, size):
@@ -354,21 +356,20 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
         # Else the logits of all chunks would be made before the first gradient.
         chunk, ids = mx.depends([x[part], targets[part]], [total, dweight, *dx[-1:]])
         logits = chunk @ weight.T
-        if not _slow_exp(logits):
+        if by_exponentials:
+            # The logits' gradient, softmax less one hot, is never made: the exponentials alone are multiplied. What the
+            # softmax divides by and the ones of the targets come in where there are C instead of V numbers.
+            losses, exps, sums = _cross_entropy(logits, ids)
+            loss, divisor = losses.sum() / rows, rows * sums
+            dx.append((exps @ weight) / divisor - weight[ids] / rows)
+            dweight = mx.addmm(dweight, exps.T, chunk / divisor)
+        else:
             loss, dlogits = mx.value_and_grad(lambda logits, ids=ids: cross_entropy(logits, ids).sum() / rows)(logits)
             dx.append(dlogits @ weight)
             dweight = dweight + dlogits.T @ chunk
-        else:
-            # The logits' gradient is softmax - one hot. It is never made: the exponentials alone are multiplied, and
-            # what the softmax divides by and the targets' ones come in where there are C instead of V numbers.
-            highest, exps, sums = _exponentials(logits)
-            loss = (mx.log(sums) + highest - mx.take_along_axis(logits, ids[:, None], axis=1)).sum() / rows
-            scale = 1 / (rows * sums)
-            dx.append((exps @ weight) * scale - weight[ids] * (1 / rows))
-            dweight = mx.addmm(dweight, exps.T, chunk * scale)
         total = total + loss
-    if _slow_exp(x):
-        dweight = dweight.at[targets].add(x * (-1 / rows))
+    if by_exponentials:
+        dweight = dweight.at[targets].add(-x / rows)  # once for all chunks, since it may copy (V, C)
     return total, mx.concatenate(dx), dweight.astype(weight.dtype)
 
 

@@ -102,10 +102,25 @@ def test_the_device_is_the_one_that_mlx_describes(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
 def test_what_computes_on_the_cpu_is_not_interrupted_by_what_hands_it_work():
-    """Asked of a process of its own: this one should stay as it is."""
-    code = "import os; from mlx_gpt import backend as b; b.prepare(b.device()); print(os.sched_getscheduler(0))"
+    """In a process of its own, for it is inherited: it begins as any other, whatever this one has become."""
+    code = """
+import os
+from mlx_gpt import backend
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+backend.prepare(backend.device())
+print(os.sched_getscheduler(0))
+"""
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(asked.stdout) == (os.SCHED_BATCH if backend.device().kind == "cpu" else os.SCHED_OTHER)
+
+
+def test_where_a_thread_may_not_ask_how_it_is_scheduled_it_computes_all_the_same(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("os.sched_getscheduler", refuse, raising=False)
+    monkeypatch.setattr("os.sched_setscheduler", refuse, raising=False)
+    backend.prepare(backend.device())
 
 
 def test_no_more_cores_are_used_than_the_environment_allows(monkeypatch):
