@@ -239,9 +239,14 @@ def _sum_rows(x: mx.array) -> mx.array:
     return (mx.ones((1, len(x)), x.dtype) @ x).squeeze(0)
 
 
+def _sum_columns(x: mx.array) -> mx.array:
+    """The sum (..., 1) over the last axis, as a product."""
+    return x @ mx.ones((x.shape[-1], 1), x.dtype)
+
+
 def _mean_columns(x: mx.array) -> mx.array:
-    """The mean (..., 1) over the last axis, as a product."""
-    return (x @ mx.ones((x.shape[-1], 1), x.dtype)) * (1 / x.shape[-1])
+    """The mean (..., 1) over the last axis."""
+    return _sum_columns(x) * (1 / x.shape[-1])
 
 
 @mx.custom_function
@@ -321,7 +326,7 @@ def _exponentials(x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The highest of each row, (..., 1), the exponentials of what is below it, and their sum, (..., 1)."""
     highest = x.max(axis=-1, keepdims=True)
     exps = exp_nonpositive(x - highest)
-    return highest, exps, exps @ mx.ones((x.shape[-1], 1))
+    return highest, exps, _sum_columns(exps)
 
 
 @mx.custom_function
@@ -348,7 +353,7 @@ def _linear_cross_entropy(x: mx.array, weight: mx.array, targets: mx.array) -> t
     # The mean, and its gradients for x and the weight, which cost little more while the logits are at hand.
     rows = len(x)
     size = rows_at_once(rows, len(weight), backend.on_gpu())
-    by_exponentials = _slow_exp(x) and _slow_exp(weight)
+    by_exponentials = _slow_exp(x)  # then the logits are float32, too
     dx: list[mx.array] = []
     total, dweight = mx.array(0.0), mx.array(0.0)
     for start in range(0, rows, size):
