@@ -80,7 +80,8 @@ class MLXContender(Contender):
     """Trains with MLX, on the device and in the dtype that mlx-gpt would choose."""
 
     def __init__(self, settings: dict[str, Any], device: str, precision: str) -> None:
-        from mlx_gpt import _blas, backend, config  # first, so that a tuned BLAS serves mlx
+        from mlx_gpt import _blas, backend  # first, so that a tuned BLAS serves mlx
+        from mlx_gpt.settings import resolve
 
         import mlx.core as mx  # isort: skip
 
@@ -92,7 +93,7 @@ class MLXContender(Contender):
         self.kind = self.device.kind
         self.dtype = backend.compute_dtype(precision, self.device)
         self.blas = Path(_blas.live).name if self.kind == "cpu" else ""
-        resolved = config.resolve(settings)
+        resolved = resolve(settings)
         self.config, self.training = resolved.model, resolved.training
 
     def facts(self) -> dict[str, Any]:

@@ -204,10 +204,10 @@ class Transformers:
 def write_model(folder: Path, settings: dict[str, Any], device: Any) -> None:
     """Write a fresh model directory in the dtype that mlx-gpt computes in on this device, which all then read."""
     from mlx_gpt.backend import compute_dtype
-    from mlx_gpt.config import resolve
     from mlx_gpt.model import GPT
+    from mlx_gpt.models.directory import save_model
+    from mlx_gpt.settings import resolve
     from mlx_gpt.tokenizer import BYTE_OF, Tokenizer
-    from mlx_gpt.weights import save_model
 
     from mlx.utils import tree_map  # isort: skip
     from tokenizers import Tokenizer as HFTokenizer

@@ -6,8 +6,8 @@ from typing import Any
 import click
 import numpy as np
 
-from mlx_gpt.config import flat, resolve
 from mlx_gpt.errors import UserError
+from mlx_gpt.settings import flat, resolve
 
 BATCHES = 10
 

@@ -51,7 +51,7 @@ class Ours(MLXContender):
         """Write the initial weights, by `GPT`'s names, for the others to begin with."""
         from mlx.utils import tree_flatten
 
-        from mlx_gpt.weights import save_arrays
+        from mlx_gpt.models.directory import save_arrays
 
         save_arrays(Path(path), dict(tree_flatten(self.network.parameters())))
 

@@ -7,16 +7,17 @@ from typing import Any
 from mlx.utils import tree_map
 
 from mlx_gpt import backend
-from mlx_gpt.config import GenerationConfig, TrainingConfig, build
+from mlx_gpt.config import GenerationConfig, TrainingConfig
+from mlx_gpt.distributed import is_first
 from mlx_gpt.errors import UserError
+from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.generation.stream import stream as stream_pieces
-from mlx_gpt.generation.text import Piece
 from mlx_gpt.model import GPT
-from mlx_gpt.ranks import is_first
+from mlx_gpt.models.directory import load_model, load_tokenizer
+from mlx_gpt.progress import Lines
+from mlx_gpt.settings import build
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training.monitor import Lines
-from mlx_gpt.training.run import model_directory
-from mlx_gpt.weights import load_model, load_tokenizer
+from mlx_gpt.training.run_folder import model_directory
 
 
 def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:

@@ -10,8 +10,8 @@ from mlx.utils import tree_map
 
 from mlx_gpt import backend, ops
 from mlx_gpt.data.batches import Part, validation_batches, validation_windows
+from mlx_gpt.distributed import ALONE, Ranks
 from mlx_gpt.model import GPT
-from mlx_gpt.ranks import ALONE, Ranks
 
 
 def token_losses(model: GPT, windows_bt: mx.array) -> mx.array:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.training.monitor import read_records
+from mlx_gpt.training.metrics import read_records
 
 PANELS = (
     ("train_loss", "loss (nats per token)"),

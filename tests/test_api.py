@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import mlx_gpt
-from mlx_gpt.weights import save_model
+from mlx_gpt.models.directory import save_model
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",

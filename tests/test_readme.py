@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt import cli
-from mlx_gpt.weights import save_model
+from mlx_gpt.models.directory import save_model
 
 from .data.kaggle_server import serving
 from .data.zips import make_zip

@@ -8,9 +8,10 @@ import sys
 import click
 
 from mlx_gpt.cli.generate import show
-from mlx_gpt.config import GenerationConfig, build, flat, settings_of
+from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.model import GPT
+from mlx_gpt.settings import build, flat, settings_of
 from mlx_gpt.tokenizer import Tokenizer
 
 HELP = """Write the beginning of a text and press Enter: the model goes on from it.

@@ -69,8 +69,8 @@ def training_speed() -> float:
     import numpy as np
 
     from mlx_gpt import backend
-    from mlx_gpt.config import resolve
     from mlx_gpt.model import GPT
+    from mlx_gpt.settings import resolve
     from mlx_gpt.training.step import TrainingStep
 
     config = resolve({"preset": "tiny", "data": "builtin"})

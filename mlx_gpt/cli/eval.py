@@ -7,8 +7,9 @@ import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
-from mlx_gpt.config import DataConfig, build
+from mlx_gpt.config import DataConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.settings import build
 
 
 @click.command("eval", cls=SettingsCommand)
@@ -25,7 +26,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt.api import load
     from mlx_gpt.data.tokens import encode_file, tokenize
     from mlx_gpt.evaluation import Evaluator
-    from mlx_gpt.training import run as run_folder
+    from mlx_gpt.training import run_folder
     from mlx_gpt.training.setup import open_data
 
     display = Terminal()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
-from mlx_gpt.config import GenerationConfig, build
+from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.settings import build
 
 if TYPE_CHECKING:
     from mlx_gpt.model import GPT
@@ -32,7 +33,7 @@ def command(model: str | None, prompt: str | None, interactive: bool, **settings
     config: GenerationConfig = build(GenerationConfig, given(settings))
 
     from mlx_gpt.api import load
-    from mlx_gpt.training.run import newest_run
+    from mlx_gpt.training.run_folder import newest_run
 
     loaded = load(Path(model) if model else newest_run(Path("weights"), with_model=True))
     if interactive:

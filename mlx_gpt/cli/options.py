@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from mlx_gpt.config import DataConfig, ModelConfig, Setting, TrainingConfig, settings_of
+from mlx_gpt.config import DataConfig, ModelConfig, TrainingConfig
+from mlx_gpt.settings import Setting, settings_of
 
 SECTIONS = {DataConfig: "Text", ModelConfig: "Model", TrainingConfig: "Training"}
 

@@ -16,7 +16,7 @@ def command(runs: tuple[str, ...], out: str | None) -> None:
     Needs the extra mlx-gpt[plot].
     """
     from mlx_gpt.plot import draw
-    from mlx_gpt.training.run import newest_run
+    from mlx_gpt.training.run_folder import newest_run
 
     folders = [Path(run) for run in runs] or [newest_run(Path("weights"), with_model=True)]
     target = Path(out) if out else (folders[0] if len(folders) == 1 else Path()) / "curves.png"

@@ -6,7 +6,8 @@ import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
-from mlx_gpt.config import DataConfig, build
+from mlx_gpt.config import DataConfig
+from mlx_gpt.settings import build
 
 
 @click.command("prepare", cls=SettingsCommand)

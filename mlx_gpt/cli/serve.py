@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
-from mlx_gpt.config import ServeConfig, build
+from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.settings import build
 
 
 @click.command("serve", cls=SettingsCommand)
@@ -27,7 +28,7 @@ def command(models: tuple[str, ...], **settings: Any) -> None:
         from mlx_gpt.serving.server import serve
     except ImportError as error:
         raise UserError(f"Serving needs {error.name}: pip install 'mlx-gpt[serve]'.") from None
-    from mlx_gpt.training.run import newest_run
+    from mlx_gpt.training.run_folder import newest_run
 
     paths = [Path(path) for path in models] or [newest_run(Path("weights"), with_model=True)]
     serve(paths, config, click.echo)

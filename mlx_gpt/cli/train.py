@@ -33,9 +33,9 @@ def command(file: str | None, resume: str | None, overwrite: bool, dry_run: bool
     A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
     preset tiny on the text that is built in.
     """
-    from mlx_gpt.ranks import is_first
+    from mlx_gpt.distributed import is_first
+    from mlx_gpt.progress import Lines
     from mlx_gpt.training import loop, setup
-    from mlx_gpt.training.monitor import Lines
 
     display = Terminal() if is_first() else Lines()
     if dry_run:

@@ -19,7 +19,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.generation.cache import KVCache, Rows
 from mlx_gpt.generation.parts import GPTInParts, in_parts
 from mlx_gpt.generation.sampling import likeliest, penalise, penalises, sample
-from mlx_gpt.generation.text import Piece, Reason, Text, Token
+from mlx_gpt.generation.stop_strings import Piece, Reason, Text, Token
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Detokenizer, Tokenizer
 

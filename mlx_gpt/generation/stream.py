@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine, Request
-from mlx_gpt.generation.text import Piece
+from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
 

@@ -19,10 +19,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_gpt.config import ServeConfig
-from mlx_gpt.serving import curves, openapi, page, protocol
-from mlx_gpt.serving.guard import Guard
+from mlx_gpt.serving import api, curves, openapi, page
+from mlx_gpt.serving.access import Guard
+from mlx_gpt.serving.api import Answer, APIError, Asked
 from mlx_gpt.serving.metrics import Metrics
-from mlx_gpt.serving.protocol import Answer, APIError, Asked
 from mlx_gpt.serving.worker import BusyError, EngineError, Job, Served, Worker
 
 DEAD = "The thread that computes has ended; the log says why: start the server again."
@@ -88,17 +88,17 @@ class Paths:
 
     async def completions(self, request: Request) -> Response:
         """Go on from a text."""
-        body = await _parsed(request, protocol.CompletionRequest)
+        body = await _parsed(request, api.CompletionRequest)
         served = self._find(body.model)
-        return await self._answer(request, await self._understood(protocol.completion, body, served))
+        return await self._answer(request, await self._understood(api.completion, body, served))
 
     async def chat(self, request: Request) -> Response:
         """Answer in a conversation."""
-        body = await _parsed(request, protocol.ChatRequest)
+        body = await _parsed(request, api.ChatRequest)
         served = self._find(body.model)
-        return await self._answer(request, await self._understood(protocol.chat, body, served))
+        return await self._answer(request, await self._understood(api.chat, body, served))
 
-    async def _understood(self, reader: Callable[..., Asked], body: protocol.Sampling, served: Served) -> Asked:
+    async def _understood(self, reader: Callable[..., Asked], body: api.Sampling, served: Served) -> Asked:
         """What a body asks for; in a thread, since a long text takes a while to encode."""
         return await asyncio.to_thread(reader, body, served, self._worker.max_batch, self._most_tokens)
 
@@ -258,12 +258,12 @@ def make(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
     return CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"]) if origins else app
 
 
-async def _parsed(request: Request, kind: type[protocol.Sampling]) -> Any:
+async def _parsed(request: Request, kind: type[api.Sampling]) -> Any:
     """The body. A page of another site could send any other content type without asking beforehand."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != "application/json":
         raise APIError(415, "Send the body as Content-Type: application/json.", code="content_type")
-    return protocol.parse(kind, await request.body())
+    return api.parse(kind, await request.body())
 
 
 def _refused(request: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from mlx_gpt.serving.protocol import ChatRequest, CompletionRequest
+from mlx_gpt.serving.api import ChatRequest, CompletionRequest
 from mlx_gpt.serving.worker import Served
 
 REF = "#/components/schemas/{model}"

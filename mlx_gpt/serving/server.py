@@ -85,7 +85,7 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
-                access_log=False,  # guard.py has a line per request
+                access_log=False,  # access.py has a line per request
                 server_header=False,
                 h11_max_incomplete_event_size=MOST_HEADERS,
                 limit_concurrency=MOST_CONNECTIONS,
@@ -142,9 +142,9 @@ def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
     from mlx.utils import tree_flatten
 
     from mlx_gpt import api, backend
-    from mlx_gpt.generation.chat import ChatTemplate
+    from mlx_gpt.generation.chat_template import ChatTemplate
     from mlx_gpt.generation.engine import Engine
-    from mlx_gpt.training.run import model_directory
+    from mlx_gpt.training.run_folder import model_directory
 
     folders = [model_directory(path) for path in paths]
     models = {}

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_gpt.generation.chat import ChatTemplate
+from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.engine import Engine, Request
-from mlx_gpt.generation.text import Piece
+from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.serving.metrics import Metrics
 from mlx_gpt.tokenizer import Tokenizer
 

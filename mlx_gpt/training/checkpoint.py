@@ -20,9 +20,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import sync, write_text_whole, write_whole
 from mlx_gpt.model import GPT
+from mlx_gpt.models.directory import save_arrays, save_model
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.optimizer import Tree
-from mlx_gpt.weights import save_arrays, save_model
 
 MARKER = "training.json"
 

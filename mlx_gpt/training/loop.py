@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt.errors import RunError
-from mlx_gpt.training import checkpoint
-from mlx_gpt.training import run as run_folder
-from mlx_gpt.training.monitor import Display
+from mlx_gpt.models.directory import save_model
+from mlx_gpt.progress import Display
+from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.optimizer import learning_rate
 from mlx_gpt.training.setup import Run, set_up
 from mlx_gpt.training.step import StepResult
-from mlx_gpt.weights import save_model
 
 MAX_FAILED_SAVES = 3
 AVERAGE_DECAY = 0.95  # of the running average that a loss is compared with

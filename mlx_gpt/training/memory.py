@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from mlx_gpt import ops
 from mlx_gpt.backend import GIB, Device, compute_dtype, share_count
-from mlx_gpt.config import PRESETS, Config, ModelConfig, TrainingConfig, build
+from mlx_gpt.config import Config, ModelConfig, TrainingConfig
 from mlx_gpt.model import GPT
+from mlx_gpt.presets import PRESETS
+from mlx_gpt.settings import build
 
 FLOAT32 = 4
 # Above how far off the estimate was of what was measured (tests/training/peaks.py).

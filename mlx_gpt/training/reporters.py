@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_gpt.config import Config, flat
+from mlx_gpt.config import Config
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole
+from mlx_gpt.settings import flat
 
 Record = Mapping[str, Any]
 

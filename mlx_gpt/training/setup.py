@@ -14,23 +14,24 @@ from mlx.utils import tree_map
 from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import backend
-from mlx_gpt.config import Config, DataConfig, ModelConfig, TrainingConfig, build, flat, read_toml, resolve, write_toml
+from mlx_gpt.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mlx_gpt.data.batches import Part, training_batches, window_numbers
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, tokenize
+from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.model import GPT
-from mlx_gpt.ranks import ALONE, Ranks, join
+from mlx_gpt.models.directory import load_model
+from mlx_gpt.progress import Display, Lines
+from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint, memory, reporters
-from mlx_gpt.training import run as run_folder
+from mlx_gpt.training import checkpoint, memory, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
-from mlx_gpt.training.monitor import Display, Lines, Monitor, improved_after
+from mlx_gpt.training.metrics import Monitor, improved_after
 from mlx_gpt.training.plan import Plan, make_plan
-from mlx_gpt.training.run import Lock
+from mlx_gpt.training.run_folder import Lock
 from mlx_gpt.training.step import TrainingStep
-from mlx_gpt.weights import load_model
 
 
 @dataclass

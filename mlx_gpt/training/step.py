@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
+from mlx_gpt.distributed import ALONE, Ranks
 from mlx_gpt.model import GPT
-from mlx_gpt.ranks import ALONE, Ranks
 from mlx_gpt.training.optimizer import AdamW, Tree
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_gpt import cli
-from mlx_gpt.weights import save_model
+from mlx_gpt.models.directory import save_model
 
 PROGRAM = str(Path(sys.executable).with_name("mlx-gpt"))
 # Neither a compiler to wait for, nor anybody's credentials.

@@ -18,7 +18,7 @@ import pytest
 
 from mlx_gpt.cli import COMMANDS, doctor
 from mlx_gpt.cli.generate import DIVIDER
-from mlx_gpt.config import PRESETS
+from mlx_gpt.presets import PRESETS
 
 
 def value(text, name):

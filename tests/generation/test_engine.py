@@ -12,9 +12,9 @@ import transformers
 from mlx_gpt.config import GenerationConfig, ModelConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.stop_strings import Piece, Text, Token
 from mlx_gpt.generation.stream import Stats, stream
-from mlx_gpt.generation.text import Piece, Text, Token
-from mlx_gpt.weights import save_model
+from mlx_gpt.models.directory import save_model
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 PROMPT = "The duck swims"

@@ -7,7 +7,7 @@ import pytest
 from mlx_gpt.config import GenerationConfig, ModelConfig
 from mlx_gpt.generation import engine, parts
 from mlx_gpt.generation.parts import GPTInParts, part_count
-from mlx_gpt.weights import load_model, save_model
+from mlx_gpt.models.directory import load_model, save_model
 
 
 def assert_close(ours, theirs):

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from mlx_gpt.config import ServeConfig
+from mlx_gpt.models.directory import save_model
 from mlx_gpt.serving.server import Server
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.weights import save_model
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import checkpoint
-from mlx_gpt.training.monitor import improved_after
+from mlx_gpt.training.metrics import improved_after
 
 EACH_STEP = {"save_every": 1, "eval_every": 1, "keep_checkpoints": 9, "max_steps": 5}
 BACK = "run/checkpoints/step-00000002"

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from mlx_gpt.api import load
-from mlx_gpt.config import resolve
 from mlx_gpt.errors import RunError, UserError
+from mlx_gpt.settings import resolve
 from mlx_gpt.tokenizer import Tokenizer
 
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}

@@ -13,8 +13,10 @@ import pytest
 
 from mlx_gpt import backend
 from mlx_gpt.backend import GIB, Device, device_from
-from mlx_gpt.config import PRESETS, Config, ModelConfig, TrainingConfig, build, resolve
+from mlx_gpt.config import Config, ModelConfig, TrainingConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.presets import PRESETS
+from mlx_gpt.settings import build, resolve
 from mlx_gpt.training import memory, setup
 from tests.training.conftest import TINY, Silent
 from tests.training.peaks import Shape, peak, variants

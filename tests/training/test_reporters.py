@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mlx_gpt import plot
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import reporters
-from mlx_gpt.training.monitor import read_records
+from mlx_gpt.training.metrics import read_records
 
 EACH_STEP = {"log_every": 1, "save_every": 1, "eval_every": 2, "report_to": ["tensorboard"]}
 

@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 
 from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
-from mlx_gpt.ranks import ALONE, Ranks
+from mlx_gpt.distributed import ALONE, Ranks
+from mlx_gpt.models.directory import CONV1D, save_model
 from mlx_gpt.training.step import TrainingStep
-from mlx_gpt.weights import CONV1D, save_model
 
 RATE = 1e-3
 # Clips for certain: the gradients of the models here have norms of 1 to 3.

@@ -22,9 +22,9 @@ from mlx_gpt import cli
 from mlx_gpt.api import load
 from mlx_gpt.cli.train import StopSignals
 from mlx_gpt.errors import RunError, UserError
+from mlx_gpt.models.directory import save_arrays
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, loop
-from mlx_gpt.weights import save_arrays
 
 from .conftest import TINY, Silent
 

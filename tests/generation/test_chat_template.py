@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.chat import ChatTemplate
+from mlx_gpt.generation.chat_template import ChatTemplate
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Are geese <|endoftext|> ducks?"}]

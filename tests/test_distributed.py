@@ -21,9 +21,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_gpt import ranks
+from mlx_gpt import distributed
+from mlx_gpt.progress import Lines
 from mlx_gpt.training import checkpoint, loop, setup
-from mlx_gpt.training.monitor import Lines, read_records
+from mlx_gpt.training.metrics import read_records
 
 BIN = Path(sys.executable).parent
 # Eight windows a step. The rate does not depend on the length of the run, so that a part of it is as the whole.
@@ -320,10 +321,10 @@ def test_a_host_that_has_only_the_text_can_take_part_in_a_resume(start, half, co
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
 def test_mlx_launch_leaves_the_cores_to_its_ranks():
     """It watches them in a busy loop. What started this test is no `mlx.launch`, and stays as it is."""
-    ask = "ranks.let_the_launcher_idle(); print(os.sched_getscheduler(os.getppid()))"
-    lines, errors = launch(1, sys.executable, "-c", f"import os; from mlx_gpt import ranks; {ask}")
+    ask = "distributed.let_the_launcher_idle(); print(os.sched_getscheduler(os.getppid()))"
+    lines, errors = launch(1, sys.executable, "-c", f"import os; from mlx_gpt import distributed; {ask}")
     assert (lines, errors) == ([str(os.SCHED_IDLE)], [])
-    ranks.let_the_launcher_idle()
+    distributed.let_the_launcher_idle()
     assert os.sched_getscheduler(os.getppid()) == os.SCHED_OTHER
 
 
@@ -337,7 +338,7 @@ def test_ranks_compile_in_folders_of_their_own_which_they_find_again(monkeypatch
         monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.setattr("tempfile.tempdir", None)
         monkeypatch.setenv("MLX_RANK", rank)
-        ranks.use_own_kernels()
+        distributed.use_own_kernels()
         folders.append(os.environ["TMPDIR"])
     assert folders[0] == folders[2] != folders[1]
     assert all(Path(folder).is_dir() and Path(folder).parent == tmp_path for folder in folders)
@@ -354,7 +355,7 @@ def test_rank_0_is_looked_for_where_mlx_finds_it(monkeypatch, variables, expecte
     monkeypatch.delenv("MLX_HOSTFILE", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert ranks.own_addresses()[0] == expected
+    assert distributed.own_addresses()[0] == expected
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_gpt.errors import shown
+from mlx_gpt.serving.api import APIError
 from mlx_gpt.serving.metrics import Metrics
-from mlx_gpt.serving.protocol import APIError
 
 MOST_BODY = 2**20  # bytes: many times the longest context
 READ_SECONDS = 20.0  # for a whole body

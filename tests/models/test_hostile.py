@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_gpt import load
 from mlx_gpt.errors import UserError
 from mlx_gpt.model import GPT
-from mlx_gpt.weights import save_model
+from mlx_gpt.models.directory import save_model
 
 EACH = 10  # times, each kind of damage is done
 DTYPES = [

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.generation.engine import Request
-from mlx_gpt.generation.text import Piece, Token
+from mlx_gpt.generation.stop_strings import Piece, Token
 from mlx_gpt.serving.worker import Served
 
 MOST_ALTERNATIVES = 20

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from mlx_gpt.errors import UserError
+from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.weights import load_model, load_tokenizer, save_model
 
 TEXTS = [
     "The duck swims in a pond.",

@@ -13,7 +13,7 @@ import pytest
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
-from mlx_gpt.serving import guard, server
+from mlx_gpt.serving import access, server
 from mlx_gpt.serving.server import Server
 from mlx_gpt.serving.worker import Worker
 from tests.serving.conftest import served
@@ -134,7 +134,7 @@ def test_a_large_body_is_refused_before_it_has_come(url):
 
 
 def test_slow_clients_are_cut_off(folders, monkeypatch):
-    monkeypatch.setattr(guard, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(access, "READ_SECONDS", 0.5)
     monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
     with served(folders / "plain") as url:
         began = time.monotonic()
@@ -150,7 +150,7 @@ def test_slow_clients_are_cut_off(folders, monkeypatch):
 
 
 def test_one_who_does_not_read_frees_his_place(folders, monkeypatch):
-    monkeypatch.setattr(guard, "WRITE_SECONDS", 0.5)
+    monkeypatch.setattr(access, "WRITE_SECONDS", 0.5)
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**6) as url:
         host, port = url.removeprefix("http://").split(":")
         asked = {"prompt": "The duck", "max_tokens": 10**6, "stream": True, "logprobs": 20, "logit_bias": {"0": -100}}

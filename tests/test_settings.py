@@ -7,20 +7,10 @@ from typing import Any
 
 import pytest
 
-from mlx_gpt.config import (
-    COMPARE,
-    PRESETS,
-    Config,
-    GenerationConfig,
-    ModelConfig,
-    build,
-    flat,
-    read_toml,
-    resolve,
-    settings_of,
-    write_toml,
-)
+from mlx_gpt.config import Config, GenerationConfig, ModelConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.presets import PRESETS
+from mlx_gpt.settings import COMPARE, build, flat, read_toml, resolve, settings_of, write_toml
 
 SETTINGS = [*settings_of(Config), *settings_of(GenerationConfig)]
 NUMBERS = [(Config, s) for s in settings_of(Config) if s.kind in (int, float)] + [

@@ -15,10 +15,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from mlx_gpt.config import ModelConfig, build
+from mlx_gpt.config import ModelConfig
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.model import GPT
+from mlx_gpt.settings import build
 from mlx_gpt.tokenizer import Tokenizer
 
 # GPT-2 stores these as (in, out), the transpose of nn.Linear's.

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.config import Config, TrainingConfig, flat, read_toml, resolve
+from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.settings import flat, read_toml, resolve
 from mlx_gpt.training import checkpoint
 
 SETTINGS = "run.toml"

@@ -1,0 +1,1 @@
+"""The networks, and the directories that they are kept in."""

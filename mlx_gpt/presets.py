@@ -1,0 +1,24 @@
+"""Sizes and rates to start from, by name."""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on a laptop's CPU, so it looks often, learns fast and overfits nothing.
+    "tiny": {
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "n_positions": 256,
+        "vocab_size": 2048,
+        "dropout": 0.0,
+        "seq_len": 128,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-3,
+        "log_every": 10,
+        "eval_every": 100,
+        "save_every": 200,
+    },
+    "small": {"n_layer": 6, "n_head": 8, "n_embd": 512, "vocab_size": 8192},
+    "medium": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "large": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "vocab_size": 32768},
+}
