@@ -10,19 +10,13 @@ print(mlx_gpt.generate(model, tokenizer, "Students should"))
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mlx_gpt import _blas
-
-_blas.load()  # before anything imports mlx
-
 if TYPE_CHECKING:
     from mlx_gpt.api import generate, load, stream, train
     from mlx_gpt.config import GenerationConfig, ModelConfig
     from mlx_gpt.errors import UserError
-    from mlx_gpt.model import GPT
     from mlx_gpt.tokenizer import Tokenizer
 
 _HOME = {
-    "GPT": "model",
     "GenerationConfig": "config",
     "ModelConfig": "config",
     "Tokenizer": "tokenizer",
@@ -32,11 +26,15 @@ _HOME = {
     "stream": "api",
     "train": "api",
 }
-__all__ = ["GPT", "GenerationConfig", "ModelConfig", "Tokenizer", "UserError", "generate", "load", "stream", "train"]
+__all__ = ["GenerationConfig", "ModelConfig", "Tokenizer", "UserError", "generate", "load", "stream", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: `mlx-gpt --help` needs no arrays.
+    # Loaded on first use: importing the package starts nothing, and `mlx-gpt --help` needs no arrays.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"mlx_gpt.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

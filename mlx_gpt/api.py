@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_gpt import backend
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
 from mlx_gpt.config import GenerationConfig, TrainingConfig
+from mlx_gpt.device import device
 from mlx_gpt.distributed import is_first
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.generation.stream import stream as stream_pieces
-from mlx_gpt.model import GPT
 from mlx_gpt.models.directory import load_model, load_tokenizer
 from mlx_gpt.progress import Lines
 from mlx_gpt.settings import build
@@ -20,7 +21,7 @@ from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.run_folder import model_directory
 
 
-def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:
+def load(path: str | Path, precision: str = "auto") -> tuple[nn.Module, Tokenizer]:
     """Open a model directory, or the best model of a run.
 
     Args:
@@ -31,13 +32,13 @@ def load(path: str | Path, precision: str = "auto") -> tuple[GPT, Tokenizer]:
     """
     build(TrainingConfig, {"precision": precision})  # says which there are
     folder = model_directory(Path(path))
-    model = load_model(folder)
-    dtype = backend.compute_dtype(precision, backend.device())
+    model, here = load_model(folder), device()
+    dtype = here.dtype(precision)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
-    return model, load_tokenizer(folder, model)
+    return here.accelerate(model).eval(), load_tokenizer(folder, model)
 
 
-def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Iterator[Piece]:
+def stream(model: nn.Module, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Iterator[Piece]:
     """Continue `prompt`, yielding pieces of text as they are made.
 
     Args:
@@ -49,7 +50,7 @@ def stream(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> It
     return stream_pieces(model, tokenizer, prompt, build(GenerationConfig, settings))
 
 
-def generate(model: GPT, tokenizer: Tokenizer, prompt: str, **settings: Any) -> str:
+def generate(model: nn.Module, tokenizer: Tokenizer, prompt: str, **settings: Any) -> str:
     """Continue `prompt` and return the new text; settings and errors as in `stream`."""
     if settings.get("num_samples", 1) != 1:
         raise UserError("generate() returns one text: for several samples iterate over stream().")
@@ -61,6 +62,7 @@ def train(
     config: str | Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    ignore_memory: bool = False,
     echo: Callable[[str], None] | None = print,
     **settings: Any,
 ) -> Path:
@@ -70,6 +72,7 @@ def train(
         config: a TOML file of settings.
         resume: a run or checkpoint to go on with, or "newest".
         overwrite: replace the run that is there.
+        ignore_memory: start even if the run is expected to need more memory than there is.
         echo: called with each line of the log.
         settings: those of `Config` by name: `data`, `preset`, `out`, `max_steps`, ...
 
@@ -79,4 +82,7 @@ def train(
     from mlx_gpt.training.loop import train as run_training
 
     display = Lines(echo if is_first() else None)
-    return run_training(settings, display, file=config, resume=resume, overwrite=overwrite).folder
+    outcome = run_training(
+        settings, display, file=config, resume=resume, overwrite=overwrite, ignore_memory=ignore_memory
+    )
+    return outcome.folder

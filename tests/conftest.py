@@ -5,8 +5,11 @@ import os
 import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a network
+# The suite runs on the CPU, where equal means equal to the bit, in this process and in those that it starts. Tests
+# marked `gpu` compare the GPU with it.
+os.environ["MLX_GPT_DEVICE"] = "cpu"
 
-import mlx_gpt  # noqa: F401, I001 - before mlx, so that a tuned BLAS serves it
+import mlx_gpt.device  # noqa: F401, I001 - before mlx, so that a tuned BLAS can take its place
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +18,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from mlx_gpt.models import create
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.data.corpus import open_corpus
-from mlx_gpt.model import GPT
+from mlx_gpt.device import device
 from mlx_gpt.tokenizer import Tokenizer
-
-mx.set_default_device(mx.cpu)  # where equal means equal to the bit: a GPU adds up in any order
 
 TEXT = "the duck swims in a pond and dives for plants or snails while naïve geese — 鳥 — look on 🦆 don't they"
 
@@ -78,13 +80,13 @@ def tokenizer(request, byte_tokenizer, bpe, foreign):
 
 @pytest.fixture(scope="session")
 def make_model(bpe):
-    """Make a fresh tiny GPT: 2 layers, 2 heads, 32 wide, 32 positions, the vocabulary of `bpe`.
+    """Make a fresh tiny GPT-2: 2 layers, 2 heads, 32 wide, 32 positions, the vocabulary of `bpe`.
 
     No weight is near where training starts, so that each part of the network shows in what comes out.
     """
 
     def make(seed=0, dropout=0.0, vocab_size=bpe.vocab_size):
-        model = GPT(ModelConfig(vocab_size, n_layer=2, n_head=2, n_embd=32, n_positions=32, dropout=dropout))
+        model = create(ModelConfig(vocab_size, n_layer=2, n_head=2, n_embd=32, n_positions=32, dropout=dropout))
         draw = np.random.default_rng(seed)
         weights = []
         for name, weight in tree_flatten(model.parameters()):
@@ -93,15 +95,15 @@ def make_model(bpe):
             mean = 1 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0
             weights.append((name, mx.array(draw.normal(mean, spread, weight.shape).astype(np.float32))))
         model.update(tree_unflatten(weights))
-        return model
+        return device().accelerate(model)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def model(make_model):
-    """A tiny GPT to look at, as it is for use: a test that trains makes its own."""
-    return make_model()
+    """A tiny GPT-2 to look at, as it is for use: a test that trains makes its own."""
+    return make_model().eval()
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
 
     The text is read in windows that do not overlap; each document ends with the end-of-text token, which counts.
     """
+    from mlx_gpt import models
     from mlx_gpt.api import load
     from mlx_gpt.data.tokens import encode_file, tokenize
     from mlx_gpt.evaluation import Evaluator
@@ -33,7 +34,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     path = Path(model) if model else run_folder.newest_run(Path("weights"), with_model=True)
     network, tokenizer = load(path)
     config = run_folder.config_of(path)
-    positions = network.config.n_positions
+    positions = models.context_length(network)
     if seq_len is None:
         seq_len = config.training.seq_len if config else positions
     if not 1 <= seq_len <= positions:
@@ -43,7 +44,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             data = build(DataConfig, given(settings))
             tokens = encode_file(Path(file), tokenizer, Path(folder), column=data.column, documents=data.documents)
         elif config:
-            both = tokenize(open_data(config.data, display), tokenizer, display.progress("Encoding"))
+            both = tokenize(open_data(config, display), tokenizer, display.progress("Encoding"))
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
                 raise UserError(f"The text in {config.data.data} is not what {path} was trained on: name a FILE.")
             tokens = both.val

@@ -25,27 +25,40 @@ from mlx_gpt.config import Config
 @click.option(
     "--overwrite", is_flag=True, help="Replace the run in --out; with --resume CHECKPOINT, what came after it."
 )
-@click.option("--dry-run", is_flag=True, help="Check everything, show the plan with its memory, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check everything, measure a few steps, show the plan, and stop.")
+@click.option(
+    "--ignore-memory", is_flag=True, help="Start even if the run is expected to need more memory than there is."
+)
 @settings_options(Config)
-def command(file: str | None, resume: str | None, overwrite: bool, dry_run: bool, **settings: Any) -> int:
-    """Train a model, or go on with a run.
+def command(
+    file: str | None, resume: str | None, overwrite: bool, dry_run: bool, ignore_memory: bool, **settings: Any
+) -> int:
+    """Train a model, or continue a run.
 
     A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
     preset tiny on the text that is built in.
     """
     from mlx_gpt.distributed import is_first
     from mlx_gpt.progress import Lines
-    from mlx_gpt.training import loop, setup
+    from mlx_gpt.training import loop
 
-    display = Terminal() if is_first() else Lines()
+    stop = StopSignals(is_first())
+    outcome = loop.train(
+        given(settings),
+        Terminal() if is_first() else Lines(),
+        file=file,
+        resume=resume,
+        overwrite=overwrite,
+        ignore_memory=ignore_memory,
+        dry_run=dry_run,
+        stop_requested=stop.requested,
+        around=stop,
+    )
     if dry_run:
-        setup.dry_run(given(settings), display, file, resume, overwrite)
         return 0
-    with setup.set_up(given(settings), display, file, resume, overwrite) as run, StopSignals(is_first()) as stop:
-        outcome = loop.fit(run, display, stop.requested)
     words = f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive"
     if not outcome.finished:
-        words = f"Stopped after step {outcome.step:,}. Go on with: mlx-gpt train --resume {outcome.folder}"
+        words = f"Stopped after step {outcome.step:,}. Continue with: mlx-gpt train --resume {outcome.folder}"
     if is_first():
         with contextlib.suppress(OSError):  # the terminal may be what has gone
             click.echo(words)

@@ -11,21 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mlx_gpt import backend
+from mlx_gpt import models
 from mlx_gpt.config import GenerationConfig
+from mlx_gpt.device import Device, device
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.cache import KVCache, Rows
-from mlx_gpt.generation.parts import GPTInParts, in_parts
+from mlx_gpt.generation.cache import BatchCache, Rows
 from mlx_gpt.generation.sampling import likeliest, penalise, penalises, sample
 from mlx_gpt.generation.stop_strings import Piece, Reason, Text, Token
-from mlx_gpt.model import GPT
+from mlx_gpt.seeds import seed_from
 from mlx_gpt.tokenizer import Detokenizer, Tokenizer
 
 Logprobs = tuple[mx.array, mx.array, mx.array]  # as of `likeliest`
-
-CHUNK_CPU, CHUNK_GPU = 128, 512  # tokens of a prompt that are read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +62,20 @@ class Engine:
         capacity: tokens that each may have in the cache, if fewer than the model's positions will do.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, max_batch: int = 1, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        max_batch: int = 1,
+        capacity: int | None = None,
+        on: Device | None = None,
+    ) -> None:
         self.max_batch, self.made = max_batch, 0
-        self._tokenizer, self._positions, self._entries = tokenizer, model.config.n_positions, model.config.vocab_size
-        self._network = in_parts(model, max_batch)
-        self._cache = make_cache(self._network, max_batch, capacity or self._positions)
+        self._tokenizer = tokenizer
+        self._positions, self._entries = models.context_length(model), models.vocab_size(model)
+        self._device = on or device()
+        self._model = self._device.decoder(model.eval(), max_batch)
+        self._cache = make_cache(model, max_batch, capacity or self._positions)
         # Where a vocabulary was padded to a round size.
         self._unknown_v = (
             mx.arange(self._entries) >= tokenizer.vocab_size if tokenizer.vocab_size < self._entries else None
@@ -122,8 +130,6 @@ class Engine:
 
     def step(self) -> list[tuple[Request, Piece]]:
         """Advance every text, and return what the step before has made: the device computes while the caller works."""
-        # Of all in this process, so each time: another engine may be divided otherwise.
-        backend.use_all_cores(self._network.count if isinstance(self._network, GPTInParts) else 1)
         before, self._picked = self._picked, []
         self._leave()
         self._decode()
@@ -150,7 +156,9 @@ class Engine:
     def _decode(self) -> None:
         """Compute the next token of each text."""
         if self._rows:
-            logits_bv = read(self._network, self._tokens_b[:, None], self._cache)
+            self._cache.rows.grow(1)
+            x_btc = models.hidden(self._model, self._tokens_b[:, None], self._cache.layers)
+            logits_bv = models.head(self._model, x_btc[:, -1])
             self._tokens_b = self._pick(logits_bv, self._rows)
 
     def _read(self) -> None:
@@ -178,29 +186,34 @@ class Engine:
                     self._rows.append(text)
 
     def _prompt(self, texts: list["_Text"], ids: Sequence[int], again: bool = False) -> "_Prompt":
-        cache = make_cache(self._network, 1, min(self._positions, _padded(len(ids))))
+        cache = make_cache(self._model, 1, min(self._positions, self._padded(len(ids))))
         cache.rows.begin()
         return _Prompt(texts, ids, cache, again)
 
     def _read_chunk(self, prompt: "_Prompt") -> mx.array:
         """Logits (V,) of what comes after the next chunk of a prompt."""
         start = prompt.cache.rows.lengths[0]
-        ids = prompt.ids[start : start + chunk_size()]
+        ids = prompt.ids[start : start + self._device.chunk]
         # MLX keeps a compiled function for each size, so there are to be few.
-        padding = min(_padded(len(ids)), prompt.cache.rows.capacity - start) - len(ids)
+        padding = min(self._padded(len(ids)), prompt.cache.rows.capacity - start) - len(ids)
         prompt.cache.rows.grow(len(ids) + padding)
-        x_tc = self._network.hidden(mx.array([[*ids, *[0] * padding]]), prompt.cache.layers)[0, : len(ids)]
+        x_tc = models.hidden(self._model, mx.array([[*ids, *[0] * padding]]), prompt.cache.layers)[0, : len(ids)]
         prompt.cache.rows.lengths[0] = start + len(ids)
         if prompt.logprobs is not None:
-            logits_tv = self._known(self._network.head(x_tc))
+            logits_tv = self._known(models.head(self._model, x_tc))
             if following := prompt.ids[start + 1 : start + 1 + len(ids)]:  # the last token may be alone in its chunk
                 k = max(1, prompt.request.alternatives or 0)
                 prompt.logprobs.append(likeliest(logits_tv[: len(following)], mx.array(following, mx.uint32), k))
                 mx.async_eval(prompt.logprobs[-1])
             return logits_tv[-1]
-        logits_bv = self._network.head(x_tc[-1:])
+        logits_bv = models.head(self._model, x_tc[-1:])
         mx.async_eval(logits_bv)
         return logits_bv[0]
+
+    def _padded(self, count: int) -> int:
+        """The next power of two, or multiple of a chunk."""
+        size = self._device.chunk
+        return -(-count // size) * size if count > size else 1 << (count - 1).bit_length()
 
     def _known(self, logits_bv: mx.array) -> mx.array:
         """Logits in float32, -inf for what is no token."""
@@ -285,7 +298,7 @@ class _Prompt:
         again: whether it is a text whose context was full.
     """
 
-    def __init__(self, texts: list[_Text], ids: Sequence[int], cache: KVCache, again: bool) -> None:
+    def __init__(self, texts: list[_Text], ids: Sequence[int], cache: BatchCache, again: bool) -> None:
         self.request, self.texts, self.ids, self.cache, self.again = texts[0].request, texts, ids, cache, again
         self.logprobs: list[Logprobs] | None = [] if self.request.prompt_too and not again else None
 
@@ -320,7 +333,7 @@ def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:
         if penalises(config):
             counts_nv = mx.stack([text.counts_v for text in members if text.counts_v is not None])
             logits_nv = penalise(logits_nv, counts_nv, config)
-        keys = [mx.random.key(backend.seed_for(text.seed, text.picked)) for text in members if config.temperature]
+        keys = [mx.random.key(seed_from(text.seed, text.picked)) for text in members if config.temperature]
         tokens.append(sample(logits_nv, config, keys))
         if penalises(config):
             counts_nv = counts_nv.at[mx.arange(len(rows)), tokens[-1]].add(1)
@@ -330,27 +343,28 @@ def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:
     return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)[mx.array(np.argsort(order))]
 
 
-def make_cache(network: GPT | GPTInParts, rows: int, capacity: int) -> KVCache:
-    """An empty cache for texts of at most `capacity` tokens."""
-    layers = network.n_caches if isinstance(network, GPTInParts) else len(network.h)
-    return KVCache(layers, Rows(rows, capacity))
+def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:
+    """An empty cache for sequences of at most `capacity` tokens.
+
+    Raises:
+        UserError: the model remembers something else than keys and values, as recurrent networks do.
+    """
+    own = model.make_cache() if hasattr(model, "make_cache") else []
+    if other := {type(cache).__name__ for cache in own} - {"KVCache", "RotatingKVCache"}:
+        raise UserError(
+            f"A model of type {model.model_type} can't generate here: it needs a cache of the kind {other.pop()}, and "
+            "only keys and values are kept. Use mlx_lm.generate."
+        )
+    return BatchCache(len(model.layers), Rows(rows, capacity))
 
 
-def read(network: GPT | GPTInParts, ids_bt: mx.array, cache: KVCache) -> mx.array:
-    """Read tokens into the cache; logits (B, V) of what comes after the last."""
-    cache.rows.grow(ids_bt.shape[1])
-    return network.head(network.hidden(ids_bt, cache.layers)[:, -1])
-
-
-def chunk_size() -> int:
-    """Tokens of a prompt that are read at a time."""
-    return CHUNK_GPU if backend.on_gpu() else CHUNK_CPU
-
-
-def _padded(count: int) -> int:
-    """The next power of two, or multiple of a chunk."""
-    size = chunk_size()
-    return -(-count // size) * size if count > size else 1 << (count - 1).bit_length()
+def bytes_per_token(model: nn.Module) -> int:
+    """Bytes that the cache takes for each token of a sequence, as one token shows."""
+    cache = make_cache(model, 1, 1)
+    cache.rows.begin()
+    cache.rows.grow(1)
+    mx.eval(models.hidden(model, mx.array([[0]]), cache.layers))
+    return sum(layer.nbytes for layer in cache.layers)
 
 
 def _listed(logprobs: Logprobs) -> list[tuple[float, tuple[tuple[int, float], ...]]]:

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_gpt import models
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine, Request
 from mlx_gpt.generation.stop_strings import Piece
-from mlx_gpt.model import GPT
 from mlx_gpt.tokenizer import Tokenizer
 
 
@@ -45,7 +46,7 @@ class Stats:
 
 
 def stream(
-    model: GPT, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, stats: Stats | None = None
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, stats: Stats | None = None
 ) -> Iterator[Piece]:
     """Continue `prompt`, yielding text as soon as it is certain; `stats` is filled on the way.
 
@@ -56,7 +57,7 @@ def stream(
     ids = check_prompt(model, tokenizer, prompt)
     mx.reset_peak_memory()
     started = time.perf_counter()
-    capacity = min(len(ids) + config.max_tokens, model.config.n_positions)
+    capacity = min(len(ids) + config.max_tokens, models.context_length(model))
     engine = Engine(model, tokenizer, config.num_samples, capacity)
     engine.add(Request(ids, config))
     stats.samples, stats.prompt_tokens = config.num_samples, len(ids)
@@ -73,7 +74,7 @@ def stream(
             yield piece
 
 
-def check_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
+def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt.
 
     Raises:
@@ -82,9 +83,9 @@ def check_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("The prompt is empty: give a few words to go on from.")
-    if len(ids) > model.config.n_positions:
+    if len(ids) > models.context_length(model):
         raise UserError(
-            f"The prompt has {len(ids):,} tokens, more than the model's context of {model.config.n_positions:,}: "
+            f"The prompt has {len(ids):,} tokens, more than the model's context of {models.context_length(model):,}: "
             "shorten it."
         )
     return ids

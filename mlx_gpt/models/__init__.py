@@ -1,1 +1,101 @@
-"""The networks, and the directories that they are kept in."""
+"""The networks, by the `model_type` of their `config.json`, and what the rest of the package asks of any of them.
+
+A network is what mlx-lm takes for one: `Model(args)`, called with ids and caches to give logits, with `layers`, `args`
+and `sanitize`. Ours have more: `hidden` and `head` apart, `head_weight`, `init_weights`, `flops_per_token` and
+`to_file`. The functions here do without where a network of mlx-lm lacks them.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+from mlx_gpt.config import ModelConfig
+from mlx_gpt.errors import UserError, shown
+
+OURS = {"gpt2": "mlx_gpt.models.gpt2"}
+
+
+def create(config: ModelConfig) -> nn.Module:
+    """Make the network that the settings describe, its weights not yet drawn (`init_weights`)."""
+    from mlx_gpt.models import gpt2
+
+    return gpt2.Model(
+        gpt2.ModelArgs(
+            vocab_size=config.vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_positions=config.n_positions,
+            dropout=config.dropout,
+        )
+    )
+
+
+def architecture(model_type: str) -> ModuleType:
+    """Return the module with `Model` and `ModelArgs` for a `model_type`: ours, or mlx-lm's where that is installed.
+
+    No code from a model's own directory is ever run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if model_type in OURS:
+        return importlib.import_module(OURS[model_type])
+    if importlib.util.find_spec("mlx_lm") is None:
+        raise UserError(
+            f"A model of type {shown(model_type)} needs mlx-lm: pip install 'mlx-gpt[models]'. "
+            f"Without it mlx-gpt reads {', '.join(OURS)}."
+        )
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    if not name.isidentifier() or importlib.util.find_spec(f"mlx_lm.models.{name}") is None:
+        raise UserError(f"Neither mlx-gpt nor mlx-lm has a model of type {shown(model_type)}.")
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    if not (hasattr(module, "Model") and hasattr(module, "ModelArgs")):
+        raise UserError(f"Neither mlx-gpt nor mlx-lm has a language model of type {shown(model_type)}.")
+    return module
+
+
+def n_params(model: nn.Module) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(weight.size for _, weight in tree_flatten(model.parameters()))
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> int:
+    """Floating-point operations to train on one token: the model's own count, or 6 per parameter."""
+    own: Callable[[int], int] | None = getattr(model, "flops_per_token", None)
+    return own(seq_len) if own else 6 * n_params(model)
+
+
+def context_length(model: nn.Module) -> int:
+    """The longest sequence that a model can see, in tokens."""
+    args: Any = model.args
+    for name in ("n_positions", "max_position_embeddings"):
+        if length := getattr(args, name, None):
+            return int(length)
+    return 4096  # mlx-lm's networks without a limit
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Entries of the head."""
+    return int(model.args.vocab_size)
+
+
+def hidden(model: nn.Module, inputs_bt: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+    """What `head` takes: hidden states (B, T, C), or the logits themselves where a model gives only these."""
+    inner: mx.array = (model.hidden if hasattr(model, "hidden") else model)(inputs_bt, cache)
+    return inner
+
+
+def head(model: nn.Module, x: mx.array) -> mx.array:
+    """Logits (..., V) from what `hidden` gave."""
+    logits: mx.array = model.head(x) if hasattr(model, "head") else x
+    return logits

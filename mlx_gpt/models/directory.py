@@ -1,7 +1,7 @@
 """Model directories: read, write, check.
 
-A model directory is what transformers and mlx-lm read as a GPT-2: `config.json`, `model.safetensors` with unprefixed
-names and the projections as (in, out), and the tokenizer's files.
+A model directory is what transformers and mlx-lm read: `config.json`, `model.safetensors` with the names and the
+orientation that transformers uses, and the tokenizer's files.
 """
 
 import dataclasses
@@ -9,21 +9,20 @@ import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
-from mlx_gpt.config import ModelConfig
+from mlx_gpt import models
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
-from mlx_gpt.model import GPT
-from mlx_gpt.settings import build
+from mlx_gpt.models import gpt2
 from mlx_gpt.tokenizer import Tokenizer
 
-# GPT-2 stores these as (in, out), the transpose of nn.Linear's.
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Decoding on a CPU takes some of the outputs of these at a time, which should lie in one piece.
 SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
 # Causal masks that old files store as if they were weights.
@@ -33,28 +32,35 @@ FLOATS = ("F32", "F16", "BF16")
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
-def save_model(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
     """Write a model directory, each file whole or not at all, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
+    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     files = {
-        "config.json": _config_json(model.config, tokenizer),
-        "generation_config.json": {"eos_token_id": tokenizer.end_of_text, "bos_token_id": tokenizer.end_of_text},
+        "config.json": {**config_of(model), **ends, "dtype": "float32"},
+        "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": end_of_text,
             "eos_token": end_of_text,
             "unk_token": end_of_text,
-            "model_max_length": model.config.n_positions,
+            "model_max_length": models.context_length(model),
             "clean_up_tokenization_spaces": False,
         },
     }
     for name, content in files.items():
         write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
-    weights = {name: _turn(name, weight) for name, weight in tree_flatten(model.parameters())}
+    weights = model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
     # Without this metadata transformers refuses the file.
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, {"format": "pt"}))
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The `config.json` of a model: that of its directory, or made from its `args`."""
+    own: Mapping[str, Any] | None = getattr(model, "config", None)
+    return dict(own) if own is not None else model.args.to_config()
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
@@ -71,60 +77,107 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         raise OSError(errno.EIO, f"the disk did not take it: {error}") from None
 
 
-def load_model(folder: str | Path) -> GPT:
-    """Read the network of a model directory, ours or any GPT-2's.
+def load_model(folder: str | Path) -> nn.Module:
+    """Read the network of a model directory: any GPT-2's or, with mlx-lm installed, one of its architectures.
 
     Raises:
         UserError: a file is missing, damaged or of another architecture; the sentence names the tensor and the shapes.
     """
     folder = Path(folder)
     config = read_config(folder)
-    path = folder / "model.safetensors"
+    model = _load_gpt2(folder, config) if config["model_type"] == "gpt2" else _load_other(folder, config)
+    mx.eval(model.parameters())  # the reader is lazy: have it all while the file is there
+    return model
+
+
+def _load_gpt2(folder: Path, config: dict[str, Any]) -> nn.Module:
+    args, path = gpt2_args(folder / "config.json", config), folder / "model.safetensors"
     stored = _header(path)
-    _check_dimensions(path, config, stored)
-    expected = _shapes(config)
+    _check_dimensions(path, args, stored)
+    expected = _shapes(args)
     _check_shapes(path, stored, expected)
     if surplus := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
         raise UserError(
             f"{path} has a tensor {shown(surplus[0])}, which no GPT-2 has: it belongs to another architecture."
         )
-
-    arrays = _arrays(path)
-    model = GPT(config)
+    arrays, model = _arrays(path), gpt2.Model(args)
     if "lm_head.weight" in arrays and not mx.array_equal(arrays["lm_head.weight"], arrays["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding.")
-    model.update(tree_unflatten([(name, _laid_out(name, arrays.pop(name)).astype(mx.float32)) for name in expected]))
-    mx.eval(model.parameters())  # the reader is lazy: have it all while the file is there
+    weights = model.sanitize(arrays)
+    model.update(tree_unflatten([(name, _laid_out(name, weights[name]).astype(mx.float32)) for name in expected]))
     return model
 
 
-def load_tokenizer(folder: str | Path, model: GPT) -> Tokenizer:
+def _load_other(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """A network of mlx-lm. Only its own code builds it; the directory brings numbers."""
+    architecture = models.architecture(config["model_type"])
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} has no model.safetensors: mlx-gpt reads weights from safetensors only.")
+    arrays: dict[str, mx.array] = {}
+    for path in paths:
+        _header(path)
+        arrays |= _arrays(path)
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or not 0 < layers <= len(arrays):
+        raise UserError(f"{folder}: config.json says {shown(layers)} layers, and there are {len(arrays)} tensors.")
+    try:
+        model: nn.Module = architecture.Model(architecture.ModelArgs.from_dict(config))
+        weights = model.sanitize(arrays) if hasattr(model, "sanitize") else arrays
+        _check_shapes(
+            paths[0],
+            {name: tuple(array.shape) for name, array in weights.items()},
+            {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())},
+        )
+        model.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()])
+    except UserError:
+        raise
+    except Exception as error:  # another's code met numbers that it did not expect
+        raise UserError(f"{folder} can't be read as {shown(config['model_type'])}: {shown(error, 200)}.") from None
+    model.config = MappingProxyType(config)
+    return model
+
+
+def load_tokenizer(folder: str | Path, model: nn.Module) -> Tokenizer:
     """Read the tokenizer of a model directory.
 
     Raises:
         UserError: there is none, or it has ids that the model does not know.
     """
     end_of_text = _read_json(Path(folder) / "config.json").get("eos_token_id")
+    end_of_text = end_of_text[0] if isinstance(end_of_text, list) and end_of_text else end_of_text
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json", end_of_text if isinstance(end_of_text, int) else None)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} entries and the weights "
-            f"{model.config.vocab_size:,}: they don't belong together."
+            f"{models.vocab_size(model):,}: they don't belong together."
         )
     return tokenizer
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The `ModelConfig` in a directory's `config.json`.
+def read_config(folder: Path) -> dict[str, Any]:
+    """A directory's `config.json`, with a `model_type`.
 
     Raises:
-        UserError: it is missing, no JSON, or describes something that this GPT-2 is not.
+        UserError: it is missing or no JSON, or asks for code of its own.
     """
     path = folder / "config.json"
     config = _read_json(path)
-    if config.get("model_type") != "gpt2":
-        kind = shown(config.get("model_type", "no model"))
-        raise UserError(f"{path} describes {kind}: mlx-gpt reads GPT-2 (`model_type` gpt2) only.")
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} describes {shown(config.get('model_type', 'no model'))}: it needs a `model_type`.")
+    if "model_file" in config or "auto_map" in config:
+        raise UserError(f"{path} brings code of its own, which mlx-gpt never runs: use another model.")
+    if "quantization" in config or "quantization_config" in config:
+        raise UserError(f"{path} describes quantised weights, which mlx-gpt does not read: take the full ones.")
+    return config
+
+
+def gpt2_args(path: Path, config: Mapping[str, Any]) -> gpt2.ModelArgs:
+    """The sizes of a GPT-2 from its `config.json` at `path`.
+
+    Raises:
+        UserError: it describes something that this GPT-2 is not.
+    """
     asked = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "n_inner": (None, 4 * config["n_embd"] if isinstance(config.get("n_embd"), int) else None),
@@ -138,20 +191,26 @@ def read_config(folder: Path) -> ModelConfig:
             found = shown(repr(config[key]))
             raise UserError(f"{path}: `{key}` {found} is not GPT-2's ({fine[0]!r}), which is all that mlx-gpt has.")
     names = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
-    if missing := [name for name in names if name not in config]:
-        raise UserError(f"{path} lacks `{missing[0]}`: fetch the directory again.")
-    values = {name: config[name] for name in names} | {"dropout": config.get("resid_pdrop", 0.0)}
-    try:
-        model_config: ModelConfig = build(ModelConfig, values)
-    except UserError as error:
-        raise UserError(f"{path}: {shown(str(error).splitlines()[0], 200)}") from None
-    epsilon = config.get("layer_norm_epsilon", ModelConfig.layer_norm_epsilon)
-    if model_config.n_embd % model_config.n_head:
-        sizes = f"`n_embd` {shown(model_config.n_embd)} can't be shared by `n_head` {shown(model_config.n_head)}"
+    for name in names:
+        if name not in config:
+            raise UserError(f"{path} lacks `{name}`: fetch the directory again.")
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
+            raise UserError(f"{path}: `{name}` must be a whole number of at least 1, not {shown(repr(config[name]))}.")
+    if config["n_embd"] % config["n_head"]:
+        sizes = f"`n_embd` {shown(config['n_embd'])} can't be shared by `n_head` {shown(config['n_head'])}"
         raise UserError(f"{path}: {sizes}.")
-    if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
-        raise UserError(f"{path}: `layer_norm_epsilon` must be between 0 and 1, not {shown(repr(epsilon))}.")
-    return dataclasses.replace(model_config, layer_norm_epsilon=epsilon)
+    fractions = {"layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0}
+    for name, default in fractions.items():
+        value = config.get(name, default)
+        lowest_is_fine = name == "resid_pdrop" and value == 0
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < 1 or lowest_is_fine):
+            raise UserError(f"{path}: `{name}` must be between 0 and 1, not {shown(repr(value))}.")
+        fractions[name] = value
+    return gpt2.ModelArgs(
+        **{name: config[name] for name in names},
+        dropout=fractions["resid_pdrop"],
+        layer_norm_epsilon=fractions["layer_norm_epsilon"],
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -168,29 +227,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object: fetch the directory again.")
     return config
-
-
-def _config_json(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.n_positions,
-        "n_ctx": config.n_positions,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "activation_function": "gelu_new",
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "bos_token_id": tokenizer.end_of_text,
-        "eos_token_id": tokenizer.end_of_text,
-        "dtype": "float32",
-    }
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -221,13 +257,13 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(args: gpt2.ModelArgs) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor in the file of such a GPT-2, by name: found with one block, for `n_layer` may be absurd."""
-    one = tree_flatten(GPT(dataclasses.replace(config, n_layer=1)).parameters())
-    shapes = {name: tuple(_turn(name, weight).shape) for name, weight in one}
+    one = gpt2.Model(dataclasses.replace(args, n_layer=1)).to_file()
+    shapes = {name: tuple(weight.shape) for name, weight in one.items()}
     blocks = {
         name.replace(".0.", f".{i}.", 1): shape
-        for i in range(config.n_layer)
+        for i in range(args.n_layer)
         for name, shape in shapes.items()
         if name.startswith("h.0.")
     }
@@ -242,12 +278,12 @@ def _arrays(path: Path) -> dict[str, mx.array]:
         raise UserError(f"{path} can't be read ({shown(error, 200)}): fetch it again.") from None
 
 
-def _check_dimensions(path: Path, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]) -> None:
+def _check_dimensions(path: Path, args: gpt2.ModelArgs, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a config whose sizes are not the file's, before anything of those sizes is made."""
-    asked = {"wte.weight": (config.vocab_size, config.n_embd), "wpe.weight": (config.n_positions, config.n_embd)}
+    asked = {"wte.weight": (args.vocab_size, args.n_embd), "wpe.weight": (args.n_positions, args.n_embd)}
     _check_shapes(path, stored, asked)
-    if config.n_layer > len(stored):
-        layers = shown(config.n_layer)
+    if args.n_layer > len(stored):
+        layers = shown(args.n_layer)
         raise UserError(f"{path} holds {len(stored)} tensors, too few for the {layers} layers of config.json.")
 
 
@@ -265,12 +301,6 @@ def _plain(name: str) -> str:
     return name.removeprefix("transformer.")
 
 
-def _turn(name: str, weight: mx.array) -> mx.array:
-    """Between nn.Linear's (out, in) and the file's (in, out); its own inverse."""
-    return weight.T if name.endswith(CONV1D) else weight
-
-
 def _laid_out(name: str, weight: mx.array) -> mx.array:
-    """As nn.Linear has it, the rows of `SPLIT_BY_OUTPUT` one after the other in memory."""
-    weight = _turn(name, weight)
+    """The rows of `SPLIT_BY_OUTPUT` one after the other in memory."""
     return mx.contiguous(weight) if name.endswith(SPLIT_BY_OUTPUT) else weight

@@ -141,19 +141,20 @@ def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
 
     from mlx.utils import tree_flatten
 
-    from mlx_gpt import api, backend
+    from mlx_gpt import api, models
+    from mlx_gpt.device import device
     from mlx_gpt.generation.chat_template import ChatTemplate
-    from mlx_gpt.generation.engine import Engine
+    from mlx_gpt.generation.engine import Engine, bytes_per_token
     from mlx_gpt.training.run_folder import model_directory
 
     folders = [model_directory(path) for path in paths]
-    models = {}
-    room, taken = backend.device().usable, 0
+    served = {}
+    room, taken = device().usable, 0
     for name, folder in zip(app.names_of(folders), folders, strict=True):
         model, tokenizer = api.load(folder)
-        config = model.config
+        positions = models.context_length(model)
         taken += sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-        taken += 2 * config.n_layer * config.n_embd * config.n_positions * max_batch * model.wte.weight.dtype.size
+        taken += bytes_per_token(model) * positions * max_batch
         if taken > room:
             size = f"{taken / 1e6:,.0f} MB"
             raise UserError(
@@ -161,8 +162,8 @@ def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
             )
         engine = functools.partial(Engine, model, tokenizer, max_batch)
         template = ChatTemplate.load(folder)
-        models[name] = Served(name, folder, tokenizer, model.config.n_positions, model.n_params(), template, engine)
-    return models
+        served[name] = Served(name, folder, tokenizer, positions, models.n_params(model), template, engine)
+    return served
 
 
 class Protocol(H11Protocol):

@@ -1,1 +1,3 @@
 """The training loop and its parts."""
+
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import sync, write_text_whole, write_whole
-from mlx_gpt.model import GPT
 from mlx_gpt.models.directory import save_arrays, save_model
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training.optimizer import Tree
 
 MARKER = "training.json"
 
@@ -48,7 +47,9 @@ class Progress:
     fingerprint: str = ""
 
 
-def save(run: Path, model: GPT, tokenizer: Tokenizer, optimizer_state: Tree, progress: Progress, keep: int) -> Path:
+def save(
+    run: Path, model: nn.Module, tokenizer: Tokenizer, optimizer_state: dict, progress: Progress, keep: int
+) -> Path:
     """Write a checkpoint of `progress.step` and then remove all but the newest `keep` up to it.
 
     Raises:
@@ -164,7 +165,7 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-def load_optimizer(folder: Path, fresh: Tree) -> Tree:
+def load_optimizer(folder: Path, fresh: dict) -> dict:
     """AdamW's state from a checkpoint whose files have been checked, with the structure of `fresh`.
 
     Raises:

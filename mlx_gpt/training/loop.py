@@ -1,24 +1,59 @@
-"""Training. Read `fit` for what happens in what order."""
+"""Training. `train` is the order of a run, `fit` the order of its steps, `make_step` one step."""
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlx_gpt.errors import RunError
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mlx_gpt.config import TrainingConfig
+from mlx_gpt.device import Device
+from mlx_gpt.distributed import ALONE, Ranks
+from mlx_gpt.evaluation import Evaluator
+from mlx_gpt.models.base import cast_parameters, has_dropout, recompute_in_backward, seed_dropout, set_precision
 from mlx_gpt.models.directory import save_model
+from mlx_gpt.optim import make_optimizer, make_schedule
 from mlx_gpt.progress import Display
-from mlx_gpt.training import checkpoint, run_folder
-from mlx_gpt.training.optimizer import learning_rate
-from mlx_gpt.training.setup import Run, set_up
-from mlx_gpt.training.step import StepResult
+from mlx_gpt.seeds import seed_from
+from mlx_gpt.training import checkpoint, trouble
+from mlx_gpt.training.memory import plan_run
+from mlx_gpt.training.setup import Run, set_up, take_folder
 
-MAX_FAILED_SAVES = 3
+Batch = tuple[mx.array, ...]
+"""Tokens (B, T + 1), and the weights (B, T) of all but the first."""
+Sums = Any
+"""((sum of losses, sum of weights), gradients of the first)."""
+
 AVERAGE_DECAY = 0.95  # of the running average that a loss is compared with
 SPIKE = 1.0  # nats above that average make a spike
+
+
+class StepResult(NamedTuple):
+    """Scalars that MLX may still be computing; `.item()` waits for them.
+
+    Attributes:
+        loss: mean loss over every token of the step that counts, in nats.
+        grad_norm: global norm of the gradients before clipping.
+    """
+
+    loss: mx.array
+    grad_norm: mx.array
+
+    def numbers(self) -> tuple[float, float]:
+        """Wait for both."""
+        return self.loss.item(), self.grad_norm.item()
+
+
+Step = Callable[[int, float, Iterable[Batch]], StepResult]
 
 
 @dataclass(frozen=True)
@@ -43,154 +78,218 @@ def train(
     file: str | Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    ignore_memory: bool = False,
+    dry_run: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
+    around: contextlib.AbstractContextManager = contextlib.nullcontext(),  # noqa: B008 - it has no state
+    network: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> Outcome:
-    """Train as the settings say, anew or from a checkpoint.
+    """Train as the settings say, from the beginning or from a checkpoint.
 
     Args:
-        settings: by name, over those of the TOML `file`, over the preset's.
+        settings: by name; they override the TOML `file`, which overrides the preset.
         resume: a run, a checkpoint, or "newest".
         overwrite: replace the run that is there.
+        ignore_memory: start even if the run is expected to need more memory than there is.
+        dry_run: show the plan and stop; the run's folder stays as it is.
         stop_requested: asked after each step; when true, a checkpoint is saved and training ends.
+        around: entered while steps are made, such as a handler of signals.
+        network: may replace the model by another with the same parameters.
 
     Raises:
         RunError: as in `fit`.
-        UserError: a setting, the data or a folder is not fit for it; nothing has been changed then.
+        UserError: a setting, the data or a folder cannot be used, or memory or disk are too small; nothing has been
+            changed then.
     """
     with set_up(settings, display, file, resume, overwrite) as run:
-        return fit(run, display, stop_requested)
+        run.model = network(run.model)
+        plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
+        if dry_run:
+            return Outcome(run.folder, False, run.progress.step, run.progress.best_loss)
+        optimizer = make_optimizer(run.training)
+        step = make_step(run.model, optimizer, run.objective, run.training, run.device, run.ranks)
+        restore(run, optimizer)
+        take_folder(run, display)
+        with around:
+            return fit(run, step, optimizer, display, stop_requested)
 
 
-def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outcome:
+def make_step(
+    model: nn.Module,
+    optimizer: optim.MultiOptimizer,
+    objective: nn.Module,
+    training: TrainingConfig,
+    device: Device,
+    ranks: Ranks = ALONE,
+) -> Step:
+    """Return a function that makes step number `step` at a learning rate from micro-batches of one shape.
+
+    Parameters and optimizer state are float32; the network computes in `training.precision`.
+    """
+    dtype = device.dtype(training.precision)
+    set_precision(model, dtype)
+    recompute_in_backward(model.layers, training.grad_checkpoint)
+    optimizer.init(model.trainable_parameters())
+    device.spread(optimizer)
+    drops = has_dropout(model)
+
+    def loss(parameters: dict, key: mx.array | None, *batch: mx.array) -> tuple[mx.array, mx.array]:
+        # Cast inside, so that the gradients come back in the parameters' float32.
+        model.update(cast_parameters(model, parameters, dtype))
+        seed_dropout(model, key)
+        return objective(model, *batch)
+
+    def update(parameters: dict, state: dict, sums: Sums, rate: mx.array) -> tuple[tuple[dict, dict], StepResult]:
+        (loss, weight), gradients = sums
+        norm = device.global_norm(gradients) / weight
+        scale = 1 / weight
+        if training.max_grad_norm > 0:
+            scale = scale * mx.minimum(1.0, training.max_grad_norm / (norm + 1e-6))
+        optimizer.state = tree_map(lambda array: array, state)  # a copy, since the optimizer changes it in place
+        optimizer.learning_rate = rate
+        new = optimizer.apply_gradients(tree_map(lambda gradient: gradient * scale, gradients), parameters)
+        sound = mx.isfinite(norm) & mx.isfinite(loss)  # one bad step must not poison the weights for good
+        kept = tree_map(lambda new, old: mx.where(sound, new, old), (new, optimizer.state), (parameters, state))
+        return kept, StepResult(loss / weight, norm)
+
+    forward_backward = mx.compile(mx.value_and_grad(loss))
+    if not training.grad_checkpoint:  # which saves memory, and each slice has gradients of its own
+        forward_backward = device.in_slices(forward_backward)
+    clip_and_update = mx.compile(update)
+
+    def step(number: int, rate: float, batches: Iterable[Batch]) -> StepResult:
+        parameters, sums = model.trainable_parameters(), None
+        for i, batch in enumerate(batches):
+            # What dropout drops is a function of (seed, step, micro-step, rank), so that a resume needs no saved state.
+            key = mx.random.key(seed_from(training.seed, number, i * ranks.size + ranks.rank)) if drops else None
+            micro_sums = forward_backward(parameters, key, *batch)
+            if sums is not None:
+                mx.eval(sums)  # or the activations of two micro-batches would be in memory at once
+                micro_sums = tree_map(mx.add, sums, micro_sums)
+            sums = micro_sums
+            if training.micro_steps > 1 or training.grad_checkpoint:
+                mx.async_eval(sums)
+        sums = ranks.sum(sums)
+        (parameters, state), result = clip_and_update(parameters, optimizer.state, sums, mx.array(rate))
+        del sums, micro_sums
+        model.update(parameters)
+        optimizer.state = state
+        mx.async_eval(parameters, state, result)
+        return result
+
+    return step
+
+
+def restore(run: Run, optimizer: optim.MultiOptimizer) -> None:
+    """Give the optimizer its state from the checkpoint that the run is resumed from, and all ranks rank 0's numbers."""
+    if run.source:
+        optimizer.state = checkpoint.load_optimizer(run.source, optimizer.state)
+    run.model.update(run.ranks.copy(run.model.trainable_parameters()))
+    optimizer.state = run.ranks.copy(optimizer.state)
+
+
+def fit(
+    run: Run,
+    step: Step,
+    optimizer: optim.MultiOptimizer,
+    display: Display,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Outcome:
     """Step, log, evaluate, save, until the steps or the minutes are used up or a stop is asked for.
 
     Raises:
         RunError: too many steps in a row had no finite loss, or a checkpoint could not be saved for the third time.
     """
-    training, plan, monitor = run.config.training, run.plan, run.monitor
-    step = began = run.progress.step
+    training, plan, monitor, batches = run.training, run.plan, run.monitor, run.batches()
+    schedule, evaluate = make_schedule(training, plan.total_steps), run.evaluator()
+    number = began = run.progress.step
 
     def out_of_time() -> bool:
         return run.ranks.first and training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
 
-    bar = display.bar("Training", plan.total_steps, done=step)
-    if step == 0:
-        validate(run, step, display)
-    over, stopping = step >= plan.total_steps or run.ranks.share(out_of_time()), False
+    bar = display.bar("Training", plan.total_steps, done=number)
+    if number == 0:
+        validate(run, number, evaluate, display)
+    over, stopping = number >= plan.total_steps or run.ranks.broadcast(out_of_time()), False
     unread: tuple[int, StepResult] | None = None
     while not (over or stopping):
-        rate = learning_rate(step, plan.total_steps, training)
-        result = run.step(step, rate, [next(run.batches) for _ in range(training.micro_steps)])
+        rate = schedule(number)
+        result = step(number, rate, itertools.islice(batches, training.micro_steps))
         if unread:
             review(run, *unread)  # the step before is done by now: the device never waits for this
-        step, unread = step + 1, (step + 1, result)
+        number, unread = number + 1, (number + 1, result)
         monitor.count(plan.tokens(1))
 
         over, stopping = run.ranks.any(out_of_time(), stop_requested())
-        over = over or step >= plan.total_steps
-        logs, validates = step % training.log_every == 0 or over, step % training.eval_every == 0 or over
-        saves = step % training.save_every == 0 or over or stopping
+        over = over or number >= plan.total_steps
+        logs, validates = number % training.log_every == 0 or over, number % training.eval_every == 0 or over
+        saves = number % training.save_every == 0 or over or stopping
         if logs or validates or saves:
             review(run, *unread)
             unread = None
         if logs:
-            monitor.log_step(step, plan.epoch(step), plan.tokens(step), *result.numbers(), rate)
+            monitor.log_step(number, plan.epoch(number), plan.tokens(number), *result.numbers(), rate)
         if validates:
-            validate(run, step, display)
+            validate(run, number, evaluate, display)
         if saves:
-            save_checkpoint(run, step, last=over or stopping)
+            save_checkpoint(run, number, optimizer, last=over or stopping)
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
-    if over and step == began and (run.folder / "final/model.safetensors").exists():
-        monitor.line(f"This run is complete: {step:,} steps. Train on with a higher --max-steps or --max-epochs.")
+    if over and number == began and (run.folder / "final/model.safetensors").exists():
+        monitor.line(f"This run is complete: {number:,} steps. Train on with a higher --max-steps or --max-epochs.")
     elif over:
-        guarded(run, f"{run.folder}/final", lambda: save_model(run.folder / "final", run.model, run.tokenizer), True)
-        monitor.line(f"Done: {step:,} steps in {monitor.seconds / 60:.1f} minutes.")
-    return Outcome(run.folder, over, step, run.progress.best_loss)
+        final = run.folder / "final"
+        trouble.guarded(run, f"{final}", lambda: save_model(final, run.model, run.tokenizer), last=True)
+        monitor.line(f"Done: {number:,} steps in {monitor.seconds / 60:.1f} minutes.")
+    return Outcome(run.folder, over, number, run.progress.best_loss)
 
 
 def review(run: Run, step: int, result: StepResult) -> None:
     """Look at a step's numbers: note one that was skipped or that jumped, and end a run that learns nothing.
 
     Raises:
-        RunError: `max_bad_steps` in a row had no finite loss or gradient.
+        RunError: more than `max_bad_steps` in a row had no finite loss or gradient.
     """
-    progress, training = run.progress, run.config.training
     loss, norm = result.numbers()
+    average = run.progress.loss_average
     if math.isfinite(loss) and math.isfinite(norm):
-        average = progress.loss_average
         if average is not None and loss > average + SPIKE:
             run.monitor.log_spike(step, loss, average)
         average = loss if average is None else AVERAGE_DECAY * average + (1 - AVERAGE_DECAY) * loss
-        run.progress = dataclasses.replace(progress, bad_steps=0, loss_average=average)
+        run.progress = dataclasses.replace(run.progress, bad_steps=0, loss_average=average)
         return
-    bad_steps = progress.bad_steps + 1
-    run.progress = dataclasses.replace(progress, bad_steps=bad_steps)
+    run.progress = dataclasses.replace(run.progress, bad_steps=run.progress.bad_steps + 1)
     per_step = run.plan.windows_per_step
     run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
-    if bad_steps > training.max_bad_steps and run.ranks.first:  # which ends the others
-        before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
-        start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
-        newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
-        way_back = f"mlx-gpt train {start}{'' if newest else ' --overwrite'}"
-        raise RunError(
-            f"{bad_steps} steps in a row had no finite loss or gradient, and changed nothing. Likely causes: a "
-            f"learning rate that is too high (it was {training.learning_rate:g}), bfloat16 (try --precision float32), "
-            "or weights that had grown too large before. Go back with: "
-            f"{way_back} --learning-rate {training.learning_rate / 3:.1g}"
-        )
+    if run.progress.bad_steps > run.training.max_bad_steps and run.ranks.first:  # the other ranks end with it
+        raise trouble.too_many_bad_steps(run, step)
 
 
-def validate(run: Run, step: int, display: Display) -> None:
+def validate(run: Run, step: int, evaluate: Evaluator, display: Display) -> None:
     """Evaluate, log it, and keep the weights if they are the best so far."""
     started = time.perf_counter()
-    bar = display.bar("Evaluating", run.evaluate.windows, unit="window")
-    evaluation = run.evaluate(bar.advance)
+    bar = display.bar("Evaluating", evaluate.windows, unit="window")
+    evaluation = evaluate(bar.advance)
     bar.close()
     best = run.progress.best_loss
     is_best = math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best)
     run.monitor.log_validation(step, run.plan.epoch(step), run.plan.tokens(step), evaluation, is_best)
     if is_best:
         run.progress = dataclasses.replace(run.progress, best_loss=evaluation.loss)
-        guarded(run, f"{run.folder}/best", lambda: save_model(run.folder / "best", run.model, run.tokenizer))
+        folder = run.folder / "best"
+        trouble.guarded(run, f"{folder}", lambda: save_model(folder, run.model, run.tokenizer))
     run.monitor.aside(started)
 
 
-def save_checkpoint(run: Run, step: int, last: bool) -> None:
-    """Save all that is needed to go on from `step`; `last` when training ends here."""
+def save_checkpoint(run: Run, step: int, optimizer: optim.MultiOptimizer, last: bool) -> None:
+    """Save all that a resume at `step` needs; `last` when training ends here."""
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
 
     def save() -> None:
-        keep = run.config.training.keep_checkpoints
-        checkpoint.save(run.folder, run.model, run.tokenizer, run.step.optimizer_state, run.progress, keep)
+        keep = run.training.keep_checkpoints
+        checkpoint.save(run.folder, run.model, run.tokenizer, optimizer.state, run.progress, keep)
         run.failed_saves = 0
 
-    guarded(run, f"the checkpoint of step {step:,}", save, last)
+    trouble.guarded(run, f"the checkpoint of step {step:,}", save, last)
     run.monitor.aside(started)
-
-
-def guarded(run: Run, what: str, save: Callable[[], object], last: bool = False) -> None:
-    """Save on rank 0, and train on if that fails, as it does on a full disk: what was saved before is still there.
-
-    Raises:
-        RunError: saving has failed for the third time since it last went well, or it was the `last` of the run.
-    """
-    if not run.ranks.first:
-        return
-    try:
-        save()
-    except OSError as error:
-        run.failed_saves += 1
-        why = error.strerror or str(error)
-        sound = checkpoint.all_checkpoints(run.folder)
-        newest = f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"
-        if last or run.failed_saves >= MAX_FAILED_SAVES:
-            raise RunError(
-                f"{what} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
-                f"Make room, then go on with: mlx-gpt train --resume {run.folder}"
-            ) from None
-        run.monitor.line(
-            f"WARNING: {what} could not be saved ({why}); {newest}. Training goes on: make room, for after "
-            f"{MAX_FAILED_SAVES} failures it ends."
-        )

@@ -1,183 +1,133 @@
-"""What training holds in memory at its peak, told before it starts, and what to change when that is too much.
+"""What a run takes, measured: memory and time of real steps with small micro-batches, extrapolated to its own.
 
-B windows of T tokens, C = n_embd, H heads, V = vocab_size.
+Peak memory is linear in the micro-batch, so two sizes give it for all. It holds for every model, objective, optimizer
+and device, and needs no coefficients.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-from mlx_gpt import ops
-from mlx_gpt.backend import GIB, Device, compute_dtype, share_count
-from mlx_gpt.config import Config, ModelConfig, TrainingConfig
-from mlx_gpt.model import GPT
-from mlx_gpt.presets import PRESETS
-from mlx_gpt.settings import build
+import mlx.core as mx
+import numpy as np
 
-FLOAT32 = 4
-# Above how far off the estimate was of what was measured (tests/training/peaks.py).
-MARGIN = 1.15
+from mlx_gpt import models
+from mlx_gpt.config import TrainingConfig
+from mlx_gpt.device import Device
+from mlx_gpt.errors import UserError
+from mlx_gpt.optim import make_optimizer
+from mlx_gpt.progress import Display
+from mlx_gpt.training import run_folder
+from mlx_gpt.training.plan import in_words, make_plan
+from mlx_gpt.training.setup import Run
+
+HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 SHORTEST = 128  # windows that a suggestion cuts no shorter
-
-
-class Held(NamedTuple):
-    """How many numbers stand in memory per number of each kind.
-
-    Attributes:
-        hidden: per B T C, the hidden state of a micro-batch.
-        attention: per attention weight of a micro-batch in one block: of all for what it keeps, else of as many as are
-            made at a time.
-        weight: per C C.
-        head: per V C.
-        logits: per logit of a chunk.
-        logits_before: per logit of the chunk before it, on average over the chunks: the first has none.
-    """
-
-    hidden: float = 0
-    attention: float = 0
-    weight: float = 0
-    head: float = 0
-    logits: float = 0
-    logits_before: float = 0
-
-
-class Phases(NamedTuple):
-    """What is held where it can be the most.
-
-    Attributes:
-        block: kept by each block for the backward pass.
-        moments: on top of all blocks, while the loss is taken and twice within the backward pass of a block.
-        update: new weights and means, made before the old ones and the last of the backward pass have gone.
-    """
-
-    block: Held
-    moments: tuple[Held, Held, Held]
-    update: Held
-
-
-# By `grad_checkpoint` and whether there is dropout. Measured on MLX's CPU back end with two shares of a batch, where it
-# allocates some ten operations ahead of those that run.
-ON_CPU = {
-    (False, False): Phases(
-        Held(27.2, 1.04),
-        (Held(0, 0.2, 0, 4.6, 10.9, 10.6), Held(12.1, 1.4, 1.2, 2.1, 0.5, 10), Held(13.7, 0.6, 17.8, 5.8, 0, 16.4)),
-        Held(0.9, 0, 174.3, 1.4),
-    ),
-    (False, True): Phases(
-        Held(24.19, 2.34),
-        (Held(0, 0, 0, 4, 12.1, 10.7), Held(0.1, 3.1, 1.9, 0.3, 3.3, 2.8), Held(28.4, 0, 16.4, 5.6, 0, 16.9)),
-        Held(0.5, 0, 181.8, 1.1),
-    ),
-    (True, False): Phases(
-        Held(1.54),
-        (Held(33.6, 3.96, 88.3, 0, 0.31), Held(56.2, 2.49, 0, 0, 0, 0.39), Held(0, 0, 85.1, 0.63, 3.58, 10.9)),
-        Held(0.42, 0, 163.5, 1.78),
-    ),
-    (True, True): Phases(
-        Held(1.04, 1.13),
-        (Held(28, 0.11, 121.9), Held(56.9, 4.76), Held(0, 0, 96.9, 0.77, 3.26, 11.3)),
-        Held(1.27, 0, 139.6, 2.32),
-    ),
-}
-# For GPUs, where MLX derives most gradients itself and keeps more for them: measured on the CPU when it did so there.
-UPDATE_KEPT, UPDATE_RECOMPUTED = Held(0.7, 0, 163, 3), Held(14, 0, 165, 0.7)
-ON_GPU = {
-    (False, False): Phases(
-        Held(25.7, 1.2),
-        (Held(10.9, 0, 0, 4.3, 11, 8.8), Held(29.8, 1.5, 0, 5.9), Held(4.5, 3.8, 0, 5.9)),
-        UPDATE_KEPT,
-    ),
-    (False, True): Phases(
-        Held(27.2, 2.1),
-        (Held(19.2, 0, 0, 4.8, 8.3, 10.4), Held(3.2, 5.1, 10.3, 5.7), Held(22.3, 0.1, 10.7, 5.7)),
-        UPDATE_KEPT,
-    ),
-    (True, False): Phases(
-        Held(3),
-        (Held(44.8, 0, 0, 1.4, 7.6, 7.9), Held(49.8, 6.7, 0, 2.8), Held(85.9, 0.2, 31.2, 2.8)),
-        UPDATE_RECOMPUTED,
-    ),
-    (True, True): Phases(
-        Held(3.5, 0.2),
-        (Held(39.3, 3.9, 0, 3.3, 9.1, 4.8), Held(60.6, 5.9, 80.1), Held(39.1, 9)),
-        UPDATE_RECOMPUTED,
-    ),
-}
+CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_batch_size")
+PATIENCE = 2.0  # seconds; a step that takes longer is timed once
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that training is expected to hold.
+class Estimate:
+    """What a run is expected to take.
 
     Attributes:
-        weights: parameters and AdamW's two means, all the time.
-        gradients: of the parameters.
-        activations: of one micro-batch with its loss, where they are largest.
-        peak: where all together is largest.
+        peak: bytes, at the most.
+        step_seconds: of one step.
     """
 
-    weights: int
-    gradients: int
-    activations: int
     peak: int
+    step_seconds: float
 
 
-@functools.cache
-def parameters_of(model: ModelConfig) -> int:
-    """How many parameters the model has."""
-    return GPT(model).n_params()  # from the shapes: nothing of it is computed
+@dataclass(frozen=True)
+class Trial:
+    """What real steps took, with `windows` in a micro-batch."""
+
+    windows: int
+    peak: int
+    step_seconds: float
 
 
-def estimate(model: ModelConfig, training: TrainingConfig, device: Device) -> Memory:
-    """What a rank of `training` holds on `device`.
+@dataclass(frozen=True)
+class Line:
+    """A line through one or two trials."""
 
-    What Metal and CUDA hold has been counted on the CPU as well.
+    trials: tuple[Trial, ...]
+
+    def at(self, windows: int) -> Estimate:
+        """The estimate for micro-batches of so many windows."""
+        first, last = self.trials[0], self.trials[-1]
+        if first.windows == last.windows:
+            ratio = windows / last.windows
+            return Estimate(math.ceil(last.peak * max(1.0, ratio)), last.step_seconds * ratio)
+        beyond = (windows - first.windows) / (last.windows - first.windows)
+        peak = first.peak + beyond * (last.peak - first.peak)
+        seconds = first.step_seconds + beyond * max(0.0, last.step_seconds - first.step_seconds)
+        return Estimate(math.ceil(max(peak, first.peak if windows < first.windows else 0)), seconds)
+
+
+def plan_run(
+    run: Run, make_step: Callable[..., Any], display: Display, *, overwrite: bool, show: bool, ignore_memory: bool
+) -> None:
+    """Measure the run, choose its batch if that was left to us, and refuse what does not fit.
+
+    Args:
+        make_step: as in `loop`.
+        show: show the plan.
+        ignore_memory: plan a run that does not fit, too.
+
+    Raises:
+        UserError: it does not fit, or the disk has no room, or the run is over; the sentence says what to change.
     """
-    n_params = parameters_of(model)
-    number_size = compute_dtype(training.precision, device).size
-    on_gpu = device.kind != "cpu"
-    tokens = training.micro_batch_size * training.seq_len
-    hidden = tokens * model.n_embd
-    heads, at_a_time = training.micro_batch_size * model.n_head, ops.attention_weights(training.seq_len, on_gpu)
-    weight, head = model.n_embd**2, model.vocab_size * model.n_embd
-    shares = share_count(training.micro_batch_size, on_gpu, saving=training.grad_checkpoint)
-    rows = ops.rows_at_once(tokens // shares, model.vocab_size, on_gpu)
-    logits, chunks = rows * model.vocab_size, math.ceil(tokens // shares / rows)
+    lines: dict[tuple[int, bool], Line | None] = {}
 
-    def size(held: Held, attention: int) -> float:
-        passing = held.hidden * hidden + held.attention * heads * attention
-        fixed = held.weight * weight + held.head * head
-        fixed += (held.logits + held.logits_before * (1 - 1 / chunks)) * logits
-        return passing * number_size + fixed * FLOAT32
+    def estimate(training: TrainingConfig) -> Estimate | None:
+        key = training.seq_len, training.grad_checkpoint
+        if key not in lines:
+            lines[key] = measure(run, make_step, training)
+        line = lines[key]
+        if not line:
+            return None
+        found = line.at(training.micro_batch_size)
+        tried = min(2, training.micro_steps)
+        return dataclasses.replace(found, step_seconds=found.step_seconds * training.micro_steps / tried)
 
-    phases = (ON_GPU if on_gpu else ON_CPU)[training.grad_checkpoint, model.dropout > 0]
-    activations = model.n_layer * size(phases.block, sum(at_a_time))
-    activations += max(size(moment, max(at_a_time)) for moment in phases.moments)
-    parameters = FLOAT32 * n_params
-    weights = 3 * parameters + (n_params * number_size if number_size < FLOAT32 else 0)  # with a copy to compute with
-    summed = shares * parameters if training.micro_steps > 1 else 0
-    exchanged = 2 * parameters if training.ranks > 1 else 0  # gradients, joined to be sent, and their means
-    update = exchanged + parameters + min(3 * parameters, size(phases.update, 0))
-    return Memory(
-        weights=int(weights),
-        gradients=parameters,
-        activations=int(activations),
-        peak=int(weights + max(summed + activations, update)),
-    )
-
-
-def fits(memory: Memory, device: Device) -> bool:
-    """Whether the device allows it, the estimate's error included."""
-    return memory.peak * MARGIN <= device.usable
+    training, problem = run.training, ""
+    if not run.resumes:
+        training, problem = fit(run.training, estimate, run.device)
+    training = dataclasses.replace(training, **run.ranks.broadcast({name: getattr(training, name) for name in CHOSEN}))
+    run.config = dataclasses.replace(run.config, training=training)
+    run.settings = dataclasses.replace(run.settings, training=training)
+    found = estimate(training)
+    run.plan = make_plan(run, found.peak if found else None, found.step_seconds if found else None)
+    if show:
+        for line in run.plan.lines():
+            display.line(line)
+    if problem and not ignore_memory:
+        raise UserError(f"{problem} --ignore-memory starts it all the same.")
+    if run.progress.step > run.plan.total_steps:
+        raise UserError(
+            f"{run.folder} is at step {run.progress.step:,} already, beyond the {run.plan.total_steps:,} that it would "
+            "end at: give more with --max-steps or --max-epochs."
+        )
+    if run.ranks.first:
+        run_folder.check_room(run.folder, models.n_params(run.model), overwrite)
 
 
-def fit(model: ModelConfig, training: TrainingConfig, device: Device) -> tuple[TrainingConfig, str]:
+def fit(
+    training: TrainingConfig, estimate: Callable[[TrainingConfig], Estimate | None], device: Device
+) -> tuple[TrainingConfig, str]:
     """The settings to train with on `device`, and what is wrong with them: empty if they fit.
 
     They are those given; if the batch was left to us, it is chosen, and whether activations are computed twice.
+
+    Args:
+        estimate: what settings take; None where even trying them is not safe.
     """
     asked = training
     if training.auto_batch_size:
@@ -187,32 +137,77 @@ def fit(model: ModelConfig, training: TrainingConfig, device: Device) -> tuple[T
             gradient_accumulation_steps=training.ranks,
             auto_batch_size=False,
         )
-    fitting = _first_that_fits(model, asked, device)
+
+    def fits(candidate: TrainingConfig) -> bool:
+        found = estimate(candidate)
+        return found is not None and found.peak <= HEADROOM * device.usable
+
+    fitting = next((candidate for candidate in changes(asked) if fits(candidate)), None)
     if fitting == asked or (fitting and training.auto_batch_size and fitting.seq_len == asked.seq_len):
         return fitting, ""
-    held = estimate(model, asked, device)
-    problem = (
-        f"Training would hold about {in_words(held.peak)} at its peak, and {device} can safely spare "
-        f"{in_words(device.usable / MARGIN)}."
-    )
+    needed = estimate(asked)
+    takes = f"about {in_words(needed.peak)} at its peak" if needed else "more memory than it is safe to try"
+    problem = f"Training would take {takes}, and {device} can safely spare {in_words(HEADROOM * device.usable)}."
     if fitting:
-        held = estimate(model, fitting, device)
-        return asked, f"{problem} This fits: {flags(training, fitting)} (about {in_words(held.peak)})."
-    smaller = _largest_preset(device, below=parameters_of(model))
-    way_out = f"{smaller} would" if smaller else "free some memory, or take another machine"
-    return asked, f"{problem} No batch of this model fits: {way_out}."
+        found = estimate(fitting)
+        assert found is not None
+        return asked, f"{problem} This fits: {flags(training, fitting)} (about {in_words(found.peak)})."
+    return asked, f"{problem} No batch of this model fits: take a smaller --preset, or free some memory."
 
 
-def _first_that_fits(model: ModelConfig, training: TrainingConfig, device: Device) -> TrainingConfig | None:
-    """The first of `changes` that fits, which is the cheapest."""
-    return next((changed for changed in changes(training) if fits(estimate(model, changed, device), device)), None)
+def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -> Line | None:
+    """Make real steps of the run with the smallest micro-batches; None where even that may take too much memory.
+
+    Nothing of the run changes: the steps have a learning rate of 0 and an optimizer of their own.
+    """
+    # Weights, their gradients and AdamW's two means in float32, before any activation.
+    if 16 * models.n_params(run.model) > run.device.usable:
+        return None
+    most = training.micro_batch_size
+    smallest = min(most, 2 if run.device.accelerated else 1)  # a CPU computes two slices side by side
+    trials = [_try(run, make_step, training, smallest)]
+    second = min(most, 2 * smallest)
+    if second > smallest and 2 * trials[0].peak <= run.device.usable:
+        trials.append(_try(run, make_step, training, second))
+    return Line(tuple(trials))
+
+
+def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, windows: int) -> Trial:
+    micro_steps = min(2, training.micro_steps)
+    training = dataclasses.replace(
+        training, batch_size=windows, gradient_accumulation_steps=micro_steps, ranks=1, auto_batch_size=False
+    )
+    draw = np.random.default_rng(0)
+    ids = draw.integers(models.vocab_size(run.model), size=(windows, training.seq_len + 1), dtype=np.int32)
+    batch = mx.array(ids), mx.ones((windows, training.seq_len))
+    mx.eval(batch, run.model.parameters())
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    optimizer = make_optimizer(training)
+    step = make_step(run.model, optimizer, run.objective, training, run.device)
+    seconds: list[float] = []
+    for number in range(4):
+        started = time.perf_counter()
+        mx.eval(step(number, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)
+        seconds.append(time.perf_counter() - started)
+        if number > 0 and seconds[-1] > PATIENCE:
+            break
+    evaluate = run.evaluator()
+    evaluate.summed_loss(ids, np.ones((windows, training.seq_len), np.float32))
+    peak = mx.get_peak_memory()
+    if run.ranks.size > 1:
+        peak += 8 * models.n_params(run.model)  # gradients joined to be sent, and their sum
+    del optimizer, step, evaluate
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return Trial(windows, peak, statistics.median(seconds[1:]))
 
 
 def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
-    """Ways to hold less, those first that cost least; the windows per step stay the same.
+    """Ways to take less memory, cheapest first; the windows per step stay the same.
 
-    Smaller micro-batches change only the time; activations that are computed twice cost a third more of it; shorter
-    windows change what is learnt.
+    Smaller micro-batches change only the time; computing activations twice costs a third more of it; shorter windows
+    change what is learnt.
     """
     windows, seq_len = training.windows_per_step, training.seq_len
     while True:
@@ -239,18 +234,3 @@ def flags(before: TrainingConfig, after: TrainingConfig) -> str:
         if value != getattr(before, name):
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
     return " ".join(words)
-
-
-def _largest_preset(device: Device, below: int) -> str:
-    """The flags of the largest preset that fits, of those with fewer parameters than `below`; empty if none does."""
-    for name, values in reversed(PRESETS.items()):
-        preset = build(Config, values)
-        fitting = _first_that_fits(preset.model, preset.training, device)
-        if fitting and parameters_of(preset.model) < below:
-            return f"--preset {name} {flags(preset.training, fitting)}".rstrip()
-    return ""
-
-
-def in_words(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"

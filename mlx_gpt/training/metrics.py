@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import mlx.core as mx
 
-from mlx_gpt.backend import GIB
+from mlx_gpt.device import GIB
 from mlx_gpt.evaluation import Evaluation
 from mlx_gpt.progress import Display
 

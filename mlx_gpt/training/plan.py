@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from mlx_gpt import backend
-from mlx_gpt.backend import Device
+from mlx_gpt import models
 from mlx_gpt.config import Config
 from mlx_gpt.data.batches import windows_per_epoch
-from mlx_gpt.data.tokens import Tokens
-from mlx_gpt.model import GPT
-from mlx_gpt.training import memory
-from mlx_gpt.training.memory import Memory, in_words
+from mlx_gpt.device import GIB, Device
 
 FEW_STEPS = 300
-CPU_FLOPS = 1e11  # per second: what two to four good cores reach in large products
+LONG_HOURS = 24
 
 
 @dataclass(frozen=True)
@@ -24,20 +21,23 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: where it ends at the latest.
-        memory: that it is expected to hold, each rank by itself.
+        first_step: where it begins.
+        peak: bytes that each rank is expected to take; None where even trying was not safe.
+        step_seconds: that one step is expected to take.
         ranks_here: how many of its ranks are on this host.
     """
 
     config: Config
     device: Device
     n_params: int
-    flops_per_token: int
     train_tokens: int
     val_tokens: int
     windows_per_step: int
     windows_per_epoch: int
     total_steps: int
-    memory: Memory
+    first_step: int
+    peak: int | None
+    step_seconds: float | None
     ranks_here: int = 1
 
     def epoch(self, step: int) -> int:
@@ -50,7 +50,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        training, model, held = self.config.training, self.config.model, self.memory
+        training, model = self.config.training, self.config.model
         each = " on each rank" if training.ranks > 1 else ""
         steps = f"{self.total_steps:,}, each of {self.tokens(1):,} tokens"
         steps += f" ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
@@ -69,18 +69,10 @@ class Plan:
             *self._ranks(),
             f"Batch        {training.micro_batch_size} x {training.seq_len} tokens, {training.micro_steps} per step"
             f"{each}, activations {'computed twice' if training.grad_checkpoint else 'kept'}",
-            f"Memory       about {in_words(held.peak)} at the peak{each}, of {in_words(self.device.usable)} usable: "
-            f"weights and means {in_words(held.weights)}, gradients {in_words(held.gradients)}, "
-            f"activations {in_words(held.activations)}",
+            f"Memory       {self._memory(each)}",
         ]
-        if self.device.kind == "metal":
-            wired = in_words(self.device.usable)
-            lines.append(f"             Up to {wired} stay wired, so that macOS pages nothing out between two steps")
-        if not memory.fits(held, self.device):
-            lines.append("WARNING      That is more than can safely be spared.")
-        hours = self.flops_per_token * self.tokens(self.total_steps) / CPU_FLOPS / 3600
-        if self.device.kind == "cpu" and hours > 1 and not training.max_minutes:
-            lines.append(f"Hint         On a CPU this takes {hours:,.0f} hours or more; --preset tiny takes minutes.")
+        if self.step_seconds:
+            lines.append(f"Time         {self._time()}")
         if self.total_steps < FEW_STEPS and not training.max_steps:
             lines.append(
                 f"Hint         {self.total_steps} steps teach little. For so short a text take --preset tiny, or "
@@ -88,13 +80,28 @@ class Plan:
             )
         return lines
 
+    def _memory(self, each: str) -> str:
+        usable = f"of {in_words(self.device.usable)} usable"
+        if self.peak is None:
+            return f"more than it is safe to try, {usable}"
+        return f"about {in_words(self.peak)} at the peak{each}, {usable}"
+
+    def _time(self) -> str:
+        assert self.step_seconds is not None
+        seconds = self.step_seconds * (self.total_steps - self.first_step)
+        words = f"about {duration(seconds)} ({self.tokens(1) / self.step_seconds:,.0f} tokens/s measured)"
+        if self.config.training.max_minutes and seconds > 60 * self.config.training.max_minutes:
+            return f"{duration(60 * self.config.training.max_minutes)} of {words}"
+        if seconds > LONG_HOURS * 3600:
+            words += "; a smaller --preset, or --max-minutes, takes less"
+        return words
+
     def _ranks(self) -> list[str]:
         training = self.config.training
         if training.ranks == 1:
             return []
-        cores = f", with {backend.cores()} of its cores each" if self.device.kind == "cpu" else ""
         return [
-            f"Ranks        {training.ranks}, {self.ranks_here} of them on this host{cores}; each makes "
+            f"Ranks        {training.ranks}, {self.ranks_here} of them on this host; each computes "
             f"{training.windows_per_rank} of the {self.windows_per_step} windows of a step"
         ]
 
@@ -104,22 +111,41 @@ class Plan:
         return self.windows_per_epoch / self.windows_per_step
 
 
-def make_plan(config: Config, tokens: Tokens, device: Device, ranks_here: int = 1) -> Plan:
-    """Work out a run's size."""
-    training, model = config.training, GPT(config.model)  # nothing of it is computed
+def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
+    """Work out the size of a `setup.Run`."""
+    training = run.training
     per_step = training.windows_per_step
-    per_epoch = windows_per_epoch(tokens.train, training.seq_len)
+    per_epoch = windows_per_epoch(run.tokens.train, training.seq_len)
     total_steps = math.ceil(training.max_epochs * per_epoch / per_step)
     return Plan(
-        config=config,
-        device=device,
-        n_params=model.n_params(),
-        flops_per_token=model.flops_per_token(training.seq_len),
-        train_tokens=len(tokens.train),
-        val_tokens=len(tokens.val),
+        config=run.config,
+        device=run.device,
+        n_params=models.n_params(run.model),
+        train_tokens=len(run.tokens.train),
+        val_tokens=len(run.tokens.val),
         windows_per_step=per_step,
         windows_per_epoch=per_epoch,
         total_steps=min(total_steps, training.max_steps or total_steps),
-        memory=memory.estimate(config.model, training, device),
-        ranks_here=ranks_here,
+        first_step=run.progress.step,
+        peak=peak,
+        step_seconds=step_seconds,
+        ranks_here=run.ranks.here,
     )
+
+
+def in_words(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as "2 h 10 min"."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{round(hours / 24)} days"

@@ -27,23 +27,23 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
-    """Make sure that a new run may be written into `folder`.
+def claim(folder: Path, overwrite: bool) -> "Lock":
+    """Lock `folder` for a new run.
 
     Raises:
-        UserError: another process trains into it, or it holds another run and `overwrite` is not set, or something
-            that is no run.
+        UserError: another process trains into it, or it holds another run and `overwrite` is not set, or it holds
+            something that is no run.
     """
-    if (folder / SETTINGS).exists():
-        with Lock(folder):  # a run that is being trained can't be replaced, and goes on by itself
-            pass
-        if not overwrite:
-            raise UserError(
-                f"{folder} already holds a run: go on with it (--resume), replace it (--overwrite) "
-                "or choose another --out."
-            )
-    elif folder.is_file() or (folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())):
-        raise UserError(f"{folder} is there and is no run: choose another --out.")
+    is_run = (folder / SETTINGS).exists()
+    if folder.is_file() or (folder.is_dir() and not is_run and any(path.name[0] != "." for path in folder.iterdir())):
+        raise UserError(f"{folder} exists and is no run: choose another --out.")
+    lock = Lock(folder)
+    if (folder / SETTINGS).exists() and not overwrite:
+        lock.release()
+        raise UserError(
+            f"{folder} already holds a run: continue it (--resume), replace it (--overwrite) or choose another --out."
+        )
+    return lock
 
 
 def check_room(folder: Path, n_params: int, overwrite: bool) -> None:
@@ -84,8 +84,10 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        self._file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -99,11 +101,20 @@ class Lock:
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
 
+    def release(self) -> None:
+        """Let others in. Folders that were made for the lock alone are removed."""
+        if self._made and [path.name for path in self._path.parent.iterdir()] == [LOCK]:
+            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for folder in self._made:
+                    folder.rmdir()
+        self._file.close()
+
     def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self.release()
 
 
 def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | None]:

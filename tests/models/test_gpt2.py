@@ -8,10 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_gpt.model import GPT
 
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.generation.cache import KVCache, Rows
-from mlx_gpt.model import GPT
 
 KEY = mx.random.key(5)
 

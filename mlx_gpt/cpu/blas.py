@@ -2,7 +2,7 @@
 
 The Linux CPU build of MLX links a reference BLAS, a hundred times slower than a tuned one. It leaves the `cblas_*`
 symbols open, so a library loaded globally *before* the first import of mlx serves them. PyPI's OpenBLAS has them under
-other names: `_cblas.cpp` stands between the two, compiled on first use by the compiler that MLX itself needs. macOS has
+other names: `cblas.cpp` stands between the two, compiled on first use by the compiler that MLX itself needs. macOS has
 Accelerate, which MLX uses by itself: there this module does nothing.
 
 `MLX_GPT_BLAS` names another library to load, or `off`.
@@ -69,7 +69,7 @@ def _openblas(path: Path) -> ctypes.CDLL:
         OSError: one of them can't be loaded or made.
     """
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    source = Path(__file__).with_name("_cblas.cpp")
+    source = Path(__file__).with_name("cblas.cpp")
     # Not Path's own `expanduser`, which fails where there is no home.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlx-gpt")  # noqa: PTH111
     made_of = " ".join([*COMPILER, _processor()]).encode() + source.read_bytes()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_map
+from mlx_gpt.training.optimizer import AdamW, learning_rate
 
 from mlx_gpt.config import TrainingConfig
-from mlx_gpt.training.optimizer import AdamW, learning_rate
 
 SETTINGS = TrainingConfig(beta1=0.8, beta2=0.9, weight_decay=0.3)
 RATES = [0.1, 0.05, 0.2, 0.01, 0.1]

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_gpt.generation.parts import GPTInParts, part_count
 
 from mlx_gpt.config import GenerationConfig, ModelConfig
 from mlx_gpt.generation import engine, parts
-from mlx_gpt.generation.parts import GPTInParts, part_count
 from mlx_gpt.models.directory import load_model, save_model
 
 

@@ -1,0 +1,82 @@
+"""Layers computed another way on a CPU.
+
+As `nn.quantize` does, `accelerate` replaces the leaves of a network; parameters and their names stay.
+"""
+
+import functools
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_gpt.cpu import kernels
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose gradient of the weight lies in memory as the weight does."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32 or not self.training:
+            return super().__call__(x)
+        return kernels.linear(x, self.weight, self.get("bias"))
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` whose sums are products."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32:
+            return super().__call__(x)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class GELU(nn.Module):
+    """GELU with a tanh that compiles to vector instructions."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) if x.dtype != mx.float32 else kernels.gelu(x)
+
+
+class ScaledDotProductAttention(nn.Module):
+    """Causal attention, blocks of queries at a time, with an exponential that compiles to vector instructions."""
+
+    scale: float
+
+    def __call__(self, q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array, mask: Any = None) -> mx.array:
+        if q_bhtd.dtype != mx.float32 or not isinstance(mask, str) or q_bhtd.shape[1] != k_bhsd.shape[1]:
+            return super().__call__(q_bhtd, k_bhsd, v_bhsd, mask)
+        return kernels.causal_attention(q_bhtd * self.scale, k_bhsd, v_bhsd)
+
+
+class LinearCrossEntropy(nn.Module):
+    """Head and loss, which stay in the cache, chunk by chunk."""
+
+    def __call__(self, x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, weights_n: mx.array) -> mx.array:
+        if x_nc.dtype != mx.float32:
+            return super().__call__(x_nc, weight_vc, targets_n, weights_n)
+        compute = kernels.linear_cross_entropy if self.training else kernels.cross_entropy_sum
+        return compute(x_nc, weight_vc, targets_n, weights_n)
+
+
+MLX_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm}
+BY_NAME: dict[str, type] = {  # for layers that say so with `cpu_twin`
+    "gelu": GELU,
+    "attention": ScaledDotProductAttention,
+    "linear_cross_entropy": LinearCrossEntropy,
+}
+
+
+def accelerate(module: nn.Module) -> None:
+    """Give each layer of `module` that has a twin the twin's class. Only float32 is computed differently."""
+    for layer in module.modules():
+        original = type(layer)
+        if twin := MLX_LAYERS.get(original):
+            layer.__class__ = twin
+        elif twin := BY_NAME.get(getattr(original, "cpu_twin", "")):
+            layer.__class__ = _both(twin, original)
+
+
+@functools.cache
+def _both(twin: Any, original: Any) -> Any:
+    """A class that computes as the twin does, and falls back on the original."""
+    return original if issubclass(original, twin) else type(original.__name__, (twin, original), {})

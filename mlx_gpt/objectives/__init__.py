@@ -1,0 +1,11 @@
+"""What a model is trained for: what a batch holds, and what its loss is.
+
+An objective is called with a model and a batch and returns the loss as a sum over the tokens that count, in nats, and
+the sum of their weights. So micro-batches and ranks can be added up, and every token weighs the same.
+"""
+
+import mlx.nn as nn
+
+from mlx_gpt.objectives.text import Text
+
+OBJECTIVES: dict[str, type[nn.Module]] = {"text": Text}

@@ -1,0 +1,29 @@
+"""Continue text: every token is predicted from those before it."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_gpt.models.base import LinearCrossEntropy
+
+
+class Text(nn.Module):
+    """The cross-entropy of each token of a window but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross_entropy = LinearCrossEntropy()
+
+    def __call__(self, model: nn.Module, tokens_bt: mx.array, weights_bt: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the weighted sum of the losses in nats and the sum of the weights, float32 scalars both.
+
+        Args:
+            tokens_bt: windows (B, T + 1) of ids.
+            weights_bt: (B, T), of each token but the first; 0 where one does not count.
+        """
+        inputs_bt, targets_n, weights_n = tokens_bt[:, :-1], tokens_bt[:, 1:].flatten(), weights_bt.flatten()
+        if hasattr(model, "hidden"):
+            x_nc = model.hidden(inputs_bt).flatten(0, 1)
+            loss = self.cross_entropy(x_nc, model.head_weight, targets_n, weights_n)
+        else:
+            loss = (mx.fast.cross_entropy(model(inputs_bt).flatten(0, 1), targets_n) * weights_n).sum()
+        return loss, weights_n.sum()

@@ -1,0 +1,54 @@
+"""The optimizer and the learning rate of a run, put together from `mlx.optimizers`."""
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from mlx_gpt.config import TrainingConfig
+
+Schedule = Callable[[int], float]
+
+
+def make_optimizer(training: TrainingConfig) -> optim.MultiOptimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with bias correction, and weight decay on matrices only."""
+
+    def adamw(weight_decay: float) -> optim.AdamW:
+        betas = [training.beta1, training.beta2]
+        return optim.AdamW(training.learning_rate, betas=betas, weight_decay=weight_decay, bias_correction=True)
+
+    return optim.MultiOptimizer([adamw(training.weight_decay), adamw(0.0)], [lambda name, weight: weight.ndim >= 2])
+
+
+def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
+    """The learning rate of step 0, 1, ... `total_steps` - 1: a linear warm-up, then down to `min_lr`.
+
+    It is a function of the step alone, so a run that is resumed or that skips a step keeps to it.
+    """
+    highest = training.learning_rate
+    lowest = highest / 10 if training.min_lr is None else training.min_lr
+    warmup = min(100, total_steps // 10) if training.warmup_steps is None else training.warmup_steps
+    decay_steps = max(1, total_steps - 1 - warmup)
+    falling = {
+        "cosine": lambda: optim.cosine_decay(highest, decay_steps, lowest),
+        "linear": lambda: optim.linear_schedule(highest, lowest, decay_steps),
+        "constant": lambda: lambda step: mx.array(highest),
+        "wsd": lambda: _stable_then_linear(highest, lowest, decay_steps),
+    }[training.schedule]()
+    # From the first step on the rate is above 0, or that step would change nothing.
+    rising = optim.linear_schedule(highest / (warmup + 1), highest, max(1, warmup))
+    joined = optim.join_schedules([rising, falling], [warmup])
+
+    def rate(step: int) -> float:
+        with mx.stream(mx.cpu):  # a GPU would answer only after the steps that it is computing
+            return float(joined(mx.array(step)).item())
+
+    return rate
+
+
+def _stable_then_linear(highest: float, lowest: float, steps: int) -> Callable[[mx.array], mx.array]:
+    """The highest rate for four fifths of the steps, then linear (Hu et al. 2024, MiniCPM, arXiv:2404.06395)."""
+    stable = math.ceil(0.8 * steps)
+    down = optim.linear_schedule(highest, lowest, max(1, steps - stable))
+    return optim.join_schedules([lambda step: mx.array(highest), down], [stable])
