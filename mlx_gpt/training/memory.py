@@ -1,6 +1,6 @@
-"""What a run takes, measured: memory and time of real steps with small micro-batches, extrapolated to its own.
+"""What a run takes, measured: memory and time of real steps, with small micro-batches first.
 
-Peak memory is linear in the micro-batch, so two sizes give it for all. It holds for every model, objective, optimizer
+Peak memory is linear in the micro-batch, so two sizes give it for all. This holds for every model, objective, optimizer
 and device, and needs no coefficients.
 """
 
@@ -28,6 +28,8 @@ from mlx_gpt.training.setup import Run
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 SHORTEST = 128  # windows that a suggestion cuts no shorter
 CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_batch_size")
+STEPS = 4  # of a trial, the first of which compiles
+BUDGET = 4.0  # seconds that further trials may take, after the two that make a line
 PATIENCE = 2.0  # seconds; a step that takes longer is timed once
 
 
@@ -156,20 +158,28 @@ def fit(
 
 
 def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -> Line | None:
-    """Make real steps of the run with the smallest micro-batches; None where even that may take too much memory.
+    """Make real steps of the run with ever larger micro-batches, up to its own if that is quick and safe.
 
     Nothing of the run changes: the steps have a learning rate of 0 and an optimizer of their own.
+
+    Returns:
+        The line through the two largest trials; None where even the smallest may take too much memory.
     """
     # Weights, their gradients and AdamW's two means in float32, before any activation.
     if 16 * models.n_params(run.model) > run.device.usable:
         return None
     most = training.micro_batch_size
-    smallest = min(most, 2 if run.device.accelerated else 1)  # a CPU computes two slices side by side
-    trials = [_try(run, make_step, training, smallest)]
-    second = min(most, 2 * smallest)
-    if second > smallest and 2 * trials[0].peak <= run.device.usable:
-        trials.append(_try(run, make_step, training, second))
-    return Line(tuple(trials))
+    windows = min(most, 2 if run.device.accelerated else 1)  # a CPU computes two slices side by side
+    trials, began = [_try(run, make_step, training, windows)], time.perf_counter()
+    while windows < most:
+        larger = min(most, 2 * windows)
+        seconds = STEPS * trials[-1].step_seconds * larger / windows
+        is_quick = len(trials) == 1 or time.perf_counter() - began + seconds < BUDGET
+        if not is_quick or Line(tuple(trials[-2:])).at(larger).peak > HEADROOM * run.device.usable:
+            break
+        windows = larger
+        trials.append(_try(run, make_step, training, windows))
+    return Line(tuple(trials[-2:]))
 
 
 def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, windows: int) -> Trial:
@@ -186,7 +196,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     optimizer = make_optimizer(training)
     step = make_step(run.model, optimizer, run.objective, training, run.device)
     seconds: list[float] = []
-    for number in range(4):
+    for number in range(STEPS):
         started = time.perf_counter()
         mx.eval(step(number, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)
         seconds.append(time.perf_counter() - started)
