@@ -1,7 +1,7 @@
-"""Prompts to texts, many at a time: each is read, then all are decoded together, a token of each per step.
+"""From prompts to texts, many at a time: each prompt is read, then all texts are decoded together, one token per step.
 
 Texts enter and leave between two steps (continuous batching: Yu et al. 2022, Orca). A prompt is read in chunks, one per
-step, so that those who are being answered wait for a chunk at most.
+step, so that texts in progress wait for one chunk at most.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ Logprobs = tuple[mx.array, mx.array, mx.array]  # as of `likeliest`
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What to go on from, and how.
+    """A prompt and how to continue it.
 
     Attributes:
         prompt: ids, from one to the model's context.
         config: one text is made for each of its `num_samples`.
         logit_bias: added to the logits of some ids before a token is drawn.
-        alternatives: tell each token's log-probability, and this many of the likeliest in its place.
-        prompt_too: tell them of the prompt as well.
+        alternatives: report each token's log-probability, and this many of the likeliest tokens in its place.
+        prompt_too: report them for the prompt's tokens as well.
         ends: whether the end-of-text token ends a text.
     """
 
@@ -49,17 +49,18 @@ class Request:
 
 
 class Engine:
-    """Decodes the texts of requests together, a token of each per `step`.
+    """Decodes the texts of requests together, one token of each per `step`.
 
-    A text is the same alone and in company, up to the rounding of sums: its random numbers are its own, and so are its
-    keys and values.
+    A text is the same alone and together with others, up to the rounding of sums: it has random numbers, keys and
+    values of its own.
 
     Attributes:
         made: tokens so far, of all texts.
 
     Args:
         max_batch: texts at a time; further ones wait.
-        capacity: tokens that each may have in the cache, if fewer than the model's positions will do.
+        capacity: tokens that each may have in the cache, if fewer than the model's positions are enough.
+        on: the device; by default the one that MLX computes on.
     """
 
     def __init__(
@@ -106,10 +107,10 @@ class Engine:
         return bool(self._queue or self._reading or self._rows or self._full or self._picked)
 
     def add(self, request: Request) -> None:
-        """Queue a request; what becomes of it comes from `step`.
+        """Queue a request; `step` returns its text.
 
         Raises:
-            UserError: it wants more texts than are decoded at a time.
+            UserError: it asks for more texts than are decoded at a time.
         """
         count = request.config.num_samples
         if count > self.max_batch:
@@ -120,7 +121,7 @@ class Engine:
         self._queue.append(self._prompt(texts, request.prompt))
 
     def drop(self, request: Request) -> None:
-        """Give up a request: nothing more comes of it, and its places are free at the next step."""
+        """Give up a request: it gets no more text, and its rows are free at the next step."""
         self._queue = deque(prompt for prompt in self._queue if prompt.request is not request)
         if self._reading and self._reading.request is request:
             self._reading = None
@@ -129,7 +130,7 @@ class Engine:
                 text.dropped |= text.request is request
 
     def step(self) -> list[tuple[Request, Piece]]:
-        """Advance every text, and return what the step before has made: the device computes while the caller works."""
+        """Advance every text, and return the text of the step before: the device computes while the caller works."""
         before, self._picked = self._picked, []
         self._leave()
         self._decode()
@@ -165,7 +166,7 @@ class Engine:
         """Read a chunk of the next prompt. When all of it has been read, its texts join the others."""
         self._full = [text for text in self._full if not text.over]
         for text in [text for text in self._full if len(text.ids) == text.picked]:
-            # It goes on from the second half of its context, read anew at the first positions.
+            # It continues from the second half of its context, read again at the first positions.
             self._full.remove(text)
             recent = [*text.request.prompt, *text.ids][-max(1, self._positions // 2) :]
             self._queue.appendleft(self._prompt([text], recent, again=True))
@@ -191,10 +192,10 @@ class Engine:
         return _Prompt(texts, ids, cache, again)
 
     def _read_chunk(self, prompt: "_Prompt") -> mx.array:
-        """Logits (V,) of what comes after the next chunk of a prompt."""
+        """Read the next chunk of a prompt; logits (V,) of the token after it."""
         start = prompt.cache.rows.lengths[0]
         ids = prompt.ids[start : start + self._device.chunk]
-        # MLX keeps a compiled function for each size, so there are to be few.
+        # MLX keeps a compiled function for each size, so there should be few sizes.
         padding = min(self._padded(len(ids)), prompt.cache.rows.capacity - start) - len(ids)
         prompt.cache.rows.grow(len(ids) + padding)
         x_tc = models.hidden(self._model, mx.array([[*ids, *[0] * padding]]), prompt.cache.layers)[0, : len(ids)]
@@ -216,7 +217,7 @@ class Engine:
         return -(-count // size) * size if count > size else 1 << (count - 1).bit_length()
 
     def _known(self, logits_bv: mx.array) -> mx.array:
-        """Logits in float32, -inf for what is no token."""
+        """Logits in float32, -inf for ids that are no token."""
         logits_bv = logits_bv.astype(mx.float32)
         return logits_bv if self._unknown_v is None else mx.where(self._unknown_v, -mx.inf, logits_bv)
 
@@ -233,7 +234,7 @@ class Engine:
         return tokens_b
 
     def _tell(self, picked: "_Picked") -> Iterator[tuple[Request, Piece]]:
-        """What tokens make certain."""
+        """The text that tokens make certain."""
         ids = picked.tokens_b.tolist()
         logprobs = _listed(picked.logprobs) if picked.logprobs else [(None, ())] * len(ids)
         for text, token, (logprob, alternatives) in zip(picked.texts, ids, logprobs, strict=True):
@@ -251,7 +252,7 @@ class Engine:
                 yield request, piece
 
     def _prompt_tokens(self, request: Request, logprobs: list[Logprobs]) -> tuple[Token, ...]:
-        """The tokens of a prompt, with what the model thought of each."""
+        """The tokens of a prompt, with the probability that the model gave each."""
         texts = Detokenizer(self._tokenizer)
         thoughts = [(None, ()), *(thought for chunk in logprobs for thought in _listed(chunk))]
         return tuple(
@@ -261,11 +262,11 @@ class Engine:
 
 
 class _Text:
-    """One text of a request, and what its next token depends on besides the network.
+    """One text of a request, and everything but the network that its next token depends on.
 
     Attributes:
-        ids: the tokens that it is known to have.
-        picked: how many it has, those included that are being computed.
+        ids: its tokens so far.
+        picked: how many tokens it has, including those that are being computed.
     """
 
     def __init__(self, request: Request, sample: int, seed: int, tokenizer: Tokenizer, entries: int) -> None:
@@ -291,10 +292,10 @@ class _Text:
 
 
 class _Prompt:
-    """What is read before texts go on from it: the same for all samples of a request.
+    """Tokens to read before texts continue from them: the same for all samples of a request.
 
     Args:
-        cache: of its only row.
+        cache: with one row.
         again: whether it is a text whose context was full.
     """
 
@@ -319,7 +320,7 @@ class _Picked:
 
 
 def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:
-    """Draw the next token of each text, (B,), as its request wants it."""
+    """Draw the next token of each text, (B,), with its request's settings."""
     if any(text.bias_v is not None for text in texts):
         none_v = mx.zeros(logits_bv.shape[-1])
         logits_bv = logits_bv + mx.stack([none_v if text.bias_v is None else text.bias_v for text in texts])
@@ -347,7 +348,7 @@ def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:
     """An empty cache for sequences of at most `capacity` tokens.
 
     Raises:
-        UserError: the model remembers something else than keys and values, as recurrent networks do.
+        UserError: the model keeps something other than keys and values, as recurrent networks do.
     """
     own = model.make_cache() if hasattr(model, "make_cache") else []
     if other := {type(cache).__name__ for cache in own} - {"KVCache", "RotatingKVCache"}:

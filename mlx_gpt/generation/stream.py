@@ -1,4 +1,4 @@
-"""One prompt to text, streamed, for who waits for nothing else."""
+"""One prompt to text, streamed."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from mlx_gpt.tokenizer import Tokenizer
 
 @dataclass
 class Stats:
-    """The speed of a generation; filled while it streams.
+    """The speed of a generation, filled in while it streams.
 
     Attributes:
         prompt_tokens: read once, whatever the number of samples.
@@ -82,7 +82,7 @@ def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[in
     """
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise UserError("The prompt is empty: give a few words to go on from.")
+        raise UserError("The prompt is empty: give a few words to continue.")
     if len(ids) > models.context_length(model):
         raise UserError(
             f"The prompt has {len(ids):,} tokens, more than the model's context of {models.context_length(model):,}: "

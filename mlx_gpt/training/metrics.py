@@ -1,4 +1,4 @@
-"""What a run tells: lines for people, records for plots."""
+"""What a run reports: lines for people, records for plots."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ class Monitor:
 
     Args:
         folder: of the run; None on a rank whose records nobody reads.
-        seconds: that the run had used before.
-        resumed_at: the step of the checkpoint that it goes on from; later records are taken back.
+        seconds: time that the run had used before.
+        resumed_at: the step of the checkpoint that it resumes from; later records are removed.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class Monitor:
         self._tokens += tokens
 
     def aside(self, started: float) -> None:
-        """Leave the time since `started` (perf_counter) out of the speed: it went into evaluating or saving."""
+        """Leave the time since `started` (perf_counter) out of the speed: it was spent evaluating or saving."""
         self._aside += time.perf_counter() - started
 
     def facts(self, loss: float | None, learning_rate: float) -> dict[str, str]:
-        """What stands beside the progress bar."""
+        """The facts beside the progress bar."""
         return {
             "loss": f"{loss:.3f}" if loss is not None else "-",
             "lr": f"{learning_rate:.1e}",
@@ -73,7 +73,7 @@ class Monitor:
         }
 
     def _speed(self) -> float:
-        """Tokens trained per second since the last record; right after it, up to it."""
+        """Tokens trained per second since the last record; right after a record, those up to it."""
         if self._tokens:
             self._last_speed = self._tokens / max(1e-9, time.perf_counter() - self._mark - self._aside)
         return self._last_speed
@@ -121,7 +121,7 @@ class Monitor:
     def close(self) -> None:
         """Close both files."""
         for file in (self._log, self._metrics):
-            with contextlib.suppress(OSError):  # of lines that a full disk did not take, of which it has warned
+            with contextlib.suppress(OSError):  # lines lost to a full disk were already reported
                 file.close()
 
     def _record(self, **facts: Any) -> None:
@@ -135,16 +135,16 @@ class Monitor:
             file.write(line + "\n")
             file.flush()
         except OSError as error:
-            # A full disk must not end the training; saving a checkpoint will tell more.
+            # A full disk must not end the training; saving a checkpoint will say more.
             self._show(f"WARNING: {file.name} could not be written: {error.strerror}.")
 
     def _show(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal or a pipe that has gone must not cost the run
+        with contextlib.suppress(OSError):  # a terminal or a pipe that is gone must not end the run
             self._display.line(text)
 
 
 def finite(number: float) -> float | None:
-    """The number, or None for what JSON has no word for."""
+    """The number, or None for one that JSON cannot write."""
     return number if math.isfinite(number) else None
 
 
@@ -174,7 +174,7 @@ def improved_after(run: Path, step: int, best_loss: float | None) -> bool:
 
 
 def _drop_records_after(path: Path, step: int) -> None:
-    """Cut off the records of steps that will be made again, and a last line that a crash left unfinished."""
+    """Remove the records of steps that will be repeated, and a last line that a crash left unfinished."""
     if not path.exists():
         return
     with path.open("rb+") as file:

@@ -1,4 +1,4 @@
-"""A run's folder: taken, refused, gone on with."""
+"""A run's folder: claimed, refused, found again."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ CONTENTS = (
     "final", "best", "checkpoints", "metrics.jsonl", "training.log", "curves.png", "tensorboard", "wandb",
     SETTINGS,
 )  # fmt: skip
-# What may differ when a run goes on. Anything else would silently make it another run.
+# Settings that may change on a resume. Any other would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
     "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
@@ -50,10 +50,10 @@ def check_room(folder: Path, n_params: int, overwrite: bool) -> None:
     """Make sure that the disk of `folder` has room for a checkpoint, the best and the final model.
 
     Args:
-        overwrite: what is in the folder goes before.
+        overwrite: the contents of the folder will be removed first.
 
     Raises:
-        UserError: it hasn't.
+        UserError: it has no room.
     """
     # In float32: the weights, with AdamW's two means in the checkpoint.
     needed = n_params * (12 + 4 + 4)
@@ -118,7 +118,7 @@ class Lock:
 
 
 def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """The folder of the run to go on with, and the checkpoint where one was named.
+    """The folder of the run to resume, and the checkpoint where one was named.
 
     Args:
         resume: a checkpoint or run folder, or "newest" for the run that the settings given name, else the newest under
@@ -142,12 +142,12 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
 
 
 def _run_of(saved: Path) -> Path:
-    """The run of a checkpoint, in the words in which the checkpoint was named where they lead there."""
+    """The run of a checkpoint, by the path that the checkpoint was named with where that leads there."""
     return saved.parent.parent if saved.parent.name == "checkpoints" else saved.resolve().parent.parent
 
 
 def newest_run(weights: Path, with_model: bool = False) -> Path:
-    """The run under `weights` that was worked on last, or the last of those that have a model already.
+    """The run under `weights` that was trained last, or the last of those that have a model already.
 
     Raises:
         UserError: there is none.
@@ -183,13 +183,13 @@ def fingerprint_of(path: Path) -> str | None:
 
 
 def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
-    """The settings of a run with those changed that may change.
+    """The settings of a run, with those that may change changed.
 
     Raises:
-        UserError: a setting was given that would make it another run; names all of them.
+        UserError: a given setting would make it another run; the message names all of them.
     """
     saved = read_toml(run / SETTINGS)
-    if given.get("batch_size") == "auto":  # what was chosen then holds, if it makes as many windows
+    if given.get("batch_size") == "auto":  # the batch chosen then stays, if it makes as many windows
         given = _chosen(saved, given)
     config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
@@ -206,7 +206,7 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
 
 
 def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings given, with the saved batch in place of "auto" where a step has the windows that were asked for."""
+    """The given settings, with the saved batch instead of "auto" where a step has as many windows as were asked for."""
     count = given.get("gradient_accumulation_steps", 0)
     same = TrainingConfig.batch_size * count == saved["batch_size"] * saved["gradient_accumulation_steps"]
     left_to_us = {"batch_size", "gradient_accumulation_steps"} if same else {"batch_size"}
