@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import os
 import platform
 import threading
@@ -16,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_gpt import _blas
+from mlx_gpt.cpu import processes as cpu_processes
 from mlx_gpt.errors import UserError
 
 # MLX hands operations to its streams level by level of the graph, but branch by branch where one is wider than this:
@@ -204,26 +204,15 @@ def _cores_there() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.cache
-def cores_at_first() -> list[int]:
-    """The cores that the system let this process use before it took a part of them."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+def share_host(number: int, processes: int) -> None:
+    """Let as many processes compute on this host side by side; this is number `number`, from 0.
 
-
-def take_cores(number: int, processes: int) -> None:
-    """Use only this process's part of the cores from now on, at least one: number `number` of so many on this host.
-
-    Linux keeps all threads of the process on them, so that one that waits busily, as MLX's ring has, takes no time
-    from the other processes.
+    Processes on a GPU have nothing to divide: `mlx.launch` gives each a GPU of its own, and a Mac runs one.
     """
-    there = cores_at_first()
-    count = max(1, len(there) // processes)
-    if hasattr(os, "sched_setaffinity") and not on_gpu():
-        first = number * len(there) // processes
-        for thread in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(OSError):  # it has ended
-                os.sched_setaffinity(int(thread.name), there[first : first + count])
-    os.environ["OMP_NUM_THREADS"] = str(min(cores(), count))
+    if not on_gpu():
+        cpu_processes.take_cores(number, processes)
+        cpu_processes.use_own_kernels(number)
+        cpu_processes.let_the_launcher_idle()
 
 
 def compute_dtype(precision: str, device: Device) -> mx.Dtype:

@@ -76,7 +76,7 @@ def fit(run: Run, display: Display, stop_requested: Callable[[], bool]) -> Outco
     bar = display.bar("Training", plan.total_steps, done=step)
     if step == 0:
         validate(run, step, display)
-    over, stopping = step >= plan.total_steps or run.ranks.share(out_of_time()), False
+    over, stopping = step >= plan.total_steps or run.ranks.broadcast(out_of_time()), False
     unread: tuple[int, StepResult] | None = None
     while not (over or stopping):
         rate = learning_rate(step, plan.total_steps, training)

@@ -103,7 +103,7 @@ def set_up(
             monitor = open_logs(start, progress, display, resources)
         else:
             progress, monitor = start.progress, Monitor(None, Lines())
-        progress = Progress(**ranks.share(dataclasses.asdict(progress)))
+        progress = Progress(**ranks.broadcast(dataclasses.asdict(progress)))
         part = Part(ranks.rank, ranks.size, start.plan.windows_per_step)
         return Run(
             config=config,
@@ -240,7 +240,7 @@ def agree_on(ranks: Ranks, check: Callable[[], Start]) -> Start:
     start = check() if ranks.first else None
     if start and start.problem:
         raise UserError(start.problem)
-    told = ranks.share(start.told() if start else {})
+    told = ranks.broadcast(start.told() if start else {})
     return ranks.in_turns(lambda: start or follow(ranks, **told))
 
 

@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """Trains `model` in place. The parameters and AdamW's state are float32; `dtype` is what it computes in.
 
-    Of several `ranks`, each computes the gradients of its own windows; their mean updates the weights of all alike.
+    Each of several `ranks` computes the gradients of its own windows. Their mean updates the weights of all alike.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class TrainingStep:
         if self._ranks.size > 1:  # their means, in one, so that little has to travel
             total = functools.reduce(lambda one, other: tree_map(mx.add, one, other), sums)
             # Divided before: another rank may have made another number of shares.
-            sums, count = [self._ranks.mean(tree_map(functools.partial(mx.multiply, 1 / count), total))], 1
+            weight = 1 / (count * self._ranks.size)
+            sums, count = [self._ranks.sum(tree_map(functools.partial(mx.multiply, weight), total))], 1
         if self._training.grad_checkpoint:
             # By themselves: with the update in one graph, MLX would keep what is recomputed until the norm is known.
             mx.async_eval(sums)

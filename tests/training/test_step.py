@@ -209,7 +209,7 @@ def test_ranks_that_split_their_batches_otherwise_weigh_alike(make_model, batche
     class Recording(Ranks):
         rank, size = 0, 2
 
-        def mean(self, arrays):
+        def sum(self, arrays):
             sent.append(arrays)
             return arrays
 
