@@ -10,6 +10,7 @@ the second. It knows of the waits inside `Ranks` only: on CUDA, where `sum` does
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -158,15 +159,15 @@ class Ranks:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             with contextlib.suppress(RuntimeError):  # another rank has ended, but this one is done
                 self.total()
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # as in `__enter__`
             os.close(signal.set_wakeup_fd(-1))
         if isinstance(error, UserError | RunError) and not self.first:
             time.sleep(HEAD_START)  # all ranks have met it: rank 0 reports it, and mlx.launch ends this one meanwhile
         if str(error).startswith(("[ring]", "[jaccl]", "[nccl]")):
+            # Rank 0 says so. If it is rank 0 that was killed, rank 1 does; but a rank 0 that has ended before the first
+            # step has given its reason.
             if self.first or (self.rank == 1 and self._wishes is not None):
                 raise RunError(LOST) from None
-            # Before training rank 0 ends only for a reason that it has reported. After that it may have been killed:
-            # then rank 1 says so.
             raise SystemExit(1) from None
 
     def _end_if_stuck(self, reading: int) -> None:
@@ -176,7 +177,7 @@ class Ranks:
             while begin < math.inf:
                 if select.select([signals], [], [], 1)[0]:
                     patience, begin = 1, begin if signals.read(1) else math.inf
-                elif time.monotonic() - max(begin, self._waits_since) > patience:
+                if time.monotonic() - max(begin, self._waits_since) > patience:
                     os.write(2, f"\nError: Rank {self.rank} has ended, because another rank did not answer.\n".encode())
                     os._exit(1)
 
@@ -202,15 +203,12 @@ class Ranks:
 
 def _messages(leaves: Sequence[tuple[str, mx.array]]) -> Iterator[list[tuple[str, mx.array]]]:
     """Named arrays in groups of one dtype and of about `MESSAGE` bytes, in an order that all ranks share."""
-    message: list[tuple[str, mx.array]] = []
-    for name, array in sorted(leaves, key=lambda leaf: (str(leaf[1].dtype), leaf[0])):
-        full = sum(member.nbytes for _, member in message) >= MESSAGE
-        if message and (full or message[0][1].dtype != array.dtype):
-            yield message
-            message = []
-        message.append((name, array))
-    if message:
-        yield message
+    ordered = sorted(leaves, key=lambda leaf: (str(leaf[1].dtype), leaf[0]))
+    ends = itertools.accumulate(array.nbytes for _, array in ordered)
+    # An array belongs to the message in which it ends.
+    numbered = zip(ordered, (end // MESSAGE for end in ends), strict=True)
+    for _, message in itertools.groupby(numbered, lambda leaf: (str(leaf[0][1].dtype), leaf[1])):
+        yield [leaf for leaf, _ in message]
 
 
 def is_first() -> bool:

@@ -128,7 +128,7 @@ def review(run: Run, step: int, result: StepResult) -> None:
     run.progress = dataclasses.replace(progress, bad_steps=bad_steps)
     per_step = run.plan.windows_per_step
     run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
-    if bad_steps > training.max_bad_steps and run.ranks.first:  # which ends the others
+    if bad_steps > training.max_bad_steps:  # on all ranks alike
         before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
         start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
         newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
