@@ -36,7 +36,7 @@ Value = TypeVar("Value")
 
 MESSAGE = 2**25  # bytes: large enough to travel well, small beside the memory
 STUCK = 30.0  # seconds that a wait for the other ranks may last after a signal
-HEAD_START = 5.0  # seconds for rank 0 to report an error that all ranks have met
+HEAD_START = 10.0  # seconds for rank 0 to report an error that all ranks have met
 LOST = (
     "Another rank has ended, so this run cannot continue. Everything saved so far is whole: continue with "
     "mlx-gpt train --resume, on as many ranks as you like."
@@ -90,7 +90,7 @@ class Ranks:
         return [False] * len(wishes) if before is None else [count > 0 for count in self._wait(before).tolist()]
 
     def sum(self, arrays: Arrays) -> Arrays:
-        """The sum of a tree of arrays over the ranks, the same to the bit on all. Has been computed, but for CUDA."""
+        """The sum of a tree of arrays over the ranks, the same to the bit on all. Only CUDA computes it later."""
         if not self._group:
             return arrays
         on_cuda = backend.on_gpu() and mx.cuda.is_available()
@@ -141,7 +141,7 @@ class Ranks:
         return done[0]
 
     def __enter__(self) -> "Ranks":
-        if self._group and threading.current_thread() is threading.main_thread():  # no signal interrupts another one
+        if self._group and threading.current_thread() is threading.main_thread():  # signals interrupt no other
             reading, writing = os.pipe()
             os.set_blocking(writing, False)
             signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -156,16 +156,17 @@ class Ranks:
         """
         if not self._group:
             return
+        with contextlib.suppress(ValueError):  # as in `__enter__`
+            os.close(signal.set_wakeup_fd(-1))  # which ends the thread
         if error is None or (isinstance(error, SystemExit) and not error.code):
+            # mlx.launch ends all ranks when one exits with another code than 0, and rank 0 may still be saving.
             with contextlib.suppress(RuntimeError):  # another rank has ended, but this one is done
                 self.total()
-        with contextlib.suppress(ValueError):  # as in `__enter__`
-            os.close(signal.set_wakeup_fd(-1))
         if isinstance(error, UserError | RunError) and not self.first:
             time.sleep(HEAD_START)  # all ranks have met it: rank 0 reports it, and mlx.launch ends this one meanwhile
         if str(error).startswith(("[ring]", "[jaccl]", "[nccl]")):
-            # Rank 0 says so. If it is rank 0 that was killed, rank 1 does; but a rank 0 that has ended before the first
-            # step has given its reason.
+            # Rank 0 reports it, and rank 1 in case rank 0 is the one that was killed. Before the first step rank 0 ends
+            # because of a user's mistake, which it has reported.
             if self.first or (self.rank == 1 and self._wishes is not None):
                 raise RunError(LOST) from None
             raise SystemExit(1) from None

@@ -264,7 +264,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence(corpus, victim, r
     killed = time.monotonic()
     _, errors = launch.end()
     assert time.monotonic() - killed < 60
-    assert errors == [f"{reporter}{distributed.LOST}"]
+    assert [line for line in errors if "Error" in line] == [f"{reporter}{distributed.LOST}"]
     saved = checkpoint.newest_sound(Path("run"))[0]
     assert saved
     made = saved[1].step
@@ -288,7 +288,7 @@ def test_a_second_signal_ends_a_rank_that_waits_for_one_that_does_not_answer():
     launch = Launch(2, "wait")
     launch.wait_for("waits")
     with contextlib.suppress(ProcessLookupError):
-        for _ in range(100):
+        for _ in range(200):  # 20 seconds, less than after one signal
             launch.send(signal.SIGTERM, 0)
             time.sleep(0.1)
         pytest.fail("It still waits.")
