@@ -9,29 +9,25 @@ import contextlib
 import dataclasses
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_gpt.cpu import blas
+from mlx_gpt.cpu import blas, processes
 
 WANTED = os.environ.get("MLX_GPT_DEVICE", "")
 ACCELERATION = os.environ.get("MLX_GPT_ACCELERATION", "on") != "off"
-if ACCELERATION and sys.platform == "linux":
+if ACCELERATION and WANTED != "gpu":
     blas.load()
-    # MLX hands operations to its streams level by level of the graph, but branch by branch where a level is wider than
-    # this: then a CPU's second stream would wait for the first. MLX reads it when it first computes.
-    if WANTED != "gpu":
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
+    processes.keep_streams_busy()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mlx_gpt.cpu import accelerate, decoding, processes, streams  # noqa: E402
+from mlx_gpt.cpu import accelerate, decoding, streams  # noqa: E402
 from mlx_gpt.errors import UserError  # noqa: E402
 
 if WANTED == "cpu" or (WANTED == "gpu" and mx.is_available(mx.gpu)):
@@ -116,14 +112,16 @@ class Device:
         return mx.sqrt(sum(gradient.square().sum() for _, gradient in tree_flatten(gradients)))
 
     def share_host(self, number: int, processes_here: int) -> "Device":
-        """Take this process's part of a host where several compute, and return the device with its part of the memory.
+        """Take part `number` of a host where several processes compute; return the device with its part of the memory.
 
         On CUDA `mlx.launch` gives each process a GPU of its own.
         """
         if processes_here == 1 or self.kind == "cuda":
             return self
-        if self.accelerated:
+        if self.kind == "cpu":
             processes.take_cores(number, processes_here)
+            processes.use_own_kernels(number)
+            processes.let_the_launcher_idle()
         return dataclasses.replace(self, usable=self.usable // processes_here)
 
 

@@ -68,6 +68,8 @@ def run(arguments: list[str]) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
+        if os.environ.get("MLX_RANK", "0") != "0":
+            time.sleep(10)  # all ranks have met it: rank 0 reports it, and mlx.launch ends this one meanwhile
         return _tell(error.format_message(), 2)
     except click.Abort:
         return _tell("Interrupted.", 130)
@@ -87,8 +89,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _tell(message: str, code: int) -> int:
-    if os.environ.get("MLX_RANK", "0") == "0":
-        click.echo(f"Error: {message}" if code != 130 else message, err=True)
-    else:
-        time.sleep(10)  # of several ranks the first speaks; mlx.launch ends all as soon as one has ended
+    rank = os.environ.get("MLX_RANK", "0")
+    if code != 130:
+        message = f"Error: {message}" if rank == "0" else f"Error: Rank {rank}: {message}"
+    if code != 130 or rank == "0":
+        click.echo(message, err=True)
     return code

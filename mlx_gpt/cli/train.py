@@ -87,9 +87,12 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # MLX raises RuntimeError itself when another rank has gone. mlx.launch then sends SIGTERM, which must not end
+        # this process before it has said so.
+        lost = kind is RuntimeError
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if lost and number != signal.SIGINT else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

@@ -69,7 +69,7 @@ BY_NAME: dict[str, type] = {  # for layers that say so with `cpu_twin`
 def accelerate(module: nn.Module) -> None:
     """Give each layer of `module` that has a twin the twin's class. Only float32 is computed differently."""
     for layer in module.modules():
-        original = type(layer)
+        original: Any = type(layer)
         if twin := MLX_LAYERS.get(original):
             layer.__class__ = twin
         elif twin := BY_NAME.get(getattr(original, "cpu_twin", "")):

@@ -9,7 +9,7 @@ not wait for the cache is compiled.
 
 import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,8 +33,8 @@ def decoder(model: nn.Module, sequences: int) -> nn.Module:
     kept: tuple[nn.Module, int, list[mx.array]] | None = vars(model).get("_decoder")
     if kept and kept[1] == count and all(one is other for one, other in zip(kept[2], weights, strict=True)):
         return kept[0]
-    made = copy.copy(model)
-    made.__class__ = _subclass(_InParts if in_parts else _OnAllCores, type(model))
+    made, original = copy.copy(model), cast(Any, type(model))
+    made.__class__ = _subclass(_InParts if in_parts else _OnAllCores, original)
     if in_parts:
         made.parts, made.h = count, [_Block(block, count) for block in model.layers]
     vars(model)["_decoder"] = (made, count, weights)

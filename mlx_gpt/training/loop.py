@@ -235,7 +235,7 @@ def fit(
             save_checkpoint(run, number, optimizer, last=over or stopping)
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
-    if over and number == began and (run.folder / "final/model.safetensors").exists():
+    if over and number == began and run.ranks.broadcast((run.folder / "final/model.safetensors").exists()):
         monitor.line(f"This run is complete: {number:,} steps. Train on with a higher --max-steps or --max-epochs.")
     elif over:
         final = run.folder / "final"
@@ -261,7 +261,7 @@ def review(run: Run, step: int, result: StepResult) -> None:
     run.progress = dataclasses.replace(run.progress, bad_steps=run.progress.bad_steps + 1)
     per_step = run.plan.windows_per_step
     run.monitor.log_skipped(step, loss, norm, run.window_numbers((step - 1) * per_step, per_step))
-    if run.progress.bad_steps > run.training.max_bad_steps and run.ranks.first:  # the other ranks end with it
+    if run.progress.bad_steps > run.training.max_bad_steps:
         raise trouble.too_many_bad_steps(run, step)
 
 

@@ -110,8 +110,8 @@ def plan_run(
     if show:
         for line in run.plan.lines():
             display.line(line)
-    if problem and not ignore_memory:
-        raise UserError(f"{problem} --ignore-memory starts it all the same.")
+    if not ignore_memory:
+        run.ranks.in_turns(lambda: _refuse(problem))
     if run.progress.step > run.plan.total_steps:
         raise UserError(
             f"{run.folder} is at step {run.progress.step:,} already, beyond the {run.plan.total_steps:,} that it would "
@@ -119,6 +119,11 @@ def plan_run(
         )
     if run.ranks.first:
         run_folder.check_room(run.folder, models.n_params(run.model), overwrite)
+
+
+def _refuse(problem: str) -> None:
+    if problem:
+        raise UserError(f"{problem} --ignore-memory starts it all the same.")
 
 
 def fit(

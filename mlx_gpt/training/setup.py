@@ -148,11 +148,13 @@ def set_up(
         here.prepare()
 
         corpus = ranks.in_turns(lambda: open_data(config, display))
-        tokenizer = choose_tokenizer(config, begun.source, corpus, display) if ranks.first else None
-        tokenizer = receive_tokenizer(ranks, tokenizer)
+        chosen = choose_tokenizer(config, begun.source, corpus, display) if ranks.first else None
+        tokenizer = receive_tokenizer(ranks, chosen)
         tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding")))
         check_windows(tokens, config.training.seq_len)
-        check_fingerprint(config, tokens, begun.progress, ranks)
+        check_fingerprint(config, tokens, begun.progress)
+        of_rank_0 = ranks.broadcast(tokens.fingerprint)
+        ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
 
         # The tokenizer may have fewer entries than were asked for; run.toml keeps what was asked.
         shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
@@ -281,22 +283,27 @@ def choose_tokenizer(config: Config, source: Path | None, corpus: Corpus, displa
 
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:
     """Rank 0's tokenizer on every rank."""
-    if ranks.size == 1:
-        assert tokenizer is not None
-        return tokenizer
-    text, end_of_text = ranks.broadcast([tokenizer.to_json(), tokenizer.end_of_text] if tokenizer else None)
-    return tokenizer or Tokenizer(HFTokenizer.from_str(text), end_of_text)
+    decided: Any = ranks.broadcast([tokenizer.to_json(), tokenizer.end_of_text] if tokenizer else None)
+    return tokenizer or Tokenizer(HFTokenizer.from_str(decided[0]), decided[1])
 
 
-def check_fingerprint(config: Config, tokens: Tokens, progress: Progress, ranks: Ranks) -> None:
-    """Make sure that the text is the one that the run was trained on, on every host.
+def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> None:
+    """Make sure that the text is the one that the run was trained on.
 
     Raises:
         UserError: it isn't.
     """
     if progress.fingerprint and progress.fingerprint != tokens.fingerprint:
         raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
-    if ranks.broadcast(tokens.fingerprint) != tokens.fingerprint:
+
+
+def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
+    """Make sure that this rank has the text of rank 0.
+
+    Raises:
+        UserError: it hasn't.
+    """
+    if tokens.fingerprint != of_rank_0:
         raise UserError(f"The text in {config.data.data} on this host is not the one of rank 0: copy that here.")
 
 

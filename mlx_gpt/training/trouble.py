@@ -13,10 +13,16 @@ def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False)
     """Save on rank 0. If that fails, as on a full disk, warn and train on: everything saved before is still there.
 
     Raises:
-        RunError: saving failed for the third time since it last succeeded, or it was the `last` save of the run.
+        RunError: saving failed for the third time since it last succeeded, or it was the `last` save of the run; on all
+            ranks.
     """
-    if not run.ranks.first:
-        return
+    end = run.ranks.broadcast(_save(run, name, save, last) if run.ranks.first else "")
+    if end:
+        raise RunError(end)
+
+
+def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> str:
+    """Save, and return why the run has to end because of it: empty if it can continue."""
     try:
         save()
     except OSError as error:
@@ -25,14 +31,15 @@ def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False)
         sound = checkpoint.all_checkpoints(run.folder)
         newest = f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"
         if last or run.failed_saves >= MAX_FAILED_SAVES:
-            raise RunError(
+            return (
                 f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
                 f"Make room, then continue with: mlx-gpt train --resume {run.folder}"
-            ) from None
+            )
         run.monitor.line(
             f"WARNING: {name} could not be saved ({why}); {newest}. Training continues: make room, because it ends "
             f"after {MAX_FAILED_SAVES} failures."
         )
+    return ""
 
 
 def too_many_bad_steps(run: Run, step: int) -> RunError:

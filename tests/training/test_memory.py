@@ -10,10 +10,11 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import pytest
+from mlx_gpt.backend import GIB, Device, device_from
 
 from mlx_gpt import backend
-from mlx_gpt.backend import GIB, Device, device_from
 from mlx_gpt.config import Config, ModelConfig, TrainingConfig
+from mlx_gpt.cpu import processes
 from mlx_gpt.errors import UserError
 from mlx_gpt.presets import PRESETS
 from mlx_gpt.settings import build, resolve
@@ -188,7 +189,7 @@ def test_each_rank_holds_its_own_micro_batch_and_auto_chooses_for_it():
 def own_cores():
     """No test leaves another its cores."""
     yield
-    backend.cores_at_first.cache_clear()
+    processes.all_cores.cache_clear()
 
 
 def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
@@ -204,9 +205,9 @@ def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
         monkeypatch.setattr("os.sched_getaffinity", lambda process: set(cores), raising=False)
 
     monkeypatch.setattr("os.sched_setaffinity", keep, raising=False)
-    backend.cores_at_first.cache_clear()
+    processes.all_cores.cache_clear()
     for _ in range(2):  # of two trainings one after the other
-        backend.take_cores(1, 2)
+        processes.take_cores(1, 2)
         assert backend.cores() == 4
     if sys.platform == "linux":
         assert {*kept} >= {(os.getpid(), (4, 5, 6, 7))}
@@ -214,12 +215,12 @@ def test_ranks_on_one_host_divide_its_memory_and_its_cores(monkeypatch):
 
 def test_with_more_ranks_than_cores_each_has_one(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5}, raising=False)
-    backend.cores_at_first.cache_clear()
+    processes.all_cores.cache_clear()
     kept = set()
     monkeypatch.setattr("os.sched_setaffinity", lambda thread, cores: kept.add((*cores,)), raising=False)
     for number in range(4):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        backend.take_cores(number, 4)
+        processes.take_cores(number, 4)
         assert backend.cores() == 1
     assert kept == ({(3,), (5,)} if sys.platform == "linux" else set())
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from mlx.utils import tree_flatten
+from mlx_gpt.training.step import TrainingStep
 
 from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.distributed import ALONE, Ranks
 from mlx_gpt.models.directory import CONV1D, save_model
-from mlx_gpt.training.step import TrainingStep
 
 RATE = 1e-3
 # Clips for certain: the gradients of the models here have norms of 1 to 3.
@@ -209,7 +209,7 @@ def test_ranks_that_split_their_batches_otherwise_weigh_alike(make_model, batche
     class Recording(Ranks):
         rank, size = 0, 2
 
-        def mean(self, arrays):
+        def sum(self, arrays):
             sent.append(arrays)
             return arrays
 
