@@ -50,6 +50,7 @@ def exchange():
     from mlx.utils import tree_map
 
     from mlx_gpt import distributed
+    from mlx_gpt.device import device
 
     def prepare():
         if not (prepared := Path("prepared")).exists():
@@ -61,6 +62,7 @@ def exchange():
 
     distributed.MESSAGE = 16  # so that there are several
     with distributed.join() as ranks:
+        device().share_host(ranks.number_here, ranks.here)
         rank = ranks.rank
         original = {
             "float": mx.array([0x80000000, 0x7FC12345, 1], mx.uint32).view(mx.float32),  # -0.0, a NaN, a subnormal

@@ -279,7 +279,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(corpus, asked, numbe
     lines, errors = launch.end()
     stopped = checkpoint.step_of(checkpoint.all_checkpoints(Path("run"))[-1])
     assert [line for line in lines if line.startswith("Stopped")] == [
-        f"Stopped after step {stopped:,}. Go on with: mlx-gpt train --resume run"
+        f"Stopped after step {stopped:,}. Continue with: mlx-gpt train --resume run"
     ]
     assert not [line for line in errors if "Error" in line]
 

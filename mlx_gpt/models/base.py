@@ -231,7 +231,7 @@ def recompute_in_backward(layers: Sequence[nn.Module], on: bool = True) -> None:
     ready, would then hold the activations of many layers at once.
     """
     for layer in layers:
-        plain = getattr(type(layer), "plain", type(layer))
+        plain: Any = getattr(type(layer), "plain", type(layer))
         layer.__class__ = _recomputing(plain) if on else plain
 
 
