@@ -46,7 +46,7 @@ class ModelConfig:
     """The shape of a GPT-2, with its dropout."""
 
     vocab_size: int = setting(
-        16384, "Entries of the tokenizer to train; --tokenizer bytes or PATH has its own number.", at_least=1
+        16384, "Entries of the tokenizer to train; ignored with --tokenizer bytes or PATH.", at_least=1
     )
     n_layer: int = setting(12, "Transformer blocks.", at_least=1)
     n_head: int = setting(12, "Attention heads per block; must divide --n-embd.", at_least=1)

@@ -10,7 +10,7 @@ import click
 @click.option(
     "--out",
     metavar="FILE",
-    help="PNG to write.  [default: curves.png in the run's folder, or in this one for several runs]",
+    help="PNG to write.  [default: curves.png in the run's folder, or in the current one for several runs]",
 )
 def command(runs: tuple[str, ...], out: str | None) -> None:
     """Plot the curves of a run, or of several runs on one picture. Without RUN it takes the newest.
