@@ -1,36 +1,39 @@
-"""What goes wrong, in sentences."""
+"""Errors, and the sentences in which people read them."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message is one clear sentence that says what to do.
+    """A mistake that the user can fix: the message is one clear sentence that says what to do.
 
-    The command line prints it without a traceback and ends with exit code 2. In Python it is an ordinary `ValueError`.
+    The command line prints it without a traceback and exits with code 2. In Python it is an ordinary `ValueError`.
     """
 
 
 class RunError(RuntimeError):
-    """A run that could not go on: the message is one sentence that says why, and how to go on.
+    """A run that cannot continue: the message is one sentence that says why, and how to continue it.
 
-    The command line prints it without a traceback and ends with exit code 1.
+    The command line prints it without a traceback and exits with code 1.
     """
 
 
 FORESEEN = (UserError, RunError, OSError, KeyboardInterrupt)
+MISPLACED = (PermissionError, NotADirectoryError, FileExistsError)  # the user can choose another path
 
 
 def in_a_sentence(error: BaseException) -> tuple[str, int]:
-    """What to tell a person of an error, and the exit code: 2 for their mistake, 1 for a failure, 130 for Ctrl-C."""
+    """Return the sentence that a person reads about an error, and the exit code.
+
+    The code is 2 for a user's mistake, 1 for a failure and 130 for Ctrl-C.
+    """
     if isinstance(error, UserError | RunError):
         return str(error), 2 if isinstance(error, UserError) else 1
-    if isinstance(error, KeyboardInterrupt):
-        return "Interrupted.", 130
-    if isinstance(error, PermissionError):
-        return f"{error.filename}: no permission; choose another folder or change its permissions.", 2
-    if isinstance(error, NotADirectoryError | FileExistsError):
-        return f"{error.filename} can't be a folder, since a file is in its way: choose another.", 2
     if isinstance(error, OSError):
-        return f"{error.filename or 'The system'}: {error.strerror or error}.", 1
-    if isinstance(error.__context__, KeyboardInterrupt):  # an import that Ctrl-C broke off
+        return explain_os_error(error), 2 if isinstance(error, MISPLACED) else 1
+    # Ctrl-C during an import can arrive as another error.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return "Interrupted.", 130
     return (
         f"Something unforeseen went wrong ({type(error).__name__}: {error}). "
@@ -39,8 +42,44 @@ def in_a_sentence(error: BaseException) -> tuple[str, int]:
     )
 
 
+def explain_os_error(error: OSError, task: str = "") -> str:
+    """Return one sentence that says what the operating system refused, and what to do about it.
+
+    Args:
+        error: the error as it was raised.
+        task: what failed, to be read after "cannot", such as "read a.csv"; "" if that is unknown.
+    """
+    path, therefore = error.filename, f", so this program cannot {task}" if task else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full{therefore}: make room, then run the command again."
+    if path and isinstance(error, FileNotFoundError):
+        return f"There is no file or folder {path}: check the name."
+    if path and isinstance(error, PermissionError):
+        return f"There is no permission to use {path}{therefore}: change its permissions or choose another."
+    if path and isinstance(error, NotADirectoryError | FileExistsError):
+        return f"A file is in the way of the folder {path}{therefore}: move it away or choose another path."
+    reason = ": ".join(str(part) for part in (error.strerror or error or type(error).__name__, path) if part)
+    return f"Cannot {task or 'continue'} ({reason}): check that it is readable and writable."
+
+
+@contextlib.contextmanager
+def os_errors_explained(task: str) -> Iterator[None]:
+    """Turn an `OSError` inside into a `UserError`; `task` is that of `explain_os_error`.
+
+    Raises:
+        UserError: the operating system refused something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(explain_os_error(error, task)) from error
+
+
 def shown(found: object, most: int = 80) -> str:
-    """What a file says, fit for a sentence: on one line, without a terminal's control characters, and no longer."""
+    """Return text from a file so that it fits into a sentence.
+
+    The result is one line of at most `most` characters, in which a terminal's control characters are escaped.
+    """
     text = str(found)
     text = text if len(text) <= most else text[: most - 3] + "..."
     return text if text.isprintable() else ascii(text)

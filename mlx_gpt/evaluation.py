@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_gpt.data.batches import Part, validation_batches, validation_windows
+from mlx_gpt.data.batches import Shard, validation_batches, validation_windows
 from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks
 from mlx_gpt.models.base import cast_parameters
@@ -66,7 +66,7 @@ class Evaluator:
     ) -> None:
         self._model, self._tokens, self._byte_lengths = model, tokens, byte_lengths
         self._seq_len, self._batch_size, self._limit, self._dtype = seq_len, batch_size, limit, dtype
-        self._ranks, self._part = ranks, Part(ranks.rank, ranks.size)
+        self._ranks, self._shard = ranks, Shard(ranks.rank, ranks.size)
         on = on or device()
         self._objective = on.accelerate(Text()).eval()
         self._sums = on.in_slices(mx.compile(self._summed_loss))
@@ -74,12 +74,12 @@ class Evaluator:
     @property
     def windows(self) -> int:
         """How many windows this rank takes in one evaluation."""
-        return len(validation_windows(self._tokens, self._seq_len, self._limit, self._part))
+        return len(validation_windows(self._tokens, self._seq_len, self._limit, self._shard))
 
     def __call__(self, progress: Callable[[int], None] = lambda windows: None) -> Evaluation:
         """Evaluate the model as it is now; `progress` is called with the windows done since its last call."""
         nats, count, text_bytes = 0.0, 0, 0
-        batches = validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit, self._part)
+        batches = validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit, self._shard)
         for windows, weights in batches:
             nats += self.summed_loss(windows, weights)
             count += int(weights.sum())

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files so that a reader finds the whole file or none."""
 
 import os
 import threading
@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: readers see the old file or the new, never half.
+    """Write a file so that readers see the old content or the new, never half of it.
 
-    The temporary name is this thread's own, and keeps the suffix, which some writers look at.
+    `write` fills a temporary file beside `path`, which is then renamed to `path`. The temporary name belongs to this
+    thread alone, and keeps the suffix because some writers choose the format by it.
     """
     part = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
     try:
@@ -22,7 +23,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """`write_whole` for text, in UTF-8 with its line ends as they are."""
+    """Write text as `write_whole` does, in UTF-8 and with its line endings unchanged."""
 
     def write(part: Path) -> None:
         part.write_bytes(text.encode())
@@ -31,7 +32,7 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or a folder's list of names, on the disk."""
+    """Have the operating system write a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn from their metrics.jsonl."""
+"""Plots of runs, drawn from their metrics.jsonl."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,29 +14,40 @@ PANELS = (
     ("grad_norm", "gradient norm"),
     ("tokens_per_second", "tokens per second"),
 )
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: distinct to most eyes
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito's: most people can tell them apart
 
 Record = dict[str, Any]
 
 
 def read_metrics(run: Path) -> list[Record]:
-    """The records of a run, in order.
+    """Return the records of a run, in order.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no metrics.jsonl, or it has no losses yet.
     """
     path = run / "metrics.jsonl"
     try:
         records = read_records(run)
     except OSError:
-        raise UserError(f"There is no {path}: name a run.") from None
+        raise UserError(f"There is no {path}: name the folder of a run.") from None
     if not any("train_loss" in record or "val_loss" in record for record in records):
         raise UserError(f"{path} has no losses yet: let the run log a few steps.")
     return records
 
 
 def draw(runs: Sequence[Path], target: Path) -> None:
-    """Draw loss, learning rate, gradient norm and speed of one run, or of several on one picture, into a PNG.
+    """Draw loss, learning rate, gradient norm and speed to a PNG, for one run or for several on one picture.
+
+    Args:
+        runs: the folders of the runs.
+        target: the PNG; its folder is created if it is missing.
 
     Raises:
         UserError: a run has no metrics, or matplotlib is not installed.
@@ -44,10 +55,10 @@ def draw(runs: Sequence[Path], target: Path) -> None:
     try:
         import matplotlib
 
-        matplotlib.use("Agg")  # no window
+        matplotlib.use("Agg")  # it needs no window
         from matplotlib import pyplot
     except ImportError:
-        raise UserError("Drawing takes matplotlib: pip install 'mlx-gpt[plot]'.") from None
+        raise UserError("Plotting needs matplotlib: pip install 'mlx-gpt[plot]'.") from None
 
     metrics = [read_metrics(run) for run in runs]
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -74,6 +85,7 @@ def draw(runs: Sequence[Path], target: Path) -> None:
 
 
 def _draw_loss(axis: Any, records: list[Record], colour: str, name: str, details: bool) -> None:
+    """Draw the losses of a run. With `details`, as for a run that is alone on the picture, its events are named."""
     steps, losses = _series(records, "train_loss")
     label = "train" if details else f"{name}: train"
     axis.plot(steps, losses, _mark(steps), markersize=3, color=colour, linewidth=1, alpha=0.5, label=label)
@@ -93,7 +105,7 @@ def _draw_loss(axis: Any, records: list[Record], colour: str, name: str, details
     for event, marker, label in (("skipped", "x", "skipped step"), ("spike", "v", "loss spike")):
         at = [record["step"] for record in records if record.get("event") == event]
         if at:
-            # On the upper edge: a skipped step has no loss.
+            # On the upper edge, because a skipped step has no loss.
             axis.plot(
                 at, [1] * len(at), marker, color="#d00000", transform=axis.get_xaxis_transform(), clip_on=False,
                 label=label if details else None,
@@ -101,17 +113,18 @@ def _draw_loss(axis: Any, records: list[Record], colour: str, name: str, details
 
 
 def _mark(steps: list[int]) -> str:
-    """A line, with dots where a few points would hardly make one."""
+    """Return the format of a line. A line of few points also gets dots, or it would hardly be seen."""
     return "-" if len(steps) > 5 else "o-"
 
 
 def _series(records: list[Record], field: str) -> tuple[list[int], list[float]]:
-    curve = [record for record in records if "event" not in record]  # a spike's loss is no point of it
+    """Return the steps and the values of a field."""
+    curve = [record for record in records if "event" not in record]  # the loss of a spike is not part of the curve
     points = [(record["step"], record[field]) for record in curve if record.get(field) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def _resumes(records: list[Record]) -> list[int]:
-    """The last step before each time that another process went on with the run."""
+    """Return the last step before each resume."""
     pairs = itertools.pairwise(records)
     return [before["step"] for before, after in pairs if before.get("started") != after.get("started")]

@@ -1,54 +1,67 @@
-"""What a run is watched with: lines of text and progress bars."""
+"""The lines and progress bars in which a person follows the work."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
+
+Echo = Callable[[str], object]
+"""Called with each line for the person, without a line end."""
+
+ByteProgress = Callable[[int, int], object]
+"""Called now and then with the bytes done and the bytes in all."""
+
+
+def ignore_line(line: str) -> None:
+    """Show nothing: an `Echo` for callers who want no lines."""
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """Show nothing: a `ByteProgress` for callers who want no bar."""
 
 
 class Bar(Protocol):
     """A progress bar."""
 
     def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
-        """Move on, and show these facts beside the bar."""
+        """Advance the bar by `amount` units, and show these facts beside it."""
         ...
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         ...
 
 
 class Display(Protocol):
-    """Where a run is watched."""
+    """The place where a run shows what it does."""
 
     def line(self, text: str) -> None:
-        """Show a line of the log."""
+        """Show one line of the log."""
         ...
 
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        """Something to call with (bytes done, bytes in all), which shows a bar while there is work."""
+    def progress(self, what: str) -> ByteProgress:
+        """Return a function that shows a bar, labelled `what`, until all bytes are done."""
         ...
 
     def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> Bar:
-        """Show a progress bar until it is closed."""
+        """Show a progress bar, labelled `what`, until it is closed."""
         ...
 
 
 class Lines:
-    """A display without bars: `echo`, if given, is called with each line."""
+    """A display without bars. It calls `echo`, if there is one, with each line."""
 
-    def __init__(self, echo: Callable[[str], None] | None = None) -> None:
-        self._echo = echo
+    def __init__(self, echo: Echo | None = None) -> None:
+        self._echo = echo or ignore_line
 
     def line(self, text: str) -> None:
-        """Pass a line on."""
-        if self._echo:
-            self._echo(text)
+        """Show one line."""
+        self._echo(text)
 
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        """Show nothing."""
-        return lambda done, total: None
+    def progress(self, what: str) -> ByteProgress:
+        """Return a function that shows nothing."""
+        return ignore_progress
 
     def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "Lines":
-        """Show nothing."""
+        """Return a bar that shows nothing."""
         return self
 
     def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:

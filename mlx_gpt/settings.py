@@ -1,6 +1,6 @@
-"""Flags, TOML keys and keyword arguments to configs, checked against what config.py declares.
+"""Flags, TOML keys and keyword arguments to configs, checked against the declarations in config.py.
 
-Where a value comes from, the first that has it: flag, file, preset, default.
+A value comes from the first of these that has it: flag, file, preset, default.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from mlx_gpt.config import Config
+from mlx_gpt.config import PREPARED, Config
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import write_text_whole
 from mlx_gpt.presets import PRESETS
@@ -25,7 +25,7 @@ COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le
 
 
 class Setting(NamedTuple):
-    """A setting as its dataclass declares it: `kind` is the type of its value, `owner` the dataclass."""
+    """A setting as its dataclass `owner` declares it, with the type `kind` of its value."""
 
     name: str
     kind: type
@@ -35,7 +35,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(config_class: type) -> Iterator[Setting]:
-    """Each setting of a dataclass and of the dataclasses inside it."""
+    """Yield each setting of a dataclass and of the dataclasses inside it."""
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(hints[f.name]):
@@ -45,7 +45,7 @@ def settings_of(config_class: type) -> Iterator[Setting]:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """The settings of a config by name, those that are None left out."""
+    """Return the settings of a config by name, without those that are None."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -57,10 +57,10 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def build(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A config with the values given by name, all else at its default. The inverse of `flat`.
+    """Return a config with the given values, and the default everywhere else. It is the inverse of `flat`.
 
     Raises:
-        UserError: names every unknown setting and every value out of its bounds, all at once.
+        UserError: there are unknown settings or bad values; each gets a line.
     """
     if problems := _problems(config_class, values):
         raise UserError("\n".join(problems.values()))
@@ -68,26 +68,25 @@ def build(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
-    """The settings of a run, from flags over the file over the preset over the defaults.
+    """Return the settings of a run: a flag wins over the file, the file over the preset, the preset over the default.
 
     Raises:
-        UserError: names every unknown setting, bad value and impossible combination, all at once.
+        UserError: there are unknown settings, bad values or impossible combinations; each gets a line.
     """
     given = (read_toml(file) if file else {}) | dict(flags)
     given |= {name: str(value) for name, value in given.items() if isinstance(value, Path)}
     if not given.get("data"):
-        prepared = Path("data/processed")
-        has_corpus = any((prepared / name).exists() for name in ("train.jsonl", "train.txt"))
-        given["data"] = str(prepared) if has_corpus else "builtin"
+        has_corpus = any(Path(PREPARED, name).exists() for name in ("train.jsonl", "train.txt"))
+        given["data"] = PREPARED if has_corpus else "builtin"
     if not given.get("preset"):
         given["preset"] = "tiny" if given["data"] == "builtin" else "medium"
     if not given.get("out"):
-        name = Path(str(given["data"])).resolve().stem  # resolved, since "." has no name
+        name = Path(str(given["data"])).resolve().stem  # resolved, because "." has no name
         given["out"] = f"weights/{given['preset']}-{name}"
     values = PRESETS.get(str(given["preset"]), {}) | given
     problems = _problems(Config, values)
     sound: Config = _fill(Config, {name: value for name, value in values.items() if name not in problems})
-    # Of two settings that don't go together, neither must be wrong by itself.
+    # A setting that is wrong by itself is not reported again as part of a combination.
     clashes = [sentence for names, sentence in _conflicts(sound) if not problems.keys() & names]
     if problems or clashes:
         raise UserError("\n".join([*problems.values(), *clashes]))
@@ -95,21 +94,21 @@ def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The settings in a TOML file, unchecked.
+    """Return the settings in a TOML file, unchecked.
 
     Raises:
-        UserError: the file can't be read or is no TOML.
+        UserError: the file cannot be read or is not valid TOML.
     """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --config wants a TOML file of settings.") from None
+        raise UserError(f"Cannot read {path} ({error.strerror}): give --config a TOML file of settings.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from None
+        raise UserError(f"{path} is not valid TOML ({error}): correct it and try again.") from None
 
 
 def write_toml(config: Config, path: Path) -> None:
-    """Write every setting, so that the file is itself a valid `--config`."""
+    """Write every setting to a file that is itself a valid `--config`."""
     write_text_whole(path, tomli_w.dumps(flat(config)))
 
 
@@ -128,13 +127,13 @@ def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
-    """A sentence for each name that is no setting, or whose value is not fit for it."""
+    """Return a sentence for each unknown name and each bad value."""
     problems = {}
     known = {setting.name: setting for setting in settings_of(config_class)}
     for name, value in values.items():
         if name not in known:
             nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
-            hint = f"did you mean `{nearest[0]}`?" if nearest else "see --help for those there are."
+            hint = f"did you mean `{nearest[0]}`?" if nearest else "--help lists the settings."
             problems[name] = f"There is no setting `{name}`: {hint}"
         elif wrong := _wrong(value, known[name]):
             problems[name] = f"`{name}` must be {wrong}, not {value!r}."
@@ -142,7 +141,7 @@ def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _wrong(value: Any, setting: Setting) -> str:
-    """What the value should have been; empty when it is fine."""
+    """Return what the value should have been; "" if it is fine."""
     kind, metadata = setting.kind, setting.metadata
     if (value is None and setting.default is None) or value == "" == setting.default:
         return ""
@@ -154,9 +153,7 @@ def _wrong(value: Any, setting: Setting) -> str:
         return _wrong_list(value, metadata["choices"])
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
     if not fits:
-        return {int: "a whole number", float: "a number", str: "a text"}[kind] + (
-            " or auto" if metadata["auto"] else ""
-        )
+        return {int: "a whole number", float: "a number", str: "text"}[kind] + (" or auto" if metadata["auto"] else "")
     if metadata["choices"] and value not in metadata["choices"]:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
@@ -175,35 +172,35 @@ def _wrong_list(value: Any, choices: tuple[str, ...]) -> str:
 
 
 def kind_of(annotation: Any) -> type:
-    """The type that a value has: int for `int | None`, tuple for `tuple[str, ...]`."""
+    """Return the type of a value: int for `int | None`, tuple for `tuple[str, ...]`."""
     if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+        annotation = next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
     return typing.get_origin(annotation) or annotation
 
 
 def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
-    """Settings that don't go together, and the sentence that says so."""
+    """Yield each set of settings that exclude each other, and the sentence that says so."""
     model, training = config.model, config.training
     if model.n_embd % model.n_head:
         nearest = next(n for n in range(min(model.n_head, model.n_embd), 0, -1) if model.n_embd % n == 0)
         yield (
             {"n_embd", "n_head"},
-            f"`n_embd` {model.n_embd} can't be shared evenly by `n_head` {model.n_head}: try `n_head` {nearest}.",
+            f"`n_embd` {model.n_embd} is not a multiple of `n_head` {model.n_head}: try `n_head` {nearest}.",
         )
     if config.data.tokenizer == "bpe" and model.vocab_size < 257:
         yield (
             {"vocab_size", "tokenizer"},
-            f"`vocab_size` {model.vocab_size} is too small: 256 bytes and the end of a document are 257 entries, "
-            "and what a tokenizer learns comes on top.",
+            f"`vocab_size` {model.vocab_size} is too small: it must be at least 257, for 256 bytes and the end of a "
+            "document, and each entry that the tokenizer learns needs one more.",
         )
     if training.seq_len > model.n_positions:
         yield (
             {"seq_len", "n_positions"},
             f"`seq_len` {training.seq_len} is longer than the model's `n_positions` {model.n_positions}: "
-            "raise the one or lower the other.",
+            "lower `seq_len` or raise `n_positions`.",
         )
     if training.min_lr is not None and training.min_lr > training.learning_rate:
         yield (
             {"min_lr", "learning_rate"},
-            f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower it.",
+            f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower `min_lr`.",
         )

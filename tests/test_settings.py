@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, and what is refused."""
+"""A setting takes its value from the right place, and bad values are refused with a sentence each."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ NUMBERS = [(Config, s) for s in settings_of(Config) if s.kind in (int, float)] +
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Where no data is prepared."""
+    """Run in a folder in which no data is prepared."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def toml(tmp_path):
-    """Write a TOML file."""
+    """Write a TOML file and return its path."""
 
     def write(text):
         path = tmp_path / "my.toml"
@@ -37,7 +37,7 @@ def toml(tmp_path):
 
 
 def problems(action):
-    """The sentences that it is refused with."""
+    """Run an action that must be refused, and return the sentences."""
     with pytest.raises(UserError) as refusal:
         action()
     return str(refusal.value).splitlines()
@@ -47,7 +47,7 @@ def name_of(case):
     return getattr(case, "name", getattr(case, "__name__", None))
 
 
-# ---- where a value comes from ---------------------------------------------------------------------------------------
+# ---- the source of a value ------------------------------------------------------------------------------------------
 
 
 def test_a_flag_wins_over_the_file_the_file_over_the_preset_the_preset_over_the_default(toml):
@@ -60,19 +60,19 @@ def test_a_flag_wins_over_the_file_the_file_over_the_preset_the_preset_over_the_
     assert config.preset == "small"
 
 
-def test_a_preset_named_by_a_flag_is_below_the_file_that_names_another(toml):
+def test_the_file_wins_over_a_preset_that_a_flag_names(toml):
     config = resolve({"preset": "large"}, toml('preset = "tiny"\nn_embd = 64\n'))
     assert (config.preset, config.model.n_layer, config.model.n_embd) == ("large", 24, 64)
 
 
-def test_without_data_it_is_the_built_in_text_and_tiny():
+def test_without_data_the_preset_is_tiny_and_the_text_is_built_in():
     config = resolve({})
     assert (config.data.data, config.preset, config.out) == ("builtin", "tiny", "weights/tiny-builtin")
     assert config.model.n_layer == PRESETS["tiny"]["n_layer"]
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.txt"])
-def test_prepared_data_is_taken_and_gets_medium(name):
+def test_prepared_data_is_used_with_preset_medium(name):
     prepared = Path("data/processed")
     prepared.mkdir(parents=True)
     (prepared / name).write_text("Text.\n")
@@ -80,17 +80,17 @@ def test_prepared_data_is_taken_and_gets_medium(name):
     assert (config.data.data, config.preset, config.out) == ("data/processed", "medium", "weights/medium-processed")
 
 
-def test_the_built_in_text_may_have_another_preset_and_a_person_s_text_tiny():
+def test_any_text_may_have_any_preset():
     assert resolve({"preset": "small"}).out == "weights/small-builtin"
     assert resolve({"preset": "tiny", "data": "my/essays.csv"}).out == "weights/tiny-essays"
 
 
 @pytest.mark.parametrize("data", [".", "folder/.."])
-def test_the_run_is_named_even_after_a_folder_that_has_no_name_of_its_own(data, tmp_path):
+def test_the_run_is_named_after_the_folder_that_a_path_with_dots_means(data, tmp_path):
     assert resolve({"data": data}).out == f"weights/medium-{tmp_path.name}"
 
 
-def test_whole_numbers_become_floats_where_floats_are_meant():
+def test_a_whole_number_becomes_a_float_where_a_float_is_needed():
     rate = resolve({"learning_rate": 1}).training.learning_rate
     assert (rate, type(rate)) == (1.0, float)
 
@@ -104,7 +104,7 @@ def test_paths_may_be_paths():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_saved_settings_are_a_config_that_means_the_same(preset, tmp_path):
+def test_saved_settings_load_as_the_same_config(preset, tmp_path):
     config = resolve({"preset": preset, "data": 'C:\\"naïve" 鳥\n.csv', "max_minutes": 1.5})
     write_toml(config, tmp_path / "run.toml")
     assert resolve({}, tmp_path / "run.toml") == config
@@ -114,7 +114,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(toml):
     assert resolve({}, toml("\ufeffn_layer = 2\n")).model.n_layer == 2
 
 
-def test_a_file_that_is_not_there_a_folder_or_no_toml_is_refused(toml, tmp_path):
+def test_a_missing_file_a_folder_and_a_file_that_is_not_toml_are_refused(toml, tmp_path):
     (missing,) = problems(lambda: read_toml(tmp_path / "none.toml"))
     assert "none.toml" in missing
     (folder,) = problems(lambda: read_toml(tmp_path))
@@ -126,7 +126,7 @@ def test_a_file_that_is_not_there_a_folder_or_no_toml_is_refused(toml, tmp_path)
     assert "not valid TOML" in binary
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name(name, nearest, toml
     assert f"did you mean `{nearest}`?" in sentence
 
 
-def test_an_unknown_setting_that_is_near_to_none_leads_to_the_help():
+def test_an_unknown_setting_unlike_any_other_is_refused_with_a_hint_to_the_help():
     (sentence,) = problems(lambda: resolve({"zzz": 1}))
     assert "`zzz`" in sentence
     assert "--help" in sentence
 
 
-def test_a_table_is_no_setting(toml):
+def test_a_table_is_refused(toml):
     assert "`model`" in problems(lambda: resolve({}, toml("[model]\nn_layer = 2\n")))[0]
 
 
-def test_all_that_is_wrong_is_told_at_once(toml):
+def test_all_mistakes_are_reported_at_once(toml):
     file = toml('n_layer = 0\ndrop_out = 0.1\nlearning_rate = nan\nschedule = "cosin"\n')
     sentences = problems(lambda: resolve({"batch_size": -1}, file))
     assert len(sentences) == 5
@@ -166,19 +166,19 @@ CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "told"), CONFLICTS)
-def test_an_impossible_combination_is_refused(settings, told):
+@pytest.mark.parametrize(("settings", "named"), CONFLICTS)
+def test_an_impossible_combination_is_refused(settings, named):
     (sentence,) = problems(lambda: resolve(settings))
-    assert all(words in sentence for words in told)
+    assert all(words in sentence for words in named)
 
 
-def test_what_is_just_possible_is_not_refused():
+def test_a_combination_that_is_just_possible_is_allowed():
     resolve({"n_embd": 30, "n_head": 3, "seq_len": 64, "n_positions": 64, "min_lr": 0.1, "learning_rate": 0.1})
     resolve({"vocab_size": 257})
-    resolve({"vocab_size": 1, "tokenizer": "bytes"})  # it brings its own
+    resolve({"vocab_size": 1, "tokenizer": "bytes"})  # which has its own vocabulary
 
 
-def test_impossible_combinations_are_told_at_once_and_together_with_unknown_names():
+def test_impossible_combinations_are_reported_at_once_and_together_with_unknown_names():
     everything = {name: value for settings, _ in CONFLICTS for name, value in settings.items()}
     assert len(problems(lambda: resolve(everything))) == len(CONFLICTS)
     sentences = problems(lambda: resolve(everything | {"n_layr": 1}))
@@ -202,7 +202,7 @@ def test_a_whole_number_has_no_fraction(setting):
 
 @pytest.mark.parametrize(("config_class", "setting"), NUMBERS, ids=name_of)
 def test_a_number_stays_inside_its_bounds(config_class, setting):
-    """Each bound, and the nearest value beyond it."""
+    """A value at each bound is allowed and the nearest value beyond it is refused."""
     step = 1 if setting.kind is int else 1e-9
     for words, bound in setting.metadata["bounds"].items():
         outside = {"at least": bound - step, "above": bound, "at most": bound + step, "below": bound}[words]
@@ -216,13 +216,13 @@ def test_a_number_too_large_for_a_float_is_refused():
     assert "`learning_rate`" in problems(lambda: resolve({"learning_rate": 10**400}))[0]
 
 
-def test_an_infinite_number_is_not_said_to_be_too_small():
+def test_the_message_for_infinity_asks_for_a_finite_number():
     (sentence,) = problems(lambda: resolve({"learning_rate": math.inf}))
     assert "finite" in sentence
 
 
 @pytest.mark.parametrize("value", ["END", [1], ("",)], ids=repr)
-def test_stop_strings_are_several_texts(value):
+def test_stop_strings_must_be_a_list_of_texts(value):
     (sentence,) = problems(lambda: build(GenerationConfig, {"stop": value}))
     assert "`stop`" in sentence
     assert build(GenerationConfig, {"stop": ["a", "b"]}).stop == ("a", "b")
@@ -232,7 +232,7 @@ def test_stop_strings_are_several_texts(value):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
-def test_every_setting_is_explained_and_has_a_default_that_fits(setting):
+def test_every_setting_has_an_explanation_and_a_valid_default(setting):
     explanation = setting.metadata["help"]
     assert explanation[0].isupper() or explanation[0] == "`"
     assert explanation.endswith((".", "]"))
@@ -250,10 +250,15 @@ def test_every_name_is_unique():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_names_settings_only_and_fits(preset):
+def test_a_preset_has_only_valid_settings(preset):
     names = {setting.name for setting in settings_of(Config)}
     assert PRESETS[preset].keys() <= names
     assert flat(resolve({"preset": preset})).items() >= PRESETS[preset].items()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains_without_dropout(preset):
+    assert resolve({"preset": preset}).model.dropout == 0
 
 
 def test_flat_and_build_are_inverse():

@@ -1,4 +1,4 @@
-"""Text to ids and back: nothing is lost, nothing comes out in halves."""
+"""Text becomes ids and text again, without losing anything and without half characters."""
 
 import json
 import random
@@ -27,14 +27,14 @@ NASTY = [
 
 
 def random_texts():
-    """Texts of every kind of character, surrogates apart."""
+    """Return texts of every kind of character except surrogates."""
     draw = random.Random(0)
     kinds = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000), (0x20, 0x7F)]
     return ["".join(chr(draw.randrange(*draw.choice(kinds))) for _ in range(draw.randint(1, 40))) for _ in range(300)]
 
 
 def random_ids(tokenizer):
-    """Lists of ids that hardly ever make whole characters."""
+    """Return lists of ids that hardly ever make whole characters."""
     draw = random.Random(0)
     return [[draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(0, 12))] for _ in range(1000)]
 
@@ -44,10 +44,10 @@ def detokenized(tokenizer, ids):
     return [*(detokenizer.add(i) for i in ids), detokenizer.finish()]
 
 
-# ---- there and back -------------------------------------------------------------------------------------------------
+# ---- encoding and decoding ------------------------------------------------------------------------------------------
 
 
-def test_any_text_comes_back_as_it_went_in(tokenizer):
+def test_any_text_survives(tokenizer):
     texts = NASTY + random_texts()
     batch = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in batch] == texts
@@ -55,7 +55,7 @@ def test_any_text_comes_back_as_it_went_in(tokenizer):
     assert max(max(ids, default=0) for ids in batch) < tokenizer.vocab_size
 
 
-def test_text_never_ends_a_document(tokenizer):
+def test_text_never_becomes_the_end_of_a_document(tokenizer):
     assert not any(tokenizer.end_of_text in ids for ids in tokenizer.encode_batch(NASTY))
 
 
@@ -64,7 +64,7 @@ def test_nothing_is_added_to_a_text(tokenizer):
     assert tokenizer.encode("a🐘") == [*tokenizer.encode("a"), *tokenizer.encode("🐘")]
 
 
-def test_an_end_of_text_has_no_text(tokenizer):
+def test_the_end_of_a_document_has_no_text(tokenizer):
     ids = tokenizer.encode("duck")
     end = tokenizer.end_of_text
     assert (
@@ -92,7 +92,7 @@ def encoded(encoder, texts):
 
 
 def around_characters():
-    """Each character up to the last space, and one in a thousand beyond, between letters and all kinds of space."""
+    """Return texts with every character up to U+3000 and some beyond, between letters and kinds of white space."""
     numbers = [*range(0x3001), *(i for i in range(0x3001, 0x110000, 1009) if not 0xD800 <= i < 0xE000)]
     return [
         "".join(f"a{c}b {c} {c}c  {c}\n{c}1" for c in map(chr, numbers[i : i + 100]))
@@ -101,7 +101,7 @@ def around_characters():
 
 
 def spaced_texts():
-    """Texts in which words, contractions and digits meet all kinds of white space, and what only looks like it."""
+    """Return texts of words, contractions and digits with white space, and with characters that look like it."""
     draw = random.Random(0)
     pieces = [
         *" \t\n\r\v\f\x1c\x1f\x85\xa0\u180e\u200b\u2028\u3000",
@@ -118,21 +118,21 @@ def spaced_texts():
     return ["".join(draw.choices(pieces, k=draw.randint(1, 12))) for _ in range(5000)]
 
 
-def test_a_corpus_has_the_ids_of_its_texts(tokenizer):
+def test_a_corpus_has_the_same_ids_as_its_texts(tokenizer):
     encoder = CorpusEncoder(tokenizer, np.dtype(np.uint16))
     for texts in (NASTY, random_texts(), spaced_texts(), NASTY):
         assert encoded(encoder, texts) == tokenizer.encode_batch(texts)
 
 
-def test_a_character_of_a_corpus_has_the_ids_that_it_has_in_a_text(bpe):
+def test_every_character_has_the_same_ids_in_a_corpus_and_in_a_text(bpe):
     assert bpe.splits_like_gpt2
     assert not any(chr(i).isspace() for i in range(0x3001, 0x110000))
     texts = around_characters()
     assert encoded(CorpusEncoder(bpe, np.dtype(np.uint16)), texts) == bpe.encode_batch(texts)
 
 
-def test_a_corpus_whose_words_are_forgotten_has_the_same_ids(bpe, sentences, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "REMEMBERED", 500)
+def test_emptying_the_cache_does_not_change_the_ids(bpe, sentences, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "CACHE_CHARACTERS", 500)
     encoder = CorpusEncoder(bpe, np.dtype(np.uint16))
     for sentence in sentences:
         assert encoded(encoder, [sentence]) == [bpe.encode(sentence)]
@@ -150,7 +150,7 @@ def test_a_corpus_whose_words_are_forgotten_has_the_same_ids(bpe, sentences, mon
         pytest.param(lambda b: setattr(b, "pre_tokenizer", pre_tokenizers.Metaspace()), id="another split"),
     ],
 )
-def test_a_tokenizer_that_splits_otherwise_keeps_its_own_ids(bpe, change):
+def test_a_tokenizer_that_splits_text_differently_keeps_its_ids(bpe, change):
     backend = HFTokenizer.from_str(bpe.to_json())
     change(backend)
     odd = Tokenizer(backend)
@@ -166,7 +166,7 @@ def test_half_a_surrogate_pair_in_a_corpus_is_refused(tokenizer):
 # ---- streaming ------------------------------------------------------------------------------------------------------
 
 
-def test_streaming_adds_up_to_the_whole(tokenizer):
+def test_the_pieces_of_a_stream_add_up_to_the_text(tokenizer):
     for ids in [tokenizer.encode(text) for text in NASTY] + random_ids(tokenizer):
         assert "".join(detokenized(tokenizer, ids)) == tokenizer.decode(ids)
 
@@ -177,16 +177,16 @@ def test_streaming_never_yields_half_a_character(tokenizer):
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_streaming_holds_back_no_whole_character(byte_tokenizer):
+def test_streaming_yields_a_character_as_soon_as_it_is_whole(byte_tokenizer):
     assert detokenized(byte_tokenizer, "aé🦆".encode()) == ["a", "", "é", "", "", "", "🦆", ""]
 
 
-def test_streaming_ends_with_what_is_left_of_a_character(tokenizer):
+def test_streaming_ends_with_a_replacement_for_an_unfinished_character(tokenizer):
     unfinished = tokenizer.encode("a🐘")[:-1]
     assert "".join(detokenized(tokenizer, unfinished)) == "a\ufffd"
 
 
-def test_streaming_a_tokenizer_that_is_not_of_bytes_adds_up_too():
+def test_the_pieces_of_a_tokenizer_without_byte_tokens_add_up_too():
     bytes_in_hex = {f"<0x{byte:02X}>": byte for byte in range(256)}
     backend = HFTokenizer(models.BPE(bytes_in_hex | {"a": 256, "▁": 257}, merges=[], byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -198,7 +198,7 @@ def test_streaming_a_tokenizer_that_is_not_of_bytes_adds_up_too():
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def test_byte_lengths_add_up_to_the_texts(tokenizer):
+def test_byte_lengths_add_up_to_the_length_of_the_text(tokenizer):
     lengths = tokenizer.byte_lengths()
     assert lengths.shape == (tokenizer.vocab_size,)
     assert lengths[tokenizer.end_of_text] == 0
@@ -227,7 +227,7 @@ def test_training_learns_words(bpe):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_or_its_folder_loads_as_the_same_tokenizer(tokenizer, tmp_path):
+def test_a_file_and_its_folder_load_as_the_same_tokenizer(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json(), encoding="utf-8")
     for loaded in (Tokenizer.load(path), Tokenizer.load(str(tmp_path))):
@@ -242,7 +242,7 @@ def with_entry(tokenizer, entry, i):
     return json.dumps(content)
 
 
-def test_an_entry_that_is_no_run_of_bytes_stands_for_itself(bpe, tmp_path):
+def test_an_entry_that_is_not_a_run_of_bytes_decodes_to_itself(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(with_entry(bpe, "鳥 ", 300))
     tokenizer = Tokenizer.load(path)
@@ -256,12 +256,12 @@ def test_an_entry_that_is_no_run_of_bytes_stands_for_itself(bpe, tmp_path):
         pytest.param(lambda bpe: b"", id="empty"),
         pytest.param(lambda bpe: b"{}", id="an empty object"),
         pytest.param(lambda bpe: bpe.to_json().encode()[:-9], id="cut short"),
-        pytest.param(lambda bpe: b"\xff\xfe", id="no text"),
+        pytest.param(lambda bpe: b"\xff\xfe", id="not text"),
         pytest.param(lambda bpe: b"[" * 100_000, id="deeply nested"),
         pytest.param(lambda bpe: with_entry(bpe, "duckling", 10**8).encode(), id="an absurd id"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(bpe, tmp_path, content):
+def test_a_file_that_is_not_a_tokenizer_is_refused(bpe, tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content(bpe))
     with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
@@ -270,7 +270,7 @@ def test_what_is_no_tokenizer_is_refused(bpe, tmp_path, content):
 
 
 def odd(path, model=None, **changes):
-    """A file with just what it needs, and these changes: a tokenizer that loads."""
+    """Load a tokenizer from a minimal file with these changes."""
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "": 2}, "unk_token": "a"} | (model or {})
     path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | changes))
     return Tokenizer.load(path)
@@ -285,7 +285,7 @@ def odd(path, model=None, **changes):
     ],
     ids=["encode", "encode with a panic", "decode with a panic"],
 )
-def test_what_the_library_fails_at_later_is_one_sentence(tmp_path, changes, why):
+def test_a_later_failure_of_the_library_is_one_sentence(tmp_path, changes, why):
     tokenizer = odd(tmp_path / "tokenizer.json", **changes)
     if "decoder" in changes:
         actions = [lambda: tokenizer.decode([2]), tokenizer.byte_lengths, lambda: detokenized(tokenizer, [2])]
@@ -300,20 +300,20 @@ def test_what_the_library_fails_at_later_is_one_sentence(tmp_path, changes, why)
 
 
 @pytest.mark.parametrize("second", ["🦆", "b"])
-def test_a_file_at_which_the_library_would_end_the_process_is_refused(tmp_path, second):
-    """Were it not, no test would come after this one."""
+def test_a_file_with_which_the_library_would_end_the_process_is_refused(tmp_path, second):
+    """If it were not refused, the tests would end here."""
     bpe = {"type": "BPE", "vocab": {"a": 0, second: 1, "ab": 2}, "merges": [["a", second]]}
-    with pytest.raises(UserError, match="goes on without '##'"):
+    with pytest.raises(UserError, match="continues a word without '##'"):
         odd(tmp_path / "tokenizer.json", bpe | {"continuing_subword_prefix": "##"})
     bpe = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "merges": ["a ##b"]}
     assert odd(tmp_path / "tokenizer.json", bpe | {"continuing_subword_prefix": "##", "unk_token": None}).encode("ab")
 
 
-def test_ctrl_c_is_no_fault_of_a_file():
+def test_ctrl_c_is_not_reported_as_a_damaged_file():
     with pytest.raises(KeyboardInterrupt), failing_as("never"):
         raise KeyboardInterrupt
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"There is no .*nowhere\.json"):
         Tokenizer.load(tmp_path / "nowhere.json")

@@ -1,4 +1,4 @@
-"""The command line: one file per command, each of which parses, calls and prints."""
+"""The command line. Each command has a file of its own that parses flags, calls the library and prints."""
 
 import importlib
 import os
@@ -9,24 +9,24 @@ import click
 
 from mlx_gpt.errors import FORESEEN, in_a_sentence
 
-# Loaded when they are used: `mlx-gpt --help` needs no arrays. The sentences are what it shows.
+# A command is imported only when it runs, so that `mlx-gpt --help` is quick. It shows these sentences.
 COMMANDS = {
-    "download": "Get a dataset from Kaggle, or one fetched by hand, and prepare it.",
+    "download": "Get a dataset from Kaggle, or one downloaded by hand, and prepare it.",
     "prepare": "Turn CSV, TSV, JSONL, Parquet and text files into a corpus to train on.",
-    "train": "Train a model, or go on with a run.",
+    "train": "Train a model, or resume a run.",
     "generate": "Continue a prompt, or talk to a model.",
     "serve": "Serve models to other programs, and to people on a page.",
-    "eval": "Loss, perplexity and bits per byte of a model on a text.",
-    "plot": "Draw the curves of a run, or of several.",
-    "doctor": "Is this machine ready? Versions, device, speed, credentials.",
+    "eval": "Measure loss, perplexity and bits per byte of a model on a text.",
+    "plot": "Plot the curves of a run, or of several.",
+    "doctor": "Check that this machine is ready: versions, device, speed, credentials.",
 }
 
 
 class LazyGroup(click.Group):
-    """Commands that are imported when they are run."""
+    """A group that imports each command only when it runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of use."""
+        """Return the names of the commands, in the order in which a person needs them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    # --max_length is --max-length
+    # --max_length means --max-length
     context_settings={
         "token_normalize_func": lambda name: name.replace("_", "-"),
         "help_option_names": ["-h", "--help"],
@@ -56,12 +56,15 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run a command: 0 when it went well, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    """Run the program and exit."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command and return its exit code; what goes wrong is told in a sentence on stderr."""
+    """Run a command and return its exit code, printing an error as one sentence on stderr.
+
+    The code is 0 for success, 2 for a user's mistake, 1 for a failure and 130 for Ctrl-C.
+    """
     try:
         code = cli.main(arguments, prog_name="mlx-gpt", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -70,25 +73,25 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         if os.environ.get("MLX_RANK", "0") != "0":
             time.sleep(10)  # all ranks have met it: rank 0 reports it, and mlx.launch ends this one meanwhile
-        return _tell(error.format_message(), 2)
+        return _report(error.format_message(), 2)
     except click.Abort:
-        return _tell("Interrupted.", 130)
+        return _report(*in_a_sentence(KeyboardInterrupt()))
     except BrokenPipeError:
-        code = 1  # who was reading has left, as `head` does
+        code = 1  # the reader of stdout has gone, as `head` does
     except (Exception, KeyboardInterrupt) as error:
         words, code = in_a_sentence(error)
         if "MLX_GPT_TRACEBACK" in os.environ and code != 130 and not isinstance(error, FORESEEN):
             raise
-        return _tell(words, code)
+        return _report(words, code)
     try:
         sys.stdout.flush()
     except OSError:
-        # Nothing more can be written, at exit either.
+        # Nothing can be written any more, so the flush at exit must not try.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code if isinstance(code, int) else 0
 
 
-def _tell(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
     rank = os.environ.get("MLX_RANK", "0")
     if code != 130:
         message = f"Error: {message}" if rank == "0" else f"Error: Rank {rank}: {message}"

@@ -14,7 +14,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.settings import build, flat, settings_of
 from mlx_gpt.tokenizer import Tokenizer
 
-HELP = """Write the beginning of a text and press Enter: the model goes on from it.
+HELP = """Write the beginning of a text and press Enter: the model continues it.
 Ctrl-C stops an answer, Ctrl-D leaves, the arrow keys bring back earlier lines.
 /settings      show the settings
 /help          show this
@@ -24,9 +24,10 @@ Ctrl-C stops an answer, Ctrl-D leaves, the arrow keys bring back earlier lines.
 def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
     """Ask for prompts and continue them until the input ends."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing and history
+        import readline  # noqa: F401 - gives input() line editing and history
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told of, and end nothing
+        # Bytes that are not text then cause an error message later, not an exception here.
+        sys.stdin.reconfigure(errors="surrogateescape")
     click.echo("Write the beginning of a text. /help shows the commands, Ctrl-D leaves.", err=True)
     while True:
         try:
@@ -49,15 +50,15 @@ def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
 
 
 def obey(line: str, config: GenerationConfig) -> GenerationConfig:
-    """The settings after a command such as `/temperature 0.9`.
+    """Carry out a command such as `/temperature 0.9` and return the settings after it.
 
     Raises:
-        UserError: there is no such command, or its value is out of its bounds.
+        UserError: there is no such command, or its value is not allowed.
     """
     try:
         name, *words = shlex.split(line[1:])
     except ValueError:
-        raise UserError("Nothing changed: a command is /NAME VALUE; /help shows the names.") from None
+        raise UserError("This is not a command: write /NAME VALUE; /help shows the names.") from None
     name = name.replace("-", "_")
     kinds: dict[str, type] = {}
     for setting in settings_of(GenerationConfig):
@@ -76,7 +77,7 @@ def obey(line: str, config: GenerationConfig) -> GenerationConfig:
         try:
             value = tuple(words) if kind is tuple else kind(" ".join(words))
         except ValueError:
-            value = words[0]  # `build` says what it should have been
+            value = words[0]  # `build` raises the error that says what it should have been
         config = build(GenerationConfig, flat(config) | {name: value})
         click.echo(f"{name} is now {value}.", err=True)
     return config

@@ -4,24 +4,25 @@ from pathlib import Path
 
 import click
 
-from mlx_gpt.cli.options import SettingsCommand, settings_options
-from mlx_gpt.cli.prepare import prepare
-from mlx_gpt.config import DataConfig
+from mlx_gpt.cli.options import SettingsCommand
+from mlx_gpt.cli.prepare import out_option, prepare, text_options
+from mlx_gpt.errors import UserError
 
 
 @click.command("download", cls=SettingsCommand)
 @click.option(
-    "--dataset", metavar="OWNER/NAME", help="The Kaggle dataset.  [default: the LLM-7 prompt training dataset]"
+    "--dataset", metavar="OWNER/NAME", help="Kaggle dataset to download.  [default: the LLM-7 prompt training dataset]"
 )
-@click.option("--from-file", metavar="FILE", help="A zip or CSV that was fetched by hand, instead of Kaggle.")
-@click.option("--raw", default="data/raw", show_default=True, metavar="FOLDER", help="Where the files as they come go.")
-@click.option("--out", default="data/processed", show_default=True, metavar="FOLDER", help="Where the corpus goes.")
-@click.option("--force", is_flag=True, help="Download again what is already here.")
-@settings_options(DataConfig, only=("documents", "column", "val_fraction"))
+@click.option("--from-file", metavar="FILE", help="Zip or CSV that was downloaded by hand, to use instead of Kaggle.")
+@click.option(
+    "--raw", default="data/raw", show_default=True, metavar="FOLDER", help="Folder to keep the downloaded files in."
+)
+@out_option
+@click.option("--force", is_flag=True, help="Download the dataset even if it is already there.")
+@text_options
 def command(dataset: str | None, from_file: str | None, raw: str, out: str, force: bool, **settings: str) -> None:
-    """Get a dataset from Kaggle, or one fetched by hand, and prepare it."""
+    """Get a dataset from Kaggle, or one downloaded by hand, and prepare it."""
     from mlx_gpt.data import kaggle
-    from mlx_gpt.errors import UserError
 
     if dataset and from_file:
         raise UserError("--dataset and --from-file exclude each other: give one of them.")

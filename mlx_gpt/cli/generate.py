@@ -11,7 +11,6 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.settings import build
 
 if TYPE_CHECKING:
-
     from mlx_gpt.tokenizer import Tokenizer
 
 DEMO_PROMPTS = ("The", "In this", "If you", "There is")

@@ -1,4 +1,4 @@
-"""Flags made from the settings of config.py."""
+"""Command-line flags, made from the settings in config.py."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ SECTIONS = {DataConfig: "Text", ModelConfig: "Model", TrainingConfig: "Training"
 
 
 class SettingOption(click.Option):
-    """A flag that stands for a setting; its value is None when it was not given."""
+    """The flag of a setting, with the section of `--help` that it belongs to. Its value is None if it is not given."""
 
     def __init__(self, *args: Any, section: str, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -25,7 +25,7 @@ class NumberOrAuto(click.ParamType):
     name = "number or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """The number, or "auto"."""
+        """Return the number, or "auto"."""
         if value == "auto":
             return value
         try:
@@ -38,7 +38,7 @@ class SettingsCommand(click.Command):
     """A command whose `--help` shows the flags in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Show the flags by section."""
+        """Write the flags section by section."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -50,7 +50,7 @@ class SettingsCommand(click.Command):
 
 
 def settings_options(config_class: type, only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Give a command a flag for each setting of a dataclass, or for those named in `only`."""
+    """Give a command a flag for each setting of a dataclass, or only for the settings in `only`."""
 
     def decorate(function: Callable) -> Callable:
         for setting in reversed(list(settings_of(config_class))):  # decorators apply from the last to the first
@@ -62,11 +62,12 @@ def settings_options(config_class: type, only: tuple[str, ...] = ()) -> Callable
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a command's settings that were given on the command line."""
+    """Return the settings that were given on the command line."""
     return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def _option(setting: Setting) -> Callable[[Callable], Callable]:
+    """Return the decorator that gives a command the flag of a setting."""
     help_text = setting.metadata["help"]
     if setting.default not in ("", None, ()):
         help_text += f"  [default: {setting.default}]"

@@ -8,10 +8,12 @@ import click
 @click.command("plot")
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
 @click.option(
-    "--out", metavar="FILE", help="The PNG to write.  [default: curves.png in the run's folder; here for several]"
+    "--out",
+    metavar="FILE",
+    help="PNG to write.  [default: curves.png in the run's folder, or in the current one for several runs]",
 )
 def command(runs: tuple[str, ...], out: str | None) -> None:
-    """Draw the curves of a run, or of several on one picture. Takes the newest run when none is named.
+    """Plot the curves of a run, or of several runs on one picture. Without RUN it takes the newest.
 
     Needs the extra mlx-gpt[plot].
     """

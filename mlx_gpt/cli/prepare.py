@@ -6,19 +6,24 @@ import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
-from mlx_gpt.config import DataConfig
+from mlx_gpt.config import PREPARED, DataConfig
 from mlx_gpt.settings import build
+
+out_option = click.option(
+    "--out", default=PREPARED, show_default=True, metavar="FOLDER", help="Folder to write the corpus to."
+)
+text_options = settings_options(DataConfig, only=("documents", "column", "val_fraction"))
 
 
 @click.command("prepare", cls=SettingsCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--out", default="data/processed", show_default=True, metavar="FOLDER", help="Where the corpus goes.")
-@settings_options(DataConfig, only=("documents", "column", "val_fraction"))
+@out_option
+@text_options
 def command(paths: tuple[str, ...], out: str, **settings: str) -> None:
-    """Turn files, or folders of them, into a corpus to train on.
+    """Turn files, or folders of files, into a corpus to train on.
 
     Reads CSV, TSV, JSONL, plain text and, with the extra mlx-gpt[parquet], Parquet. Empty and repeated documents are
-    left out, and each document goes to training or validation by a hash of its text.
+    left out, and the hash of a document's text decides whether it goes to training or validation.
     """
     prepare([Path(path) for path in paths], out, settings)
 
@@ -39,5 +44,5 @@ def prepare(paths: list[Path], out: str, settings: dict[str, str]) -> None:
     )
     for line in report.lines():
         display.line(line)
-    where = "" if Path(out) == Path("data/processed") else f" --data {out}"
+    where = "" if Path(out) == Path(PREPARED) else f" --data {out}"
     display.line(f"Written to {out}. Train on it with: mlx-gpt train{where}")

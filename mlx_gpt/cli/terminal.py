@@ -1,19 +1,21 @@
-"""What a command shows on the terminal: lines on stdout, progress bars on stderr when that is a terminal."""
+"""The output of a command: lines on stdout, and progress bars on stderr if that is a terminal."""
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-# What is said beside the bar fits into 80 columns.
+from mlx_gpt.progress import ByteProgress
+
+# Short enough to leave room for the facts beside the bar in 80 columns.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Terminal:
-    """The display of a run at the terminal, or of plain lines in a pipe."""
+    """A display of lines and bars on a terminal, or of lines alone in a pipe."""
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -21,11 +23,11 @@ class Terminal:
             click.echo(text)
 
     def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "TerminalBar":
-        """Show a bar with the time left."""
+        """Show a bar with the remaining time."""
         return TerminalBar(desc=what, total=total, initial=done, unit=unit)
 
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        """Show a bar of bytes from the first call until all is done."""
+    def progress(self, what: str) -> ByteProgress:
+        """Return a function that shows a bar of bytes from its first call until everything is done."""
         shown: list[TerminalBar] = []
 
         def update(done: int, total: int) -> None:
@@ -39,7 +41,7 @@ class Terminal:
 
 
 class TerminalBar:
-    """A tqdm bar, absent where stderr is no terminal."""
+    """A tqdm bar, which shows nothing if stderr is not a terminal."""
 
     def __init__(self, **options: Any) -> None:
         self._bar = tqdm(
@@ -47,17 +49,17 @@ class TerminalBar:
         )
 
     def advance(self, amount: int, facts: Mapping[str, str] | None = None) -> None:
-        """Move on, and show these facts beside the bar."""
+        """Advance the bar by `amount` units, and show these facts beside it."""
         if facts:
             self._bar.set_postfix(facts, refresh=False)
-        with contextlib.suppress(OSError):  # the terminal has gone, the work goes on
+        with contextlib.suppress(OSError):  # the work continues if the terminal is closed
             self._bar.update(amount)
 
     def reach(self, done: int) -> None:
-        """Move on to `done`."""
-        self._bar.update(done - self._bar.n)
+        """Advance the bar to `done`."""
+        self.advance(done - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         with contextlib.suppress(OSError):
             self._bar.close()

@@ -1,1 +1,1 @@
-"""From files to windows of token ids."""
+"""Text files to windows of token ids."""

@@ -1,19 +1,21 @@
-"""Documents to a corpus: `train.jsonl` and `val.jsonl`, without repetitions, which a person can read and edit."""
+"""Documents to a corpus: `train.jsonl` and `val.jsonl`, without duplicates, which a person can read and edit."""
 
 import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from mlx_gpt.data.readers import Dropped, plainly, read_documents
+from mlx_gpt.data.readers import Dropped, read_documents
 from mlx_gpt.data.report import Report, Split
 from mlx_gpt.data.sources import (
     BUILTIN,
-    FORMAT,
+    FORMAT_VERSION,
+    PREPARED_FILES,
+    REPORT,
     Source,
     find_sources,
     hash_file,
@@ -23,22 +25,23 @@ from mlx_gpt.data.sources import (
     source_fingerprint,
     source_size,
 )
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, os_errors_explained
 from mlx_gpt.files import sync
+from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two files of documents.
+    """A file of documents for training, and one for validation.
 
     Attributes:
-        name: for people.
-        folder: where the files are.
-        fingerprint: in hex; changes with their content and with the way they are read.
-        column: of their tables, as in `read_documents`.
-        cut: how .txt files are cut into documents, as in `read_documents`.
+        name: a name for people.
+        folder: the folder of the two files.
+        fingerprint: a hash in hex that changes with the files' content and with the way they are read.
+        column: the text column of .jsonl files, as in `read_documents`.
+        cut: how .txt files are cut into documents, as `documents` in `read_documents`.
     """
 
     name: str
@@ -48,10 +51,10 @@ class Corpus:
     cut: str = "auto"
 
     def path(self, split: str) -> Path:
-        """Return the file of `split`, "train" or "val".
+        """Return the file of a split, "train" or "val".
 
         Raises:
-            UserError: there is none, or there are two.
+            UserError: there is no such file, or there are two.
         """
         found = _split_file(self.folder, split)
         if found is None:
@@ -59,19 +62,24 @@ class Corpus:
         return found
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the documents of `split`, normalised, without those that are empty or unusable.
+        """Yield the usable documents of a split, normalised.
 
         Raises:
-            UserError: the file is missing, or as `read_documents` does.
+            UserError: the file is missing, or as in `read_documents`.
         """
-        for document in read_documents(self.path(split), column=self.column, documents=self.cut):
-            if not isinstance(document, Dropped) and document.strip():
-                yield normalise(document)
+        return usable(read_documents(self.path(split), column=self.column, documents=self.cut))
 
 
 def normalise(text: str) -> str:
-    """Return `text` with CRLF and lone CR turned into LF, and every other character as it is."""
+    """Return `text` with CRLF and lone CR replaced by LF, and every other character unchanged."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def usable(documents: Iterable[str | Dropped]) -> Iterator[str]:
+    """Yield the documents that are neither dropped nor empty, normalised."""
+    for document in documents:
+        if not isinstance(document, Dropped) and document.strip():
+            yield normalise(document)
 
 
 def prepare(
@@ -81,37 +89,37 @@ def prepare(
     column: str = "",
     documents: str = "auto",
     val_fraction: float = 0.1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ByteProgress = ignore_progress,
 ) -> Report:
-    """Write the documents of `paths` (files, folders or "builtin") to `folder`/train.jsonl, val.jsonl and report.json.
+    """Write the documents of `paths` to `folder`, as train.jsonl and val.jsonl, with a report.json beside them.
 
-    Empty and repeated documents are dropped. A document goes to validation when the hash of its text, as a fraction of
-    all hashes, is below `val_fraction`: its side depends on nothing else. When that leaves one side empty, each
-    document is cut instead, and its last `val_fraction` is validation.
+    Empty and repeated documents are dropped. A document goes to validation if the hash of its text, as a fraction of
+    all hashes, is below `val_fraction`; nothing else decides its split. If that leaves a split empty, every document
+    is cut in two instead, and its last `val_fraction` goes to validation.
 
-    `folder` changes only at the very end, and all at once; if anything fails before, it stays as it was.
+    `folder` changes only at the very end. If anything fails before that, it stays as it was.
 
     Args:
-        paths: what to read.
-        folder: what to write to; made if it is missing.
+        paths: files, folders or "builtin".
+        folder: the folder to write to; created if it is missing.
         column: as in `read_documents`.
         documents: as in `read_documents`.
-        val_fraction: the part, between 0 and 1, that is for validation.
-        progress: called now and then with the bytes done and the bytes in all.
+        val_fraction: the fraction of the documents, between 0 and 1, that goes to validation.
+        progress: called with the bytes read so far.
 
     Raises:
-        UserError: a source cannot be read, nothing is left, or `folder` holds what a person wrote by hand.
+        UserError: a source cannot be read, no document is left, or `folder` has a corpus that was written by hand.
     """
     folder = Path(folder)
     if not 0 < val_fraction < 1:
-        raise UserError(f"The validation fraction must lie between 0 and 1, not at {val_fraction}: 0.1 is usual.")
-    sources, passed_over = find_sources(paths)
+        raise UserError(f"The validation fraction must be between 0 and 1, not {val_fraction}: 0.1 is usual.")
+    sources, skipped = find_sources(paths)
     _refuse_to_overwrite(folder, sources)
     dropped: Counter[str] = Counter()
     texts = _distinct(read_sources(sources, column, documents, progress), dropped)
-    with plainly("write", folder):
+    with os_errors_explained(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        # Inside `folder`, so that the files get their names by renaming, which never leaves half a file.
+        # Inside `folder`, so that the finished files can be moved by renaming, which never leaves half a file.
         with tempfile.TemporaryDirectory(prefix=".preparing-", dir=folder) as temporary:
             staged = Path(temporary)
             sizes = _write(staged, _by_hash(texts, val_fraction))
@@ -129,16 +137,21 @@ def prepare(
                 train=sizes["train"],
                 val=sizes["val"],
                 cut=cut,
-                passed_over=tuple(map(str, passed_over)),
+                skipped=tuple(map(str, skipped)),
             )
             record = asdict(report) | {
                 "sources": [{"path": str(source), "bytes": source_size(source)} for source in sources],
-                "settings": {"column": column, "documents": documents, "val_fraction": val_fraction, "format": FORMAT},
+                "settings": {
+                    "column": column,
+                    "documents": documents,
+                    "val_fraction": val_fraction,
+                    "format": FORMAT_VERSION,
+                },
                 "source_fingerprint": source_fingerprint(sources, column, documents, val_fraction),
                 "fingerprint": _fingerprint(staged, "text", ""),
             }
             text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-            (staged / "report.json").write_text(text, encoding="utf-8")
+            (staged / REPORT).write_text(text, encoding="utf-8")
             _publish(staged, folder)
     return report
 
@@ -150,35 +163,36 @@ def open_corpus(
     documents: str = "auto",
     val_fraction: float = 0.1,
     cache: Path | str = Path("data/cache"),
-    echo: Callable[[str], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    echo: Echo = ignore_line,
+    progress: ByteProgress = ignore_progress,
 ) -> Corpus:
-    """Return the corpus at `data`: a folder with a train and a val file as it is; anything else is prepared first.
+    """Return the corpus at `data`, preparing it first if necessary.
 
-    What is prepared (a file, a folder of files or of only a train file, "builtin") goes to a folder in `cache` that is
-    named after the content of `data` and the settings, and is found there the next time.
+    A folder with a train file and a val file is used unchanged. Everything else (a file, a folder of files, a folder
+    with only a train file, or "builtin") is prepared into a folder in `cache`. That folder is named after the content
+    and the settings, so it is found again the next time.
 
     Args:
-        data: the file, the folder or "builtin".
+        data: a file, a folder or "builtin".
         column: as in `read_documents`.
         documents: as in `read_documents`.
         val_fraction: as in `prepare`.
-        cache: the folder of the folders that are prepared.
-        echo: is told, one line at a time, what was prepared.
+        cache: the folder in which corpora are prepared.
+        echo: called with each line of the report, if a corpus was prepared.
         progress: as in `prepare`.
 
     Raises:
-        UserError: as `prepare` does; or the train or val file of a folder is there twice, missing or empty.
+        UserError: as in `prepare`; or the train or val file of a folder is missing, empty or there twice.
     """
     path = Path(data)
     sources: list[Path | str] = [data]
     name = BUILTIN if str(data) == BUILTIN else path.stem
-    with plainly("read", path):
+    with os_errors_explained(f"read {path}"):
         if str(data) != BUILTIN and path.is_dir():
             name = path.resolve().name
             train, val = (_split_file(path, split) for split in SPLITS)
             if train and val:
-                return _as_it_is(name, path, column, documents)
+                return _opened(name, path, column, documents)
             if val:
                 raise UserError(f"{path} has {val.name} but no train.jsonl or train.txt: add one.")
             if train:
@@ -188,22 +202,24 @@ def open_corpus(
     folder = Path(cache) / f"{name}-{fingerprint[:8]}"
     complete = all(_file(folder, split).exists() for split in SPLITS)
     if not complete or prepared_record(folder).get("source_fingerprint") != fingerprint:
-        _file(folder, "train").unlink(missing_ok=True)  # nobody's but this cache's
+        _file(folder, "train").unlink(missing_ok=True)  # it belongs to the cache, so nobody's work is lost
         report = prepare(
             sources, folder, column=column, documents=documents, val_fraction=val_fraction, progress=progress
         )
-        if echo:
-            echo(f"prepared {data} in {folder}")
-            for line in report.lines():
-                echo(line)
-    return _as_it_is(name, folder, "", "auto")
+        echo(f"prepared {data} in {folder}")
+        for line in report.lines():
+            echo(line)
+    return _opened(name, folder, "", "auto")
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
 def _distinct(documents: Iterable[str | Dropped], dropped: Counter[str]) -> Iterator[tuple[bytes, str]]:
-    """Yield each text once, normalised, with its digest; count the others in `dropped`. Keeps 16 bytes of each."""
+    """Yield each text once, normalised, with its hash, and count the other documents in `dropped`.
+
+    Only the hash of each text, 16 bytes, is kept in memory.
+    """
     seen: set[bytes] = set()
     for document in documents:
         if isinstance(document, Dropped):
@@ -227,24 +243,24 @@ def _by_hash(texts: Iterable[tuple[bytes, str]], val_fraction: float) -> Iterato
 
 def _by_position(texts: Iterable[str | Dropped], val_fraction: float) -> Iterator[tuple[str, str]]:
     for text in texts:
-        assert isinstance(text, str)  # they come from what we wrote
+        assert isinstance(text, str)  # because `_write` wrote the file
         end = int(len(text) * (1 - val_fraction))
-        for split, part in (("train", text[:end]), ("val", text[end:])):
-            if part.strip():
-                yield split, part
+        for split, half in (("train", text[:end]), ("val", text[end:])):
+            if half.strip():
+                yield split, half
 
 
 def _cut_each(folder: Path, split: str, val_fraction: float) -> dict[str, Split]:
-    """Share out the documents of `split`, which has them all, by cutting each one in two."""
+    """Cut each document in two, for the two splits. Until now `split` has all of them."""
     whole = _file(folder, split).rename(folder / "whole.jsonl")
     sizes = _write(folder, _by_position(read_documents(whole, column="text"), val_fraction))
     if not all(size.documents for size in sizes.values()):
-        raise UserError("The text is too short to be cut into training and validation: give more of it.")
+        raise UserError("The text is too short to be cut into training and validation: add more text.")
     return sizes
 
 
 def _write(folder: Path, texts: Iterable[tuple[str, str]]) -> dict[str, Split]:
-    """Write (split, text) pairs to the two files of `folder` and return how much went into each."""
+    """Write (split, text) pairs to the two files of `folder` and return the size of each split."""
     documents: Counter[str] = Counter()
     characters: Counter[str] = Counter()
     with _file(folder, "train").open("wb") as train, _file(folder, "val").open("wb") as val:
@@ -258,9 +274,9 @@ def _write(folder: Path, texts: Iterable[tuple[str, str]]) -> dict[str, Split]:
 
 def _nothing_left(dropped: Counter[str]) -> str:
     if not dropped:
-        return "There are no documents in what was given: name files with text in them."
+        return "There are no documents to prepare: name files with text in them."
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
-    return f"Nothing is left to train on, as every document was dropped ({reasons}): check the file and its --column."
+    return f"Nothing is left to train on, because every document was dropped ({reasons}): check the file and --column."
 
 
 # ---- corpora --------------------------------------------------------------------------------------------------------
@@ -273,37 +289,42 @@ def _file(folder: Path, split: str) -> Path:
 def _split_file(folder: Path, split: str) -> Path | None:
     found = [path for path in (_file(folder, split), folder / f"{split}.txt") if path.is_file()]
     if len(found) == 2:
-        raise UserError(f"{folder} has both {split}.jsonl and {split}.txt: move away the one that is not meant.")
+        raise UserError(f"{folder} has both {split}.jsonl and {split}.txt: move one of them away.")
     return found[0] if found else None
 
 
 def _fingerprint(folder: Path, column: str, cut: str) -> str:
-    """Hash the two files of `folder`, each with the option that decides how its kind is read."""
+    """Hash the two files of `folder`, each with the setting that decides how it is read."""
     files = [path for split in SPLITS if (path := _split_file(folder, split))]
     return hash_of([(hash_file(path), cut if path.suffix == ".txt" else column or "text") for path in files])
 
 
-def _as_it_is(name: str, folder: Path, column: str, documents: str) -> Corpus:
-    """Return the corpus of the files in `folder`, after a look whether each has a document."""
+def _opened(name: str, folder: Path, column: str, documents: str) -> Corpus:
+    """Return the corpus in `folder`, after checking that each of its files has a document."""
     if prepared_record(folder):
-        column = "text"  # the option names a column of the source, and prepared files have but this one
+        column = "text"  # the setting names a column of the source, but a prepared file has only this one
     cut = "line" if documents == "auto" else documents
     corpus = Corpus(name, folder, _fingerprint(folder, column, cut), column, cut)
     for split in SPLITS:
         if next(corpus.documents(split), None) is None:
-            raise UserError(f"{corpus.path(split)} has no document in it: put some text there.")
+            raise UserError(f"{corpus.path(split)} has no document in it: add some text.")
     return corpus
 
 
 def _refuse_to_overwrite(folder: Path, sources: list[Source]) -> None:
-    """Raise `UserError` if `folder` has a train or val file that is a source, or that `prepare` did not write so."""
-    with plainly("write", folder):
+    """Refuse a `folder` whose train or val file is a source, or was not left there by `prepare`.
+
+    Raises:
+        UserError: the sentence names such a file.
+    """
+    with os_errors_explained(f"write to {folder}"):
         there = [path for split in SPLITS for path in (_file(folder, split), folder / f"{split}.txt") if path.exists()]
         if both := {path.resolve() for path in there} & {Path(source).resolve() for source in sources}:
-            raise UserError(f"{both.pop()} is read and would be replaced: choose another folder to write to.")
+            raise UserError(f"{both.pop()} is a source and would be overwritten: choose another folder to write to.")
     record = prepared_record(folder)
     ours = bool(record) and all(path.suffix == ".jsonl" for path in there)
-    if ours and there != [_file(folder, "val")]:  # which alone is what a prepare that was killed while renaming leaves
+    # A `prepare` that is killed while it renames leaves val.jsonl alone. Otherwise the files must be unchanged.
+    if ours and there != [_file(folder, "val")]:
         ours = record.get("fingerprint") == _fingerprint(folder, "text", "")
     if there and not ours:
         raise UserError(
@@ -314,10 +335,11 @@ def _refuse_to_overwrite(folder: Path, sources: list[Source]) -> None:
 def _publish(staged: Path, folder: Path) -> None:
     """Move the three files from `staged` to `folder`.
 
-    The training file leaves first and comes last, so that a kill in between never leaves a pair that does not match.
+    The old training file is removed first and the new one is moved last, so a kill in between never leaves two files
+    that do not belong together.
     """
     _file(folder, "train").unlink(missing_ok=True)
-    for name in ("report.json", "val.jsonl", "train.jsonl"):
+    for name in PREPARED_FILES:
         sync(staged / name)
         (staged / name).replace(folder / name)
     sync(folder)

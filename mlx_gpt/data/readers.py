@@ -1,4 +1,4 @@
-"""Files to documents: plain `str`, one at a time, so that a corpus is never wholly in memory."""
+"""Files to documents: one `str` at a time, so that a corpus never has to fit in memory."""
 
 import codecs
 import csv
@@ -6,29 +6,28 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_gpt.data.sniffing import HEAD, kind_of, refusal
-from mlx_gpt.errors import UserError
+from mlx_gpt.config import DOCUMENTS
+from mlx_gpt.data.sniffing import HEAD, format_of, refusal
+from mlx_gpt.errors import UserError, os_errors_explained
 
-DOCUMENTS = ("auto", "line", "blank-line", "file")  # what is one document in a plain text file
-HAND_MADE = ("train.txt", "val.txt")  # corpora that people type by hand: one document per line
-MAX_DOCUMENT = 100_000_000  # characters, thirty times War and Peace: preparing holds it four times over
-MAX_LINE = 8 * MAX_DOCUMENT  # bytes: such a document still fits into a line of JSON, escapes and all
+HAND_MADE = ("train.txt", "val.txt")  # corpora that people write by hand, one document per line
+MAX_DOCUMENT = 100_000_000  # characters, thirty times War and Peace; preparing holds four copies in memory
+MAX_LINE = 8 * MAX_DOCUMENT  # bytes: the longest document still fits on a line of JSON, with its escapes
 
-SAMPLE = 100  # rows looked at to find the text column
-LONG = 40  # characters: labels, ids and UUIDs (36) average less, prose averages more
+SAMPLE = 100  # rows that are read to find the text column
+LONG = 40  # characters: labels, ids and UUIDs (36) are shorter on average, prose is longer
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Stands where a document would, for a row that holds none: `reason` is short, for counting."""
+    """Takes the place of a document for a row without usable text. `reason` is short, so that it can be counted."""
 
     reason: str
 
@@ -42,31 +41,33 @@ def read_documents(
 ) -> Iterator[str | Dropped]:
     """Yield the documents of one file in order, and a `Dropped` for each row that has no usable text.
 
-    The suffix tells the format: .csv, .tsv, .jsonl (also .ndjson and .json: an object or a string on each line) and
-    .parquet; anything else is plain text. Text is UTF-8, with or without BOM, or UTF-16 with BOM. Line endings are as
-    the file has them.
+    The suffix decides the format: .csv, .tsv, .jsonl (also .ndjson and .json: an object or a string on each line) or
+    .parquet; anything else is plain text. Text is UTF-8 with or without a byte order mark, or UTF-16 with one. Line
+    endings stay as they are in the file.
 
-    In a table the text is the column `column`; or else `text`, exactly or in other capitals; or else the only column
-    of strings; or else the only *long* one: the one whose values average 40 characters or more over the first 100
-    rows. Plain text is cut according to `documents`: "line", "blank-line" (blocks between blank lines), "file" (one
-    document) or "auto": "line" in train.txt and val.txt, "file" elsewhere.
+    The text of a table is in the column `column`. If that is "", it is in the first of these that exists: the column
+    `text`, in any capitals; the only column of strings; the only column of strings that are long, which means that the
+    first 100 rows average 40 characters or more.
+
+    Plain text is cut into documents as `documents` says: "line"; "blank-line", for blocks between blank lines; "file",
+    for one document; or "auto", for "line" in train.txt and val.txt and "file" elsewhere.
 
     Args:
         path: the file.
         column: the table's text column; "" finds it.
         documents: how plain text is cut, one of `DOCUMENTS`.
-        advance: called with the bytes that were read since the last call.
+        advance: called with the number of bytes that were read since the last call.
 
     Raises:
         UserError: the file cannot be read, is empty, is not text, is malformed or has no clear text column.
     """
     path = Path(path)
     documents = documents_in(path, documents)
-    with plainly("read", path):
+    with os_errors_explained(f"read {path}"):
         if reason := refusal(path):
             raise UserError(reason)
         found: Iterator[str | Dropped]
-        match kind_of(path):
+        match format_of(path):
             case "csv":
                 found = _csv(path, _lines(path, advance), _delimiter(path), column)
             case "tsv":
@@ -82,51 +83,36 @@ def read_documents(
 
 
 def documents_in(path: Path, documents: str) -> str:
-    """Return how the text file `path` is cut: `documents` itself, or what "auto" means for this name.
+    """Return how the text file `path` is cut: `documents`, or the meaning of "auto" for a file of this name.
 
     Raises:
-        UserError: `documents` is none of `DOCUMENTS`.
+        UserError: `documents` is not one of `DOCUMENTS`.
     """
     if documents not in DOCUMENTS:
-        raise UserError(f"--documents is one of {', '.join(DOCUMENTS)}, not {documents!r}.")
+        raise UserError(f"--documents must be one of {', '.join(DOCUMENTS)}, not {documents!r}.")
     if documents != "auto":
         return documents
     return "line" if path.name in HAND_MADE else "file"
 
 
-@contextmanager
-def plainly(doing: str, path: Path) -> Iterator[None]:
-    """Turn what the operating system says about `path` into a sentence; `doing` is "read" or "write".
-
-    Raises:
-        UserError: there was an `OSError` inside; names the file that it was about.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file or folder {error.filename or path}: check the name.") from error
-    except PermissionError as error:
-        raise UserError(f"No permission to {doing} {error.filename or path}: change it or choose another.") from error
-    except OSError as error:
-        raise UserError(f"Cannot {doing} {error.filename or path}: {error.strerror or error}.") from error
-
-
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: JSON and UTF-16 can hold one, UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON and UTF-16 can hold and UTF-8 cannot
         return False
     return True
 
 
-# ---- lines and rows: where in the file are we? ----------------------------------------------------------------------
+# ---- numbered lines and rows ----------------------------------------------------------------------------------------
 
 
 def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
-    """Yield lines with their endings (LF, CRLF, lone CR); U+2028 and its kind are text, which `splitlines` forgets.
+    """Yield lines with their endings (LF, CRLF or lone CR).
 
-    UTF-8 is decoded line by line, so that a decoding error comes after every line before it has been handed out, and
-    the reader that asked for the line knows which it was. The error's `start` counts from the start of the file.
+    `str.splitlines` will not do, because it also splits at U+2028 and the like, which are text here.
+
+    UTF-8 is decoded line by line, so a decoding error is raised only after all earlier lines were yielded, and the
+    caller knows which line it is in. The error's `start` counts bytes from the start of the file.
     """
     with path.open("rb") as file:
         bom = file.read(3)
@@ -137,7 +123,7 @@ def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
                     for line in io.TextIOWrapper(file, encoding, errors="surrogatepass", newline=""):
                         advance(2 * len(line))
                         yield line
-                except UnicodeDecodeError as error:  # half a character: only at the end
+                except UnicodeDecodeError as error:  # half a character, which only the end of a file can have
                     error.start = path.stat().st_size - 1
                     raise
                 return
@@ -156,8 +142,8 @@ def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[str]:
             yield from re.split(r"(?<=\r)(?=[^\n])", line) if "\r" in line else (line,)
 
 
-def _counted(items: Iterator[T], path: Path, unit: str, first: int = 1) -> Iterator[tuple[int, T]]:
-    """Number `items` from `first`, and say in a sentence at which one they broke."""
+def _numbered(items: Iterator[T], path: Path, unit: str, first: int = 1) -> Iterator[tuple[int, T]]:
+    """Number `items` from `first`, and turn an error in them into a `UserError` that names the line or row."""
     number = first
     while True:
         place = f"{path}, the header row" if number == 0 else f"{path}, {unit} {number:,}"
@@ -184,7 +170,7 @@ def _counted(items: Iterator[T], path: Path, unit: str, first: int = 1) -> Itera
 def _text(path: Path, lines: Iterator[str], documents: str) -> Iterator[str]:
     block: list[str] = []
     size = 0
-    for _, line in _counted(lines, path, "line"):
+    for _, line in _numbered(lines, path, "line"):
         if documents == "line":
             if line.strip():
                 yield line.rstrip("\r\n")
@@ -205,26 +191,26 @@ def _text(path: Path, lines: Iterator[str], documents: str) -> Iterator[str]:
 
 
 def _delimiter(path: Path) -> str:
-    """Return what separates the names in the header: a comma, or the semicolon of European spreadsheets, or a tab."""
+    """Return the character that separates the names in the header: a comma, a tab, or a semicolon as in Europe."""
     with path.open("rb") as file:
         header = file.readline(HEAD)
     return max(",", ";", "\t", key=lambda mark: header.count(mark.encode()))
 
 
 def _csv(path: Path, lines: Iterator[str], delimiter: str, column: str) -> Iterator[str | Dropped]:
-    # The limit is one for the whole process, and only there to be raised: 128 KB is less than many a book chapter.
+    # The limit holds for the whole process, so it is only ever raised. Its default, 128 KB, is less than many chapters.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_DOCUMENT))
-    # Strict, because a quotation mark that is never closed would otherwise swallow the rest of the file.
+    # Strict, because otherwise a quotation mark that is never closed would swallow the rest of the file.
     table = csv.reader(lines, delimiter=delimiter, strict=True)
-    counted = _counted(table, path, "row", first=0)
-    header = [name.strip() for name in next((row for _, row in counted if row), [])]
-    rows = (row for _, row in counted if row)
+    numbered = _numbered(table, path, "row", first=0)
+    header = [name.strip() for name in next((row for _, row in numbered if row), [])]
+    rows = (row for _, row in numbered if row)
     sample = list(islice(rows, SAMPLE))
     if not sample:
-        raise UserError(f"{path} has no rows under its first one: it needs a header, such as `text`, and rows.")
+        raise UserError(f"{path} has no rows under its first one: give it a header, such as `text`, and rows.")
     if not column and "text" not in map(str.lower, header) and any(map(_is_data, header)):
         raise UserError(
-            f"{path} has no header: put a first row with the columns' names there, `text` for the one to read."
+            f"{path} has no header: add a first row with the columns' names, with `text` for the one to read."
         )
     values = {name: [row[i] for row in sample if i < len(row)] for i, name in enumerate(header)}
     index = header.index(_text_column(path, header, values, column))
@@ -233,7 +219,7 @@ def _csv(path: Path, lines: Iterator[str], delimiter: str, column: str) -> Itera
 
 
 def _is_data(cell: str) -> bool:
-    """Whether a cell of the first row is more likely a value than a column's name: a number, or prose."""
+    """Return whether a cell of the first row is more likely a value (a number or prose) than a column's name."""
     return len(cell) > 100 or "\n" in cell or re.fullmatch(r"[-+]?\d*\.?\d+", cell) is not None
 
 
@@ -254,15 +240,15 @@ def _jsonl(path: Path, lines: Iterator[str], column: str) -> Iterator[str | Drop
 
 
 def _json_values(path: Path, lines: Iterator[str]) -> Iterator[Any]:
-    for number, line in _counted(lines, path, "line"):
+    for number, line in _numbered(lines, path, "line"):
         if not line.strip():
             continue
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}, line {number:,} is not valid JSON: each line has to be one object, or one string, of its own "
-                "(a JSON array has to be written one element a line)."
+                f"{path}, line {number:,} is not valid JSON: write one object or one string on each line "
+                "(and a JSON array as one element on each line)."
             ) from error
 
 
@@ -271,7 +257,7 @@ def _parquet(path: Path, column: str, advance: Callable[[int], None]) -> Iterato
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"Reading {path} takes pyarrow: pip install 'mlx-gpt[parquet]'") from error
+        raise UserError(f"Reading {path} needs pyarrow: pip install 'mlx-gpt[parquet]'") from error
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -286,14 +272,21 @@ def _parquet(path: Path, column: str, advance: Callable[[int], None]) -> Iterato
                 for text in batch[name].to_pylist():
                     yield text if isinstance(text, str) else Dropped("not a string")
                 advance(int(size_of_row * len(batch)))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow's own OSErrors are about content
-        raise UserError(f"{path} is damaged or not Parquet ({str(error).splitlines()[0]}): write it anew.") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow raises OSError for damaged content
+        raise UserError(f"{path} is damaged or not Parquet ({str(error).splitlines()[0]}): export it again.") from error
 
 
 def _text_column(path: Path, names: list[str], values: dict[str, list[str]], wanted: str) -> str:
-    """Return the name of the text column; `read_documents` states the rule.
+    """Return the name of the text column by the rule that `read_documents` states.
 
-    `names` are all columns, and `values` has the sampled values of those that hold strings.
+    Args:
+        path: the table's file, for the message.
+        names: all columns.
+        values: the sampled values of each column that holds strings.
+        wanted: the column that the user names, or "".
+
+    Raises:
+        UserError: no column fits, or several do.
     """
     name = wanted or "text"
     alike = [name] if name in names else [other for other in names if other.lower() == name.lower()]
@@ -301,9 +294,9 @@ def _text_column(path: Path, names: list[str], values: dict[str, list[str]], wan
         return alike[0]
     shown = ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in names[:20])
     if wanted:
-        raise UserError(f"{path} has no column {wanted!r}: name one of those it has with --column ({shown}).")
+        raise UserError(f"{path} has no column {wanted!r}: name one of its columns with --column ({shown}).")
     long = [name for name, found in values.items() if found and sum(map(len, found)) >= LONG * len(found)]
     for candidates in (list(values), long):
         if len(candidates) == 1:
             return candidates[0]
-    raise UserError(f"{path} does not show which column is the text: say it with --column NAME, one of {shown}.")
+    raise UserError(f"It is not clear which column of {path} is the text: name it with --column NAME, one of {shown}.")

@@ -1,11 +1,11 @@
-"""What became of the documents on their way to a corpus."""
+"""The report of `prepare`: how many documents it read, dropped and kept."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Split:
-    """The size of one side of the corpus."""
+    """The size of one split of a corpus: training or validation."""
 
     documents: int
     characters: int
@@ -13,16 +13,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare` read, dropped and wrote; `str(report)` is for people.
+    """The documents that `prepare` read, dropped and wrote; `str(report)` is for people.
 
     Attributes:
-        documents: how many were read.
-        dropped: how many were left out, by reason.
-        kept: how many are left.
-        characters: how many those have.
-        train, val: the two sides.
-        cut: whether there were too few documents to share out, so that each one was cut in two.
-        passed_over: files in the folders that hold no text.
+        documents: number of documents read.
+        dropped: number of documents dropped, by reason.
+        kept: number of documents kept.
+        characters: total length of the documents kept.
+        train, val: sizes of the two splits.
+        cut: whether every document was cut in two, because one split would have been empty.
+        skipped: files in the folders that are not text.
     """
 
     documents: int
@@ -32,7 +32,7 @@ class Report:
     train: Split
     val: Split
     cut: bool
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
     def lines(self) -> list[str]:
         """Return the report as aligned lines of text."""
@@ -46,7 +46,7 @@ class Report:
         word = max(len(row[2]) for row in rows)
         size = max(len(row[3]) for row in rows)
         lines = [f"{a:8} {b:>{number},} {c:{word}}  {d:>{size}}".rstrip() for a, b, c, d in rows]
-        return lines + [f"passed over, not text: {path}" for path in self.passed_over]
+        return lines + [f"skipped, not text: {path}" for path in self.skipped]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

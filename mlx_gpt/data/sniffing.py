@@ -1,12 +1,12 @@
-"""What a file holds, as its name and its first bytes tell: one of the formats, or no text at all."""
+"""Tell a file's format from its name, and files without text from their first bytes."""
 
 import codecs
 import re
 from pathlib import Path
 
-KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
-HEAD = 65536  # bytes that tell text from what is not
+HEAD = 65536  # bytes that are read to tell text from other files
 UNPACK = "unpack it first"
 MAGIC = (
     (b"PK\x03\x04", "a zip archive", "unpack it first, or use `mlx-gpt download --from-file`"),
@@ -25,28 +25,28 @@ MAGIC = (
 OFFICE = {".docx": ("a Word document", "save its text as .txt"), ".xlsx": ("an Excel workbook", "save it as CSV")}
 
 
-def kind_of(path: Path) -> str:
+def format_of(path: Path) -> str:
     """Return "csv", "tsv", "jsonl", "parquet" or, for every other suffix, "text"."""
-    return KINDS.get(path.suffix.lower(), "text")
+    return FORMATS.get(path.suffix.lower(), "text")
 
 
 def refusal(path: Path) -> str:
-    """Return, as a sentence, why the file at `path` cannot hold text; empty if it can.
+    """Return the sentence that says why the file at `path` cannot hold text; "" if it can.
 
-    A NUL proves nothing: it is legal text, and real corpora hold a few. Binary is what has control characters and
-    is not UTF-8 either, or is half NULs, which is also how UTF-16 looks that does not say so with a BOM.
+    A NUL alone does not make a file binary: it is legal text, and real corpora have a few. A file is binary if it has
+    control characters and is not UTF-8, or if nearly half of it is NULs, as in UTF-16 without a byte order mark.
 
     Raises:
         OSError: the file cannot be opened or read.
     """
     if path.exists() and not path.is_file():
-        return f"{path} is not a file: save the text in one, because it is read more than once."
+        return f"{path} is not a file: save the text in one, because it has to be read more than once."
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head:
         return f"{path} is empty: give a file with text in it."
-    if kind_of(path) == "parquet":
-        return ""  # pyarrow knows better
+    if format_of(path) == "parquet":
+        return ""  # pyarrow checks it
     for magic, what, remedy in MAGIC:
         if head.startswith(magic):
             what, remedy = OFFICE.get(path.suffix.lower(), (what, remedy)) if magic[:2] == b"PK" else (what, remedy)
@@ -60,7 +60,7 @@ def refusal(path: Path) -> str:
     if len(head) >= 32 and head.count(0) > 0.4 * len(head):
         return f"{path} is binary, or UTF-16 without a byte order mark: save it as UTF-8."
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental: the block may end inside a character
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental, as `head` may end inside a character
     except UnicodeDecodeError:
         if re.search(rb"[\x00-\x06\x0e-\x19\x1c-\x1f]", head):
             return f"{path} is a binary file: give a file of text, saved as UTF-8."

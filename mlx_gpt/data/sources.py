@@ -1,24 +1,27 @@
-"""Where documents come from: files, folders and the text that comes with Python."""
+"""Sources of documents: files, folders and the text that comes with Python."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.data.readers import Dropped, documents_in, plainly, read_documents
-from mlx_gpt.data.sniffing import kind_of, refusal
-from mlx_gpt.errors import UserError
+from mlx_gpt.data.readers import Dropped, documents_in, read_documents
+from mlx_gpt.data.sniffing import format_of, refusal
+from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.progress import ByteProgress, ignore_progress
 
-BUILTIN = "builtin"  # stands for a path: the language reference that comes with Python
-FORMAT = 1  # to be raised when the same sources would be prepared to something else
+BUILTIN = "builtin"  # used in place of a path: the language reference that comes with Python
+FORMAT_VERSION = 1  # raise this number when a change makes the same sources give other documents
+REPORT = "report.json"
+PREPARED_FILES = (REPORT, "val.jsonl", "train.jsonl")  # what `prepare` writes to a folder, in this order
 
 Source = Path | str  # a file, or BUILTIN
 
 
 def builtin_documents() -> Iterator[str]:
-    """Yield the topics of Python's language reference, which every CPython carries, in the order of their names."""
+    """Yield the topics of Python's language reference, which every CPython includes, sorted by name."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -26,77 +29,79 @@ def builtin_documents() -> Iterator[str]:
 
 
 def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
-    """Return the files that `paths` name, folders walked in sorted order, and the files passed over on the way.
+    """Return the files that `paths` name, and the files that were skipped.
 
-    In a folder, hidden files and what an earlier `prepare` wrote are ignored, and files that are empty, binary or
-    .json (metadata, mostly) are passed over. A file that is named itself has to be readable.
+    Folders are searched in sorted order. In a folder, hidden files and the output of an earlier `prepare` are ignored,
+    and files that are empty, binary or .json (mostly metadata) are skipped. A file that `paths` names is never skipped.
 
     Raises:
-        UserError: a path is not there, a named file is no text, or a folder has no file of text.
+        UserError: a path does not exist, a named file is not text, or a folder has no text file.
     """
     files: list[Path] = []
-    passed_over: list[Path] = []
+    skipped: list[Path] = []
     for path in map(Path, paths):
-        with plainly("read", path):
+        with os_errors_explained(f"read {path}"):
             inside = list(_walk(path)) if path.is_dir() else [path]
             for file in inside:
                 reason = refusal(file)
                 if reason and file == path:
                     raise UserError(reason)
                 skip = reason or (file != path and file.suffix.lower() == ".json")
-                (passed_over if skip else files).append(file)
-            if set(inside) <= set(passed_over):
-                raise UserError(f"The folder {path} holds no file of text: name one with CSV, JSONL or text files.")
-    return files, passed_over
+                (skipped if skip else files).append(file)
+            if set(inside) <= set(skipped):
+                raise UserError(f"The folder {path} has no text file in it: name one with CSV, JSONL or text files.")
+    return files, skipped
 
 
 def find_sources(paths: Iterable[Path | str]) -> tuple[list[Source], list[Path]]:
-    """Return what `paths` name, each source once, and the files passed over: `find_files` that knows `BUILTIN`.
+    """Return the sources that `paths` name, each once, and the files that were skipped.
+
+    This is `find_files` with `BUILTIN` among the paths.
 
     Raises:
-        UserError: as `find_files` does.
+        UserError: as in `find_files`.
     """
     sources: list[Source] = []
-    passed_over: list[Path] = []
+    skipped: list[Path] = []
     for path in paths:
         if str(path) == BUILTIN:
             sources.append(BUILTIN)
         else:
             files, others = find_files([path])
             sources += files
-            passed_over += others
-    return list(dict.fromkeys(sources)), passed_over
+            skipped += others
+    return list(dict.fromkeys(sources)), skipped
 
 
 def source_size(source: Source) -> int:
-    """Return the bytes of a source."""
+    """Return the size of a source in bytes."""
     if source == BUILTIN:
         return sum(len(text.encode()) for text in builtin_documents())
     return Path(source).stat().st_size
 
 
 def read_sources(
-    sources: list[Source], column: str, documents: str, progress: Callable[[int, int], None] | None
+    sources: Sequence[Source], column: str, documents: str, progress: ByteProgress = ignore_progress
 ) -> Iterator[str | Dropped]:
     """Yield the documents of each source in turn, as `read_documents` does.
 
     Args:
-        sources: what to read.
+        sources: the files to read, or `BUILTIN`.
         column: as in `read_documents`.
         documents: as in `read_documents`.
-        progress: called with the bytes done and the bytes in all, about once a megabyte and at the end.
+        progress: called about once a megabyte and at the end.
 
     Raises:
-        UserError: as `read_documents` does.
+        UserError: as in `read_documents`.
     """
-    done = told = 0
+    done = reported = 0
     total = sum(map(source_size, sources))
 
     def advance(size: int) -> None:
-        nonlocal done, told
+        nonlocal done, reported
         done += size
-        if progress and done - told >= 1_000_000:
-            told = done
+        if done - reported >= 1_000_000:
+            reported = done
             progress(min(done, total), total)
 
     for source in sources:
@@ -104,15 +109,14 @@ def read_sources(
             yield from builtin_documents()
         else:
             yield from read_documents(source, column=column, documents=documents, advance=advance)
-    if progress:
-        progress(total, total)
+    progress(total, total)
 
 
 def source_fingerprint(sources: list[Source], column: str, documents: str, val_fraction: float) -> str:
-    """Hash all that decides what is prepared: contents, formats and settings, but no names and no dates.
+    """Hash everything that decides the result of `prepare`: contents, formats and settings, but no names or dates.
 
     Raises:
-        UserError: a source cannot be read, or `documents` is no way to cut.
+        UserError: a source cannot be read, or `documents` is not one of `DOCUMENTS`.
     """
     contents: list[Any] = []
     for source in sources:
@@ -120,21 +124,21 @@ def source_fingerprint(sources: list[Source], column: str, documents: str, val_f
             contents.append(hash_of(*builtin_documents()))
         else:
             path = Path(source)
-            contents.append([hash_file(path), kind_of(path), documents_in(path, documents)])
-    return hash_of(FORMAT, contents, column, val_fraction)
+            contents.append([hash_file(path), format_of(path), documents_in(path, documents)])
+    return hash_of(FORMAT_VERSION, contents, column, val_fraction)
 
 
 def prepared_record(folder: Path) -> dict[str, Any]:
-    """Return what `prepare` noted in `folder`, or nothing if it was never there."""
+    """Return the report that `prepare` wrote to `folder`, or {} if there is none."""
     try:
-        record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and "source_fingerprint" in record else {}
 
 
 def hash_of(*parts: object) -> str:
-    """Return the BLAKE2b hash (128 bits, in hex) of values that JSON can hold."""
+    """Return the BLAKE2b hash (128 bits, in hex) of values that JSON can represent."""
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -144,17 +148,17 @@ def hash_file(path: Path) -> str:
     Raises:
         UserError: the file cannot be read.
     """
-    with plainly("read", path), path.open("rb") as file:
+    with os_errors_explained(f"read {path}"), path.open("rb") as file:
         return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
-        raise error  # os.walk would leave out an unreadable folder without a word
+        raise error  # by default os.walk silently leaves out a folder that it cannot read
 
     for root, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        prepared = {"report.json", "train.jsonl", "val.jsonl"} if prepared_record(Path(root)) else set()
-        for name in sorted(set(names) - prepared):
+        prepared = PREPARED_FILES if prepared_record(Path(root)) else ()
+        for name in sorted(set(names).difference(prepared)):
             if not name.startswith(".") and Path(root, name).is_file():
                 yield Path(root, name)

@@ -1,7 +1,6 @@
 """Documents to token ids in memory-mapped files."""
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,30 +9,28 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlx_gpt.data.corpus import SPLITS, Corpus, normalise
+from mlx_gpt.data.corpus import SPLITS, Corpus, usable
 from mlx_gpt.data.readers import read_documents
-from mlx_gpt.data.sources import find_files
+from mlx_gpt.data.sources import find_files, hash_of
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import write_text_whole, write_whole
+from mlx_gpt.progress import ByteProgress, Echo, ignore_progress
 from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
-TOKENIZER_BYTES = 32_000_000  # of text that a tokenizer learns from: twice as much gave 0.06 % fewer tokens
-# Where a piece may end so that GPT-2's split into words stays the same: before a space that begins a word.
+TOKENIZER_BYTES = 32_000_000  # text that a tokenizer is trained on; twice as much gave 0.06 % fewer tokens
+# A document may be cut before a space that begins a word, because there GPT-2's split into words stays the same.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of the two sides of a corpus: one long row each, every document closed by the end of text.
+    """The token ids of a corpus. Each split is one long row, in which every document ends with the end-of-text token.
 
     Attributes:
         train, val: (tokens,) uint16 or uint32, memory-mapped.
-        fingerprint: changes when the corpus or the tokenizer does.
+        fingerprint: a hash in hex that changes with the corpus and the tokenizer.
     """
 
     train: np.ndarray
@@ -41,10 +38,17 @@ class Tokens:
     fingerprint: str
 
 
-def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names; BPE is trained on the corpus the first time and loaded afterwards.
+def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Echo) -> Tokenizer:
+    """Return the tokenizer that `--tokenizer` names, training it if necessary.
 
-    It learns from 32 MB, taken evenly from the whole training text, or from all of a smaller one.
+    The BPE of a corpus is trained once and loaded afterwards. It is trained on 32 MB, taken evenly from the whole
+    training text, or on the whole text if that is smaller.
+
+    Args:
+        wanted: "bpe", "bytes" or the path of a tokenizer.json.
+        vocab_size: entries of a BPE that is trained.
+        corpus: the corpus that a BPE is trained on, and in whose folder it is kept.
+        echo: called with a line if a tokenizer is trained.
 
     Raises:
         UserError: there is no such tokenizer.
@@ -57,28 +61,28 @@ def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Callable[[
     if path.exists():
         return Tokenizer.load(path)
     size = corpus.path("train").stat().st_size
-    part = f"{TOKENIZER_BYTES // 10**6} of the {size // 10**6:,} MB of " if size > TOKENIZER_BYTES else ""
-    echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
+    sample = f"{TOKENIZER_BYTES // 10**6} of the {size // 10**6:,} MB of " if size > TOKENIZER_BYTES else ""
+    echo(f"Training a tokenizer of {vocab_size:,} entries on {sample}{corpus.name} ...")
     texts = (text for text, _ in _pieces(corpus.documents("train")))
     tokenizer = Tokenizer.train(_evenly(texts, TOKENIZER_BYTES / size), vocab_size)
     write_text_whole(path, tokenizer.to_json())
     return tokenizer
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: Progress = lambda done, total: None) -> Tokens:
-    """Encode a corpus, or map the files of an earlier time when neither it nor the tokenizer has changed."""
-    fingerprint = hashlib.sha256(f"{corpus.fingerprint}\n{tokenizer.to_json()}".encode()).hexdigest()[:16]
-    paths = [corpus.folder / f"{fingerprint}.{side}.npy" for side in SPLITS]
-    missing = [(side, path) for side, path in zip(SPLITS, paths, strict=True) if not path.exists()]
-    total = sum(corpus.path(side).stat().st_size for side, _ in missing)
+def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = ignore_progress) -> Tokens:
+    """Encode a corpus, or open the files of an earlier call if neither the corpus nor the tokenizer has changed."""
+    fingerprint = hash_of(corpus.fingerprint, tokenizer.to_json())[:16]
+    paths = [corpus.folder / f"{fingerprint}.{split}.npy" for split in SPLITS]
+    missing = [(split, path) for split, path in zip(SPLITS, paths, strict=True) if not path.exists()]
+    total = sum(corpus.path(split).stat().st_size for split, _ in missing)
     done = 0
-    for side, path in missing:
+    for split, path in missing:
 
         def advance(encoded: int, before: int = done) -> None:
             progress(min(before + encoded, total), total)
 
-        write_whole(path, functools.partial(_encode, corpus.documents(side), tokenizer, advance))
-        done += corpus.path(side).stat().st_size
+        write_whole(path, functools.partial(_encode, corpus.documents(split), tokenizer, advance))
+        done += corpus.path(split).stat().st_size
         progress(done, total)
     train, val = (np.load(path, mmap_mode="r") for path in paths)
     return Tokens(train, val, fingerprint)
@@ -87,23 +91,46 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: Progress = lambda d
 def encode_file(
     path: Path, tokenizer: Tokenizer, folder: Path, *, column: str = "", documents: str = "auto"
 ) -> np.ndarray:
-    """The ids of a file of documents, or a folder of them, memory-mapped from a file in `folder`.
+    """Return the token ids of a file of documents, or of a folder of such files, as (tokens,) uint16 or uint32.
+
+    Args:
+        path: the file or folder.
+        tokenizer: the tokenizer to encode with.
+        folder: the folder for the file that the ids are memory-mapped from.
+        column: as in `read_documents`.
+        documents: as in `read_documents`.
 
     Raises:
-        UserError: it can't be read, or there is no such column.
+        UserError: the file cannot be read, has no such column or no text.
     """
     files, _ = find_files([path])
     texts = (text for file in files for text in read_documents(file, column=column, documents=documents))
     target = folder / "tokens.npy"
-    kept = (normalise(text) for text in texts if isinstance(text, str) and text.strip())
-    _encode(kept, tokenizer, lambda encoded: None, target)
+    _encode(usable(texts), tokenizer, lambda encoded: None, target)
     tokens = np.load(target, mmap_mode="r")
     if len(tokens) < 2:
         raise UserError(f"{path} holds no text: name another file.")
     return tokens
 
 
+def check_windows(tokens: Tokens, seq_len: int) -> None:
+    """Refuse a corpus that is shorter than one window, which is `seq_len` tokens and the token after them.
+
+    Raises:
+        UserError: the sentence says how short the text is and which window would fit.
+    """
+    for split, ids in (("training", tokens.train), ("validation", tokens.val)):
+        if len(ids) < 2:
+            raise UserError(f"The {split} text has {len(ids)} tokens: add text, or change --val-fraction.")
+    if len(tokens.train) <= seq_len:
+        raise UserError(
+            f"The training text has {len(tokens.train):,} tokens, fewer than the {seq_len + 1:,} of one window: "
+            f"add text, or use --seq-len {len(tokens.train) - 1} or less."
+        )
+
+
 def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None], path: Path) -> None:
+    """Write the ids of documents to a .npy file, calling `advance` with the characters encoded so far."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
     encoder = CorpusEncoder(tokenizer, dtype)
@@ -115,13 +142,13 @@ def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[i
                 length += file.write(ids + end_of_text if is_last else ids) // dtype.itemsize
             encoded += sum(len(text) for text, _ in pieces)
             advance(encoded)
-        # The header leaves room for a larger length, so it is written again in place.
+        # NumPy pads the header, so the true length fits into the same number of bytes.
         file.seek(0)
         _write_header(file, dtype, length)
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents in pieces of bounded length, each with whether it is the document's last."""
+    """Yield documents in pieces of bounded length, each with whether it is the last piece of its document."""
     for document in documents:
         start = 0
         while len(document) - start > PIECE_CHARACTERS:
@@ -132,17 +159,18 @@ def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield document[start:], True
 
 
-def _evenly(texts: Iterable[str], share: float) -> Iterator[str]:
-    """About this share of the texts by length, from all over: all of them from 1 on."""
+def _evenly(texts: Iterable[str], fraction: float) -> Iterator[str]:
+    """Yield about this fraction of the texts, by length, spread evenly; a fraction of 1 or more yields all."""
     seen = taken = 0
     for text in texts:
-        if taken <= share * seen:
+        if taken <= fraction * seen:
             yield text
             taken += len(text)
         seen += len(text)
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Yield the pieces in lists of about `BATCH_CHARACTERS`."""
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -158,19 +186,3 @@ def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     )
-
-
-def check_windows(tokens: Tokens, seq_len: int) -> None:
-    """Refuse a corpus that is shorter than one window of `seq_len` tokens and their successors.
-
-    Raises:
-        UserError: says how short it is and what would fit.
-    """
-    for side, ids in (("training", tokens.train), ("validation", tokens.val)):
-        if len(ids) < 2:
-            raise UserError(f"The {side} text has {len(ids)} tokens: add text, or change --val-fraction.")
-    if len(tokens.train) <= seq_len:
-        raise UserError(
-            f"The training text has {len(tokens.train):,} tokens, fewer than one window of {seq_len:,} and its "
-            f"successor: add text, or use --seq-len {len(tokens.train) - 1} or less."
-        )

@@ -1,4 +1,4 @@
-"""Conversations to prompts, by the template that came with a model's tokenizer."""
+"""Conversations to prompts, with the chat template of a model's tokenizer."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,15 @@ from mlx_gpt.tokenizer import Tokenizer
 
 
 class ChatTemplate:
-    """A Jinja template as transformers applies it: `chat_template` of `tokenizer_config.json`, or a file of its own."""
+    """A Jinja template that turns messages into text, as in transformers.
+
+    Args:
+        source: the template.
+        variables: further variables for the template, such as `eos_token`.
+
+    Raises:
+        UserError: the template has a syntax error.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         from jinja2.exceptions import TemplateSyntaxError
@@ -28,10 +36,12 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate | None":
-        """The template of a model directory; None if it has none.
+        """Return the template of a model directory; None if it has none.
+
+        It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
 
         Raises:
-            UserError: it has one that can't be used.
+            UserError: the template cannot be used.
         """
         try:
             config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -39,7 +49,7 @@ class ChatTemplate:
             config = {}
         config = config if isinstance(config, dict) else {}
         source = config.get("chat_template")
-        if isinstance(source, list):  # several by name
+        if isinstance(source, list):  # several templates with names
             source = next((one.get("template") for one in source if one.get("name") == "default"), None)
         if (folder / "chat_template.jinja").is_file():
             source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -54,23 +64,23 @@ class ChatTemplate:
         return cls(source, variables)
 
     def text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation, up to where the assistant is to answer.
+        """Return the text of a conversation, up to the place where the assistant answers.
 
         Raises:
-            UserError: the template doesn't take such messages.
+            UserError: the template refuses the messages.
         """
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
         except UserError:
             raise
-        except Exception as error:  # it is a program from elsewhere
+        except Exception as error:  # a template is somebody else's program and may fail in any way
             raise UserError(f"The model's chat template refuses these messages: {shown(error, 200)}.") from None
 
     def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
-        """The ids of that text, the template's special tokens among them. Errors as in `text`."""
+        """Return the ids of that text, with its special tokens. Errors as in `text`."""
         return tokenizer.encode(self.text(messages), special=True)
 
 
 def _refuse(message: str) -> None:
-    """What a template calls to refuse a conversation."""
+    """Refuse a conversation; templates call this as `raise_exception`."""
     raise UserError(message)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters, and nothing of a stop string."""
+"""A stream of tokens to text, in whole characters and up to a stop string."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ class Token:
     """A token of a text.
 
     Attributes:
-        id: in the vocabulary.
-        text: what it adds: nothing, while a character is unfinished.
-        logprob: natural logarithm of the probability that the model gave it, if that was asked for. The first token of
-            a prompt has none.
-        alternatives: the likeliest tokens in its place and their log-probabilities, from the likeliest down.
+        id: its id in the vocabulary.
+        text: the text that it adds; "" while a character is unfinished.
+        logprob: natural logarithm of the probability that the model gave it, if requested. The first token of a prompt
+            has none.
+        alternatives: the likeliest tokens in its place, with their log-probabilities, the likeliest first.
     """
 
     id: int
@@ -29,13 +29,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of one text as it is made.
+    """The next piece of a text that is being generated.
 
     Attributes:
-        sample: 0, 1, ... of `num_samples`.
-        text: what has become certain.
-        reason: why the text ends with this piece: it ended itself, a stop string, or `max_tokens`; else empty.
-        tokens: those whose text is certain now.
+        sample: the number of the text, from 0 to `num_samples` - 1.
+        text: the characters that are now certain.
+        reason: why the text ends with this piece: "end" for the end-of-text token, "stop" for a stop string, "length"
+            for `max_tokens`. It is "" if the text does not end here.
+        tokens: the tokens whose text is now certain.
     """
 
     sample: int
@@ -45,10 +46,12 @@ class Piece:
 
 
 class Text:
-    """One text while it is made: what is certain of it, and what a stop string still holds back.
+    """One text that is being generated.
+
+    Characters at its end that may be the beginning of a stop string are held back until that is decided.
 
     Attributes:
-        reason: why it has ended; empty as long as it goes on.
+        reason: why the text has ended, as in `Piece`; "" until then.
     """
 
     def __init__(self, sample: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -56,8 +59,8 @@ class Text:
         self._sample, self._stop = sample, tuple(stop)
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._held = ""
-        self._waiting: list[Token] = []  # the first of which may be certain in part
-        self._told = 0  # characters of that one
+        self._waiting: list[Token] = []  # tokens with characters that are held back
+        self._yielded = 0  # characters of the first waiting token that are in earlier pieces
 
     def add(
         self,
@@ -66,10 +69,13 @@ class Text:
         logprob: float | None = None,
         alternatives: tuple[tuple[int, float], ...] = (),
     ) -> Iterator[Piece]:
-        """The piece that this token makes certain, if any.
+        """Add a token and yield the piece that it makes certain, if there is one.
 
         Args:
-            reason: why it is the last one; the end of a text is no part of it.
+            token: its id.
+            reason: why this is the last token. With "end" it is the end-of-text token, which has no text.
+            logprob: as in `Token`.
+            alternatives: as in `Token`.
         """
         added = self._detokenizer.add(token) if reason != "end" else ""
         if reason:
@@ -91,22 +97,25 @@ class Text:
             yield Piece(self._sample, text, self.reason, tokens)
 
     def _certain(self, characters: int) -> tuple[Token, ...]:
-        """The tokens that so many more characters complete; before a stop string, the one that it cuts as well."""
-        certain = self._told + characters
+        """Return the tokens that are complete once this many more characters are certain.
+
+        Before a stop string, the token that the string cuts counts as complete, too.
+        """
+        certain = self._yielded + characters
         count = begin = end = 0
         for i, token in enumerate(self._waiting, 1):
             start, end = end, end + len(token.text)
             if (start >= certain) if self.reason == "stop" else (end > certain):
                 break
-            if token.text or self.reason:  # one that only begins a character waits for those that complete it
+            if token.text or self.reason:  # a token with half a character waits for the one that completes it
                 count, begin = i, end
         tokens, self._waiting = tuple(self._waiting[:count]), self._waiting[count:]
-        self._told = certain - begin
+        self._yielded = certain - begin
         return tokens
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
+    """Return how many characters at the end of `text` may be the beginning of a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):

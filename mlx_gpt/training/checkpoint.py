@@ -1,8 +1,8 @@
-"""Checkpoints: a model directory that can also be trained on.
+"""Checkpoints: model directories that can also be trained on.
 
-`step-00001000/` holds a model directory, `optimizer.safetensors` and `training.json`. It is filled under another name
-and renamed when everything is on the disk, so a folder of that name is always whole; `training.json` is written last
-and has the checksum of every other file.
+`step-00001000/` has the files of a model directory, `optimizer.safetensors` and `training.json`. It is written under
+another name and renamed when everything is on the disk, so a folder with that name is always whole. `training.json` is
+written last and has the checksum of every other file.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ MARKER = "training.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: with its settings, all that steers the rest of it.
+    """How far a run has come. Together with the settings it decides the rest of the run.
 
     Attributes:
-        step: updates made.
-        seconds: time used, across resumes.
+        step: number of optimizer updates.
+        seconds: training time, over all resumes.
         best_loss: lowest validation loss so far.
         loss_average: running average of the training loss.
-        bad_steps: how many of the last steps in a row had no finite loss.
-        fingerprint: of the token files that it trains on.
+        bad_steps: number of latest steps in a row without a finite loss.
+        fingerprint: the fingerprint of the token files.
     """
 
     step: int = 0
@@ -50,10 +50,10 @@ class Progress:
 def save(
     run: Path, model: nn.Module, tokenizer: Tokenizer, optimizer_state: dict, progress: Progress, keep: int
 ) -> Path:
-    """Write a checkpoint of `progress.step` and then remove all but the newest `keep` up to it.
+    """Write a checkpoint of `progress.step`, then remove all but the newest `keep` up to that step.
 
     Raises:
-        OSError: it could not be written, for example since the disk is full; the ones before are as they were.
+        OSError: the checkpoint could not be written, for example because the disk is full. Earlier ones are unchanged.
     """
     arrays = dict(tree_flatten(optimizer_state))
     mx.eval(model.parameters(), arrays)
@@ -65,10 +65,10 @@ def save(
         write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
         checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
         write_text_whole(part / MARKER, _marker(dataclasses.asdict(progress) | {"files": checksums}))
-        _remove(folder)  # a folder in the way that is no checkpoint
+        _remove(folder)  # a folder with this name that is not a checkpoint
         part.rename(folder)
     except OSError:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk needs the room
+        shutil.rmtree(part, ignore_errors=True)  # to free the disk
         raise
     sync(folder.parent)
     remove_older(run, progress.step, keep)
@@ -82,30 +82,31 @@ def remove_older(run: Path, step: int, keep: int) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what a process that was killed had half written or half removed."""
+    """Remove files and folders that a killed process had half written or half removed."""
     for path in (*run.glob(".*.part*"), *run.glob("*/.*.part*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def later_than(run: Path, step: int) -> list[Path]:
-    """The checkpoints after `step`, oldest first."""
+    """Return the checkpoints after `step`, oldest first."""
     return [folder for folder in all_checkpoints(run) if step_of(folder) > step]
 
 
 def remove_after(run: Path, step: int, best: bool) -> None:
-    """Remove what a run that goes back to `step` will make anew: later checkpoints, `final`, and `best` if it is later.
+    """Remove the folders that a run will write again after it goes back to `step`.
 
-    The newest checkpoint goes last, so that after a crash in between the run is as far as it was.
+    These are the later checkpoints, `final`, and `best` if `best` says so. The newest checkpoint is removed last, so
+    that a crash in between does not set the run back.
     """
     for folder in (run / "final", *([run / "best"] if best else []), *later_than(run, step)):
         _remove(folder)
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Make sure that `needed` bytes fit on the disk of `folder`.
+    """Check that the disk of `folder` has room for `needed` bytes.
 
     Raises:
-        OSError: they don't; ENOSPC.
+        OSError: it has not; the error number is ENOSPC.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -113,18 +114,21 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
+    """Return the checkpoint folders of a run, oldest first."""
     folders = (folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit())
     return sorted(folder for folder in folders if (folder / MARKER).is_file())
 
 
 def newest_sound(run: Path) -> tuple[tuple[Path, Progress] | None, dict[Path, str]]:
-    """The newest checkpoint whose files have their checksums, with how far it is; and why newer ones are not sound."""
+    """Return the newest checkpoint whose files match their checksums, with its progress; None if there is none.
+
+    The second result has the newer checkpoints, which are damaged, and for each the sentence that says why.
+    """
     damaged: dict[Path, str] = {}
     for folder in reversed(all_checkpoints(run)):
         try:
@@ -135,17 +139,17 @@ def newest_sound(run: Path) -> tuple[tuple[Path, Progress] | None, dict[Path, st
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is none any more; its new place."""
+    """Rename a damaged checkpoint so that it no longer counts as one, and return its new path."""
     aside = folder.with_name(f"damaged-{folder.name}")
     _remove(aside)
     return folder.rename(aside)
 
 
 def read_progress(folder: Path) -> Progress:
-    """Check a checkpoint's files against their checksums and return how far it is.
+    """Check a checkpoint's files against their checksums and return its progress.
 
     Raises:
-        UserError: it is no checkpoint, or damaged.
+        UserError: `folder` is not a checkpoint, or it is damaged.
     """
     try:
         text = (folder / MARKER).read_text(encoding="utf-8")
@@ -156,7 +160,7 @@ def read_progress(folder: Path) -> Progress:
         checksums = record.pop("files")
         progress = Progress(**record)
     except OSError:
-        raise UserError(f"{folder} is no checkpoint: it has no {MARKER}.") from None
+        raise UserError(f"{folder} is not a checkpoint, because it has no {MARKER}: name another folder.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"The checkpoint {folder} is damaged: {MARKER} is not as it was written.") from None
     for name, checksum in checksums.items():
@@ -166,14 +170,14 @@ def read_progress(folder: Path) -> Progress:
 
 
 def load_optimizer(folder: Path, fresh: dict) -> dict:
-    """AdamW's state from a checkpoint whose files have been checked, with the structure of `fresh`.
+    """Return the optimizer's state from a checkpoint whose files have been checked, with the structure of `fresh`.
 
     Raises:
-        UserError: it belongs to a network of another shape.
+        UserError: the state belongs to a network of another shape.
     """
     arrays = mx.load(str(folder / "optimizer.safetensors"))
     if {name: array.shape for name, array in arrays.items()} != {name: a.shape for name, a in tree_flatten(fresh)}:
-        raise UserError(f"{folder}: the optimizer's state belongs to another network than the settings describe.")
+        raise UserError(f"The optimizer's state in {folder} does not fit the model: check the settings of its shape.")
     mx.eval(arrays)
     return tree_map_with_path(lambda name, _: arrays[name], fresh)
 
@@ -184,13 +188,13 @@ def _checksum(path: Path) -> str:
 
 
 def _marker(record: dict[str, Any]) -> str:
-    """The text of the marker: the record and its own checksum."""
+    """Return the text of the marker: the record, with its own checksum."""
     checksum = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     return json.dumps(record | {"checksum": checksum}, indent=2) + "\n"
 
 
 def _remove(folder: Path) -> None:
-    # Under a name that no reader takes: what a crash leaves is found by `remove_unfinished`.
+    # It is renamed first, so that a crash leaves no half checkpoint. `remove_unfinished` removes the rest later.
     doomed = folder.with_name(f".{folder.name}.removed.part")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, told the very records that go to metrics.jsonl."""
+"""TensorBoard and Weights & Biases, which get the same records as metrics.jsonl."""
 
 import contextlib
 import os
@@ -17,21 +17,21 @@ Record = Mapping[str, Any]
 
 
 class Reporter(Protocol):
-    """Someone who is told of a run while it goes on."""
+    """A service that shows the metrics of a run while it trains."""
 
     def record(self, record: Record) -> None:
-        """Take a record of metrics.jsonl."""
+        """Report a record of metrics.jsonl."""
         ...
 
     def close(self) -> None:
-        """Have all of it written or sent."""
+        """Wait until everything is written or sent."""
         ...
 
 
 class TensorBoard:
     """Writes event files to `tensorboard/` in the run's folder.
 
-    TensorBoard's own writer has a thread, which prints a traceback when the disk is full; its parts don't.
+    TensorBoard's own writer has a thread that prints a traceback when the disk is full, so its parts are used here.
     """
 
     def __init__(self, folder: Path, config: Config, resumed_at: int | None) -> None:
@@ -40,10 +40,10 @@ class TensorBoard:
 
         logs = folder / "tensorboard"
         logs.mkdir(exist_ok=True)
-        # They are read in the order of their names.
+        # TensorBoard reads the files in the order of their names, so the name begins with the time.
         self._file = RecordWriter((logs / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}").open("wb"))
         self._write(Event(file_version="brain.Event:2"))
-        if resumed_at is not None:  # TensorBoard forgets what earlier files have from this step on
+        if resumed_at is not None:  # makes TensorBoard discard points of earlier files from this step on
             self._write(Event(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def record(self, record: Record) -> None:
@@ -65,10 +65,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Sends to wandb.ai, or writes what `wandb sync` sends later. wandb's own environment variables hold.
+    """Sends metrics to wandb.ai, or writes files that `wandb sync` sends later.
 
-    The id in `wandb/id` of the run's folder makes a resumed run the same one there. W&B never takes a step back, so of
-    the steps that are made again it keeps what it had first.
+    wandb's own environment variables apply. The id in `wandb/id` in the run's folder lets a resumed run continue the
+    same run on wandb.ai. wandb.ai cannot go back to an earlier step, so for steps that are trained again it keeps the
+    first values.
     """
 
     def __init__(self, folder: Path, config: Config, resumed_at: int | None) -> None:
@@ -85,7 +86,7 @@ class WeightsAndBiases:
             resume="allow",
             dir=folder,
             config=flat(config),
-            settings=wandb.Settings(console="off"),  # training.log has the lines
+            settings=wandb.Settings(console="off"),  # because training.log has the lines
         )
 
     def record(self, record: Record) -> None:
@@ -94,7 +95,7 @@ class WeightsAndBiases:
             self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
-        """Wait until all is sent."""
+        """Wait until everything is sent."""
         self._run.finish()
 
 
@@ -105,7 +106,7 @@ REPORTERS: dict[str, Callable[[Path, Config, int | None], Reporter]] = {
 
 
 def check(names: Sequence[str]) -> None:
-    """Make sure that these reporters can work.
+    """Check that these reporters can start.
 
     Raises:
         UserError: a package is missing or does not load, or wandb would ask for a key.
@@ -118,21 +119,24 @@ def check(names: Sequence[str]) -> None:
             else:
                 from wandb import login, setup
         except ImportError:
-            raise UserError(f"--report-to {name} takes a package: pip install 'mlx-gpt[{name}]'.") from None
-        except Exception as error:  # such as a protobuf that is too old for it
+            raise UserError(f"--report-to {name} needs a package: pip install 'mlx-gpt[{name}]'.") from None
+        except Exception as error:  # for example, its protobuf is too old
             raise UserError(
-                f"--report-to {name}: its package does not load ({shown(error, 200)}); "
+                f"The package for --report-to {name} does not load ({shown(error, 200)}): "
                 f"try pip install --upgrade 'mlx-gpt[{name}]'."
             ) from None
         if name == "wandb" and setup().settings.mode in ("online", "shared") and not login(prompt=False, verify=False):
             raise UserError(
-                "--report-to wandb needs a key: `wandb login` or WANDB_API_KEY gives it one, and WANDB_MODE=offline "
-                "does without."
+                "--report-to wandb needs a key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to "
+                "log without one."
             )
 
 
 class Reporters:
-    """Those that a run's settings name. One that fails is warned about and told no more; the training goes on."""
+    """The reporters that a run's settings name.
+
+    If one fails, a warning says so, it gets no further records, and training continues.
+    """
 
     def __init__(self, config: Config, resumed_at: int | None, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -142,7 +146,10 @@ class Reporters:
                 self._open[name] = REPORTERS[name](Path(config.out), config, resumed_at)
 
     def record(self, record: Record) -> None:
-        """Pass a record on, but for events: a spike's loss is no point of a curve of every `log_every`-th step."""
+        """Report a record, unless it is an event.
+
+        The loss of a spike is not part of the curve, which has a point every `log_every` steps.
+        """
         if "event" in record:
             return
         for name, reporter in list(self._open.items()):
@@ -150,7 +157,7 @@ class Reporters:
                 reporter.record(record)
 
     def close(self) -> None:
-        """Close them."""
+        """Close all reporters."""
         for name, reporter in list(self._open.items()):
             with self._guarded(name):
                 reporter.close()
@@ -159,15 +166,18 @@ class Reporters:
     def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a library, a disk or a server does, the run is worth more
+        except Exception as error:  # no failure of a library, a disk or a server may end the run
             self._open.pop(name, None)
-            self._warn(f"WARNING: {name} is told no more of this run ({shown(error, 200)}); metrics.jsonl goes on.")
+            self._warn(
+                f"WARNING: logging to {name} has stopped for this run ({shown(error, 200)}); metrics.jsonl continues."
+            )
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
-    """Each name once, and none beside "none"."""
+    """Return each name once, or no name at all if one of them is "none"."""
     return [] if "none" in names else list(dict.fromkeys(names))
 
 
 def _numbers(record: Record) -> dict[str, float]:
+    """Return the numbers of a record by name, without its step."""
     return {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}

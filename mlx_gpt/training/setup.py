@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import models
 from mlx_gpt.config import Config, TrainingConfig
-from mlx_gpt.data.batches import Part, training_batches, window_numbers
+from mlx_gpt.data.batches import Shard, training_batches, window_numbers
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, tokenize
 from mlx_gpt.device import Device, device
@@ -89,9 +89,9 @@ class Run:
         """This rank's micro-batches without end, from the first one that has not been trained on."""
         training = self.training
         start = self.progress.step * training.windows_per_step
-        part = Part(self.ranks.rank, self.ranks.size, training.windows_per_step)
+        shard = Shard(self.ranks.rank, self.ranks.size, training.windows_per_step)
         windows = training_batches(
-            self.tokens.train, training.seq_len, training.micro_batch_size, training.seed, start=start, part=part
+            self.tokens.train, training.seq_len, training.micro_batch_size, training.seed, start=start, shard=shard
         )
         weights_bt = mx.ones((training.micro_batch_size, training.seq_len))
         return ((mx.array(windows_bt), weights_bt) for windows_bt in windows)

@@ -1,4 +1,4 @@
-"""A stand-in for Kaggle on the loopback interface: the real client talks to it, and it fails on demand."""
+"""A fake Kaggle on the loopback interface. The real client talks to it, and it fails on demand."""
 
 import contextlib
 import json
@@ -20,17 +20,17 @@ BLOB = "/blob.zip"
 
 @dataclass
 class FakeKaggle:
-    """What the server answers with; a test sets what it needs, before or between downloads."""
+    """A server whose answers a test sets, before a download or between two."""
 
     body: bytes = b""
     active: bool = True  # whether the token is accepted
-    status: dict[str, int] = field(default_factory=dict)  # path -> the error it answers with
+    status: dict[str, int] = field(default_factory=dict)  # path -> HTTP status of the error that it answers with
     hang: str = ""  # the path that never answers
     html: str = ""  # the path that answers with a web page
-    cut: int | None = None  # send no more than this many bytes of the body at a time, though all are promised
-    halfway: Callable[[], None] | None = None  # called once half of the body is sent, which then stops
+    cut: int | None = None  # each response stops after this many bytes, although it promises the whole body
+    halfway: Callable[[], None] | None = None  # called after half of the body, which then stops
     promised: int | None = None  # a Content-Length that is not the body's
-    requests: list[tuple[str, dict[str, object]]] = field(default_factory=list)  # what was asked: path and JSON body
+    requests: list[tuple[str, dict[str, object]]] = field(default_factory=list)  # path and JSON body of each request
 
     def __enter__(self) -> "FakeKaggle":
         self._released = threading.Event()
@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def forget_client() -> None:
-    """Have the next import of the client read its environment and log in anew, as in a new process."""
+    """Make the next import of the client read its environment and log in again, as in a new process."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "kaggle"]:
         del sys.modules[name]
 
@@ -132,7 +132,7 @@ def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def serving(body: bytes, token: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKaggle]:
-    """A Kaggle that a freshly imported client will talk to, with a token that it accepts and nobody's own."""
+    """Start a fake Kaggle for a freshly imported client, with a token that it accepts and no real credentials."""
     for name in [name for name in os.environ if name.startswith("KAGGLE_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))

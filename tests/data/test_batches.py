@@ -1,4 +1,4 @@
-"""Windows over the text: every token its turn, in an order that only the seed decides."""
+"""Training visits every token in an order that only the seed decides, and validation visits each exactly once."""
 
 from itertools import islice
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_gpt.data.batches import (
-    Part,
+    Shard,
     training_batches,
     training_windows,
     validation_batches,
@@ -15,7 +15,7 @@ from mlx_gpt.data.batches import (
 )
 
 SEQ_LEN = 7
-TEXT = np.arange(100, 203, dtype=np.uint16)  # 103 tokens, 14 windows an epoch and 5 tokens over; each id once
+TEXT = np.arange(100, 203, dtype=np.uint16)  # 103 different ids: 14 windows an epoch, with 5 tokens left over
 
 
 def epochs(count, seed=0):
@@ -31,7 +31,7 @@ def taken(batches, count):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_has_every_token_once_as_target_but_for_the_remainder():
+def test_an_epoch_has_every_token_at_most_once_as_a_target_and_leaves_out_the_remainder():
     for epoch in epochs(5):
         targets = np.concatenate([window[1:] for window in epoch])
         assert len(set(targets)) == len(targets) == 14 * SEQ_LEN
@@ -44,7 +44,7 @@ def test_the_remainder_is_not_the_same_tokens_in_each_epoch():
     assert len(set(left_out)) > 1
 
 
-def test_windows_are_runs_of_the_text_joined_end_to_start():
+def test_a_window_that_reaches_the_end_of_the_text_continues_at_its_start():
     for window in epochs(1)[0]:
         assert window.dtype == np.int32
         assert np.array_equal(window, 100 + (window[0] - 100 + np.arange(SEQ_LEN + 1)) % 103)
@@ -60,35 +60,35 @@ def test_the_order_is_a_function_of_the_seed_and_the_epoch():
 
 
 @pytest.mark.parametrize("start", [1, 13, 14, 15, 29, 1000])
-def test_starting_at_a_window_equals_skipping_those_before(start):
+def test_starting_at_a_window_equals_skipping_the_earlier_ones(start):
     skipped = islice(training_windows(TEXT, SEQ_LEN, seed=3), start, start + 20)
     started = islice(training_windows(TEXT, SEQ_LEN, seed=3, start=start), 20)
     assert np.array_equal(list(started), list(skipped))
 
 
-def test_batches_are_the_windows_in_order_straight_through_epochs():
+def test_batches_are_the_windows_in_order_across_epochs():
     windows = list(islice(training_windows(TEXT, SEQ_LEN, seed=3, start=5), 40))
-    batches = list(islice(training_batches(TEXT, SEQ_LEN, 4, seed=3, start=5), 10))  # 14 is no multiple of 4
+    batches = list(islice(training_batches(TEXT, SEQ_LEN, 4, seed=3, start=5), 10))  # 14 is not a multiple of 4
     assert {(batch.shape, batch.dtype) for batch in batches} == {((4, SEQ_LEN + 1), np.dtype(np.int32))}
     assert np.array_equal(np.concatenate(batches), windows)
 
 
 @pytest.mark.parametrize("start", [0, 12, 24])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_the_parts_of_all_ranks_make_the_windows_of_each_step_in_order(ranks, start):
+def test_the_shards_of_all_ranks_make_the_windows_of_each_step_in_order(ranks, start):
     per_step, steps = 12, 4
     whole = np.stack(list(islice(training_windows(TEXT, SEQ_LEN, seed=3, start=start), steps * per_step)))
 
     def read(rank):
-        part = Part(rank, ranks, per_step)
+        shard = Shard(rank, ranks, per_step)
         size = per_step // ranks
-        return np.stack(list(islice(training_batches(TEXT, SEQ_LEN, size, 3, start, part), steps)))
+        return np.stack(list(islice(training_batches(TEXT, SEQ_LEN, size, 3, start, shard), steps)))
 
     steps_of_all = np.concatenate([read(rank) for rank in range(ranks)], axis=1)
     assert np.array_equal(steps_of_all.reshape(whole.shape), whole)
 
 
-def test_a_text_of_one_window_and_the_largest_seed_will_do():
+def test_a_text_of_one_window_and_the_largest_seed_work():
     text = np.arange(SEQ_LEN + 1, dtype=np.uint16)
     batch = taken(training_batches(text, SEQ_LEN, 3, seed=2**63 - 1), 1)
     assert batch.shape == (3, SEQ_LEN + 1)
@@ -99,12 +99,12 @@ def test_a_text_of_one_window_and_the_largest_seed_will_do():
 
 
 @pytest.mark.parametrize("length", [2, SEQ_LEN, SEQ_LEN + 1, SEQ_LEN + 2, 4 * SEQ_LEN, 4 * SEQ_LEN + 1, 103])
-def test_validation_has_every_token_but_the_first_once_as_target(length):
+def test_validation_has_every_token_but_the_first_once_as_a_target(length):
     targets, inputs = [], []
     for windows, weights in validation_batches(TEXT[:length], SEQ_LEN, batch_size=4):
         assert windows.shape == (4, SEQ_LEN + 1)
         assert weights.shape == (4, SEQ_LEN)
-        assert np.all((weights == 1) | (windows[:, 1:] == 0))  # what fills up has no weight
+        assert np.all((weights == 1) | (windows[:, 1:] == 0))  # padding has no weight
         targets += windows[:, 1:][weights == 1].tolist()
         inputs += windows[:, :-1][weights == 1].tolist()
     assert targets == TEXT[1:length].tolist()
@@ -112,7 +112,7 @@ def test_validation_has_every_token_but_the_first_once_as_target(length):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 14, 15])
-def test_a_limit_takes_so_many_windows_spread_evenly(limit):
+def test_a_limit_takes_that_many_windows_spread_evenly(limit):
     def starts():
         batches = list(validation_batches(TEXT, SEQ_LEN, 4, limit))
         return [
@@ -124,17 +124,17 @@ def test_a_limit_takes_so_many_windows_spread_evenly(limit):
     assert starts() == starts()
     assert gaps.max(initial=1) - gaps.min(initial=gaps.max(initial=1)) <= 1
     assert starts()[0] == 100
-    assert limit == 1 or starts()[-1] == 100 + 14 * SEQ_LEN  # 102 targets make 14 windows and a part of one
+    assert limit == 1 or starts()[-1] == 100 + 14 * SEQ_LEN  # 102 targets fill 14 windows and begin another
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
-def test_the_ranks_share_the_windows_to_validate_on(limit):
-    shares = [validation_windows(TEXT, SEQ_LEN, limit, Part(rank, 4)) for rank in range(4)]
-    assert sorted(np.concatenate(shares)) == validation_windows(TEXT, SEQ_LEN, limit).tolist()
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_the_ranks_divide_the_validation_windows_evenly(limit):
+    shards = [validation_windows(TEXT, SEQ_LEN, limit, Shard(rank, 4)) for rank in range(4)]
+    assert sorted(np.concatenate(shards)) == validation_windows(TEXT, SEQ_LEN, limit).tolist()
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_no_limit_and_a_limit_above_the_number_take_all():
+def test_no_limit_and_a_limit_above_the_number_of_windows_take_all():
     def everything(limit):
         return np.concatenate([windows for windows, _ in validation_batches(TEXT, SEQ_LEN, 4, limit)])
 

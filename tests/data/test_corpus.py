@@ -1,4 +1,4 @@
-"""What becomes of documents on their way to train.jsonl and val.jsonl, and which folders are taken for a corpus."""
+"""Documents become train.jsonl and val.jsonl, and hand-made or prepared folders open as a corpus."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def source(tmp_path):
     return write
 
 
-def sides(folder):
+def splits(folder):
     corpus = open_corpus(folder)
     return list(corpus.documents("train")), list(corpus.documents("val"))
 
@@ -58,9 +58,9 @@ def test_only_carriage_returns_are_normalised(text, expected):
     assert normalise(text) == expected
 
 
-def test_nasty_text_comes_back_as_it_went_in(source, texts, tmp_path):
+def test_unusual_characters_survive(source, texts, tmp_path):
     prepare([source(NASTY + texts)], tmp_path / "out")
-    train, val = sides(tmp_path / "out")
+    train, val = splits(tmp_path / "out")
     assert sorted(train + val) == sorted(NASTY + texts)
 
 
@@ -71,24 +71,24 @@ def test_empty_repeated_and_unusable_documents_are_dropped_and_counted(source, t
     report = prepare([path], tmp_path / "out")
     assert report.dropped == {"repeated": 3, "empty": 2, "not a string": 1, "not valid Unicode": 1}
     assert (report.documents, report.kept) == (508, 501)
-    train, val = sides(tmp_path / "out")
+    train, val = splits(tmp_path / "out")
     assert (report.train.documents, report.val.documents) == (len(train), len(val))
     assert (report.train.characters, report.val.characters) == (len("".join(train)), len("".join(val)))
     assert report.characters == len("".join([*texts, "a\nb"]))
 
 
-def test_the_side_of_a_document_depends_on_nothing_but_its_text(source, texts, tmp_path):
+def test_the_split_of_a_document_depends_only_on_its_text(source, texts, tmp_path):
     shuffled = random.Random(1).sample(texts, len(texts))
     prepare([source(texts)], tmp_path / "a")
     prepare([source(["another", *shuffled[:400]], "other.jsonl")], tmp_path / "b")
-    (train_a, val_a), (train_b, val_b) = sides(tmp_path / "a"), sides(tmp_path / "b")
+    (train_a, val_a), (train_b, val_b) = splits(tmp_path / "a"), splits(tmp_path / "b")
     assert set(train_b) - {"another"} <= set(train_a)
     assert set(val_b) - {"another"} <= set(val_a)
     assert train_a == [text for text in texts if text in set(train_a)], "the order of the source is kept"
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5])
-def test_about_the_fraction_asked_for_is_validation(source, texts, tmp_path, fraction):
+def test_about_the_requested_fraction_is_validation(source, texts, tmp_path, fraction):
     report = prepare([source(texts)], tmp_path / "out", val_fraction=fraction)
     assert report.val.documents == pytest.approx(fraction * 500, abs=35)
     assert not report.cut
@@ -99,17 +99,17 @@ def test_the_end_of_a_single_document_is_validation(tmp_path, length):
     text = ("To be, or not. " * 1000)[:length]
     (tmp_path / "play.txt").write_text(text)
     report = prepare([tmp_path / "play.txt"], tmp_path / "out")
-    assert sides(tmp_path / "out") == ([text[: int(length * 0.9)]], [text[int(length * 0.9) :]])
+    assert splits(tmp_path / "out") == ([text[: int(length * 0.9)]], [text[int(length * 0.9) :]])
     assert report.cut
 
 
-def test_every_one_of_too_few_documents_is_cut(source, tmp_path):
+def test_each_document_is_cut_if_there_are_too_few(source, tmp_path):
     prepare([source(["a" * 10, "b" * 20])], tmp_path / "out", val_fraction=0.001)
-    train, val = sides(tmp_path / "out")
+    train, val = splits(tmp_path / "out")
     assert len(train) == len(val) == 2
 
 
-def test_the_report_reads_well_and_is_kept(source, texts, tmp_path):
+def test_the_report_is_readable_and_kept(source, texts, tmp_path):
     report = prepare([source([*texts * 3, ""])], tmp_path / "out")
     lines = str(report).splitlines()
     assert lines[0].split() == ["read", "1,501", "documents"]
@@ -123,11 +123,11 @@ def test_the_report_reads_well_and_is_kept(source, texts, tmp_path):
     assert record["fingerprint"] == open_corpus(tmp_path / "out").fingerprint
 
 
-def test_what_was_passed_over_is_in_the_report(tmp_path):
+def test_skipped_files_are_in_the_report(tmp_path):
     (tmp_path / "a.txt").write_text("some text, long enough to be cut")
     (tmp_path / "photo").write_bytes(b"\x89PNG")
     report = prepare([tmp_path], tmp_path / "out")
-    assert report.passed_over == (str(tmp_path / "photo"),)
+    assert report.skipped == (str(tmp_path / "photo"),)
     assert "photo" in str(report)
 
 
@@ -147,23 +147,25 @@ def test_progress_ends_at_the_total(source, texts, tmp_path):
     assert calls[-1] == (size, size)
 
 
-@pytest.mark.parametrize("mishap", [KeyboardInterrupt, RuntimeError, UserError])
-def test_a_prepare_that_fails_midway_leaves_the_folder_as_it_was(source, texts, tmp_path, mishap):
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError, UserError])
+def test_a_prepare_that_fails_midway_leaves_the_folder_as_it_was(source, texts, tmp_path, failure):
     prepare([source(texts)], tmp_path / "out")
     before = contents(tmp_path / "out")
 
     def fail(done, total):
-        assert len(list((tmp_path / "out").iterdir())) == 4, "what is not finished is on the same disk, to be renamed"
-        raise mishap
+        assert len(list((tmp_path / "out").iterdir())) == 4, "unfinished files are on the same disk, to be renamed"
+        raise failure
 
-    with pytest.raises(mishap):
+    with pytest.raises(failure):
         prepare([source(["new", *texts], "new.jsonl")], tmp_path / "out", progress=fail)
     assert contents(tmp_path / "out") == before
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "train.jsonl", "val.jsonl"]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_kill_between_the_renames_never_leaves_a_pair_that_does_not_match(source, texts, tmp_path, monkeypatch, step):
+def test_a_kill_between_the_renames_never_leaves_files_that_do_not_belong_together(
+    source, texts, tmp_path, monkeypatch, step
+):
     folder = tmp_path / "out"
     prepare([source(texts)], folder)
     real, moved = Path.replace, []
@@ -180,18 +182,18 @@ def test_a_kill_between_the_renames_never_leaves_a_pair_that_does_not_match(sour
             prepare([source(["new", *texts], "new.jsonl")], folder)
     with pytest.raises(UserError, match=r"no train\.jsonl"):
         open_corpus(folder)
-    prepare([source(texts)], folder)  # and the next one mends it
-    assert sum(map(len, sides(folder))) == 500
+    prepare([source(texts)], folder)  # repairs it
+    assert sum(map(len, splits(folder))) == 500
 
 
 def test_an_earlier_corpus_is_replaced(source, texts, tmp_path):
     prepare([source(texts)], tmp_path / "out")
     prepare([source(texts[:100])], tmp_path / "out")
-    assert sum(map(len, sides(tmp_path / "out"))) == 100
+    assert sum(map(len, splits(tmp_path / "out"))) == 100
 
 
 @pytest.mark.parametrize("name", ["train.txt", "val.txt", "train.jsonl", "val.jsonl"])
-def test_what_was_written_by_hand_is_never_overwritten(source, texts, tmp_path, name):
+def test_a_corpus_written_by_hand_is_never_overwritten(source, texts, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('"mine"')
     with pytest.raises(UserError, match=f"{name} that was written or edited by hand"):
@@ -199,13 +201,13 @@ def test_what_was_written_by_hand_is_never_overwritten(source, texts, tmp_path, 
     assert contents(tmp_path / "out") == {name: b'"mine"'}
 
 
-def test_prepared_files_that_were_edited_since_are_kept(source, texts, tmp_path):
+def test_prepared_files_that_were_edited_are_kept(source, texts, tmp_path):
     prepare([source(texts)], tmp_path / "out")
     with (tmp_path / "out" / "train.jsonl").open("a") as file:
         file.write('{"text": "mine"}\n')
     with pytest.raises(UserError, match="edited by hand"):
         prepare([source(texts)], tmp_path / "out")
-    assert sides(tmp_path / "out")[0][-1] == "mine"
+    assert splits(tmp_path / "out")[0][-1] == "mine"
 
 
 def test_a_source_is_never_overwritten(source, texts, tmp_path):
@@ -227,11 +229,11 @@ def test_a_source_is_never_overwritten(source, texts, tmp_path):
         ({"a.txt": "some text"}, {"val_fraction": 1.0}, ["between 0 and 1"]),
         ({"a.txt": "some text"}, {"documents": "page"}, ["--documents"]),
         ({"a.csv": "a,b\n1,2\n"}, {"column": "c"}, ["no column 'c'"]),
-        ({".hidden": "x", "a.json": "{}"}, {}, ["holds no file of text"]),
-        ({}, {}, ["holds no file of text"]),
+        ({".hidden": "x", "a.json": "{}"}, {}, ["has no text file"]),
+        ({}, {}, ["has no text file"]),
     ],
 )
-def test_what_cannot_be_prepared_is_said_in_one_sentence(tmp_path, files, options, words):
+def test_a_failure_to_prepare_is_one_sentence(tmp_path, files, options, words):
     (tmp_path / "in").mkdir()
     for name, content in files.items():
         (tmp_path / "in" / name).write_text(content)
@@ -242,21 +244,21 @@ def test_what_cannot_be_prepared_is_said_in_one_sentence(tmp_path, files, option
     assert contents(tmp_path).keys() == files.keys()
 
 
-def test_nothing_to_prepare_is_said(tmp_path):
+def test_preparing_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no documents"):
         prepare([], tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(source, texts, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"Cannot write .*file"):
+    with pytest.raises(UserError, match=r"file is in the way of the folder .*file, .* cannot write to .*file"):
         prepare([source(texts)], tmp_path / "file")
 
-    def locked(self, *args, **kwargs):  # the tests may run as root, whom no permission stops
+    def locked(self, *args, **kwargs):  # because the tests may run as root, who has every permission
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", locked)
-    with pytest.raises(UserError, match=r"No permission to write .*out"):
+    with pytest.raises(UserError, match=r"no permission to use .*out, .* cannot write to .*out"):
         prepare([source(texts)], tmp_path / "out")
 
 
@@ -265,7 +267,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(source, texts, tmp_path, mo
 
 @pytest.mark.parametrize("name", ["train.txt", "train.jsonl"])
 @pytest.mark.parametrize("other", ["val.txt", "val.jsonl"])
-def test_a_pair_written_by_hand_is_used_as_it_is(tmp_path, name, other):
+def test_a_corpus_written_by_hand_is_used_unchanged(tmp_path, name, other):
     for file in (name, other):
         (tmp_path / file).write_bytes(b"one\r\n\none\r\n" if file.endswith("txt") else b'"one"\n\n{"text": "one"}\n')
     corpus = open_corpus(tmp_path, cache=tmp_path / "cache")
@@ -275,7 +277,7 @@ def test_a_pair_written_by_hand_is_used_as_it_is(tmp_path, name, other):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_pair_of_text_files_is_cut_as_asked(tmp_path):
+def test_text_files_are_cut_as_requested(tmp_path):
     for name in ("train.txt", "val.txt"):
         (tmp_path / name).write_text("a\nb\n\nc\n")
     lines, blocks = open_corpus(tmp_path), open_corpus(tmp_path, documents="blank-line")
@@ -284,7 +286,7 @@ def test_a_pair_of_text_files_is_cut_as_asked(tmp_path):
     assert lines.fingerprint == open_corpus(tmp_path, documents="line").fingerprint != blocks.fingerprint
 
 
-def test_the_fingerprint_follows_the_content(tmp_path):
+def test_the_fingerprint_depends_on_the_content_of_each_split(tmp_path):
     def fingerprint(train, val):
         (tmp_path / "train.txt").write_text(train)
         (tmp_path / "val.txt").write_text(val)
@@ -308,7 +310,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
         ({"train.txt": "a", "val.jsonl": '{"text": ""}'}, ["val.jsonl has no document"]),
     ],
 )
-def test_a_doubtful_pair_is_refused(tmp_path, files, words):
+def test_an_ambiguous_or_incomplete_corpus_is_refused(tmp_path, files, words):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as caught:
@@ -317,7 +319,7 @@ def test_a_doubtful_pair_is_refused(tmp_path, files, words):
 
 
 @pytest.mark.parametrize("name", ["train.txt", "train.jsonl"])
-def test_a_train_file_alone_is_split_by_the_hash_rule(texts, tmp_path, name):
+def test_a_train_file_alone_is_split_as_prepare_does(texts, tmp_path, name):
     folder = tmp_path / "my notes"
     folder.mkdir()
     lines = texts if name == "train.txt" else map(json.dumps, texts)
@@ -325,7 +327,7 @@ def test_a_train_file_alone_is_split_by_the_hash_rule(texts, tmp_path, name):
     (folder / "readme.md").write_text("not a document")
     corpus = open_corpus(folder, cache=tmp_path / "cache")
     prepare([folder / name], tmp_path / "out")
-    assert [list(corpus.documents("train")), list(corpus.documents("val"))] == list(sides(tmp_path / "out"))
+    assert [list(corpus.documents("train")), list(corpus.documents("val"))] == list(splits(tmp_path / "out"))
     assert corpus.name == "my-notes"
     assert corpus.folder.parent == tmp_path / "cache"
     assert sorted(path.name for path in folder.iterdir()) == sorted([name, "readme.md"])
@@ -333,33 +335,33 @@ def test_a_train_file_alone_is_split_by_the_hash_rule(texts, tmp_path, name):
 
 def test_a_file_is_prepared_once_and_again_when_it_or_a_setting_changes(source, texts, tmp_path):
     path = source(texts)
-    told: list[str] = []
+    lines: list[str] = []
 
     def open_it(**options) -> Corpus:
-        told.clear()
-        return open_corpus(path, cache=tmp_path / "cache", echo=told.append, **options)
+        lines.clear()
+        return open_corpus(path, cache=tmp_path / "cache", echo=lines.append, **options)
 
     first = open_it()
-    assert any(line.split()[:2] == ["kept", "500"] for line in told)
+    assert any(line.split()[:2] == ["kept", "500"] for line in lines)
     assert first.folder.name.startswith("source-")
     assert len(first.folder.name) == len("source-") + 8
 
     assert open_it() == first
-    assert told == []
+    assert lines == []
 
-    (first.folder / "val.jsonl").unlink()  # not complete
+    (first.folder / "val.jsonl").unlink()  # no longer complete
     assert open_it() == first
-    assert told != []
+    assert lines != []
 
     assert open_it(val_fraction=0.3).folder != first.folder
     source([*texts, "one more"])
     assert open_it().folder != first.folder
     source(texts)
     assert open_it() == first
-    assert told == [], "the content counts, not the date"
+    assert lines == [], "the content counts, not the date"
 
 
-def test_names_do_not_enter_the_fingerprint_but_ways_of_reading_do(tmp_path):
+def test_the_fingerprint_depends_on_how_a_file_is_read_but_not_on_its_name(tmp_path):
     folders = {}
     for name, cut in [("a.txt", "auto"), ("b.text", "auto"), ("train.txt", "auto"), ("c.txt", "line")]:
         (tmp_path / name).write_text("one line\nand another\n")
@@ -373,7 +375,7 @@ def test_a_cache_inside_the_data_is_not_read_as_data(tmp_path, texts):
     assert open_corpus(tmp_path, cache=tmp_path / "cache") == first
 
 
-def test_the_column_of_the_source_does_not_matter_to_what_was_prepared(tmp_path):
+def test_the_column_of_the_source_does_not_matter_to_a_prepared_corpus(tmp_path):
     (tmp_path / "a.csv").write_text("essay,title\n" + "".join(f"essay {i},title\n" for i in range(99)))
     prepare([tmp_path / "a.csv"], tmp_path / "out", column="essay")
     assert "essay 7" in "\n".join(open_corpus(tmp_path / "out", column="essay").documents("train"))

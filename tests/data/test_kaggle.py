@@ -1,4 +1,4 @@
-"""Downloads run the real Kaggle client against a server on loopback."""
+"""Downloads work, fail in one sentence, and never damage old data: the real Kaggle client against a local server."""
 
 import io
 import json
@@ -30,7 +30,7 @@ Arrange = Callable[[FakeKaggle, pytest.MonkeyPatch], None]
 
 
 def refused(action: Callable[[], object]) -> str:
-    """The sentence that an action ends with: one line, never with the token in it."""
+    """Run an action that must raise `UserError`, and return its sentence, which must not have the token in it."""
     sentence = zips.refused(action)
     assert SECRET not in sentence
     return sentence
@@ -38,7 +38,7 @@ def refused(action: Callable[[], object]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKaggle]:
-    """A Kaggle that a freshly imported client will talk to, with a token that it accepts."""
+    """A fake Kaggle for a freshly imported client, with a token that it accepts."""
     with serving(make_zip(FILES), SECRET, tmp_path / "home", monkeypatch) as fake:
         yield fake
 
@@ -50,31 +50,31 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch, server: FakeKaggle) -> None:
-    """The client without its pauses between attempts, which add up to a minute."""
+    """Remove the client's pauses between attempts, which add up to a minute."""
     client = import_module("kaggle.api.kaggle_api_extended")
     monkeypatch.setattr(client, "time", SimpleNamespace(sleep=lambda seconds: None, mktime=time.mktime))
 
 
-# Downloads that succeed
+# ---- downloads that succeed -----------------------------------------------------------------------------------------
 
 
 def test_download_leaves_the_text_files_and_nothing_else(
     server: FakeKaggle, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-    files = download("owner/name", folder, echo=said.append)
+    lines: list[str] = []
+    files = download("owner/name", folder, echo=lines.append)
     assert files == [folder / "owner-name/deep/notes.txt", folder / "owner-name/essays.csv"]
     assert [file.read_bytes() for file in files] == [FILES["deep/notes.txt"], CSV]
     assert set(tree(folder)) == {
         "owner-name",
         *(f"owner-name/{name}" for name in ("essays.csv", "deep", "deep/notes.txt", ".complete.json")),
     }
-    assert any("licence" in line and "https://www.kaggle.com/datasets/owner/name" in line for line in said)
-    assert any("cover.png" in line for line in said)
-    assert capfd.readouterr() == ("", "")  # the client prints on import and on download: none of it is seen
+    assert any("licence" in line and "https://www.kaggle.com/datasets/owner/name" in line for line in lines)
+    assert any("cover.png" in line for line in lines)
+    assert capfd.readouterr() == ("", "")  # the client prints on import and on download, but nothing is shown
 
 
-def test_a_version_is_asked_for_and_kept_apart(server: FakeKaggle, folder: Path) -> None:
+def test_a_version_is_requested_and_has_a_folder_of_its_own(server: FakeKaggle, folder: Path) -> None:
     assert download("owner/name/3", folder)[0].is_relative_to(folder / "owner-name-v3")
     asked = dict(server.requests)[DOWNLOAD]
     assert (asked["ownerSlug"], asked["datasetSlug"], asked["datasetVersionNumber"]) == ("owner", "name", 3)
@@ -83,14 +83,14 @@ def test_a_version_is_asked_for_and_kept_apart(server: FakeKaggle, folder: Path)
 def test_a_complete_dataset_is_used_again_without_the_network(server: FakeKaggle, folder: Path) -> None:
     files = download("owner/name", folder)
     server.requests.clear()
-    said: list[str] = []
-    assert download("owner/name", folder, echo=said.append) == files
+    lines: list[str] = []
+    assert download("owner/name", folder, echo=lines.append) == files
     assert server.requests == []
-    assert "already" in said[0]
+    assert "already" in lines[0]
 
 
 @pytest.mark.parametrize("why", ["forced", "a file is gone", "a file is shorter"])
-def test_it_is_downloaded_again_when(why: str, server: FakeKaggle, folder: Path) -> None:
+def test_a_dataset_is_downloaded_again_if(why: str, server: FakeKaggle, folder: Path) -> None:
     essays = download("owner/name", folder)[1]
     if why == "a file is gone":
         essays.unlink()
@@ -103,28 +103,28 @@ def test_it_is_downloaded_again_when(why: str, server: FakeKaggle, folder: Path)
     assert [path.name for path in folder.iterdir()] == ["owner-name"]
 
 
-def test_of_the_default_datasets_two_editions_one_is_used(server: FakeKaggle, folder: Path) -> None:
+def test_only_one_of_the_default_datasets_two_editions_is_used(server: FakeKaggle, folder: Path) -> None:
     old, new = "train_essays_7_prompts.csv", "train_essays_7_prompts_v2.csv"
     server.body = make_zip({old: CSV, new: CSV})
-    said: list[str] = []
+    lines: list[str] = []
     for _ in range(2):  # downloaded, then used again
-        assert [path.name for path in download(DEFAULT_DATASET, folder, echo=said.append)] == [new]
-    assert any(old in line for line in said)
+        assert [path.name for path in download(DEFAULT_DATASET, folder, echo=lines.append)] == [new]
+    assert any(old in line for line in lines)
     server.body = make_zip({old: CSV})
     assert [path.name for path in download(DEFAULT_DATASET, folder, force=True)] == [old]
 
 
 def test_a_body_that_stops_once_is_resumed(server: FakeKaggle, folder: Path, impatient: None) -> None:
-    noise = os.urandom(1_500_000)  # the client keeps whole mebibytes of what it got
+    noise = os.urandom(1_500_000)  # the client keeps only whole mebibytes
     server.body, server.cut = make_zip({"noise.txt": noise}), 1_200_000
     assert download("owner/name", folder)[0].read_bytes() == noise
     assert [path for path, _ in server.requests].count(BLOB) == 2
 
 
-# Downloads that fail: each in a sentence of its own, and with the old data untouched
+# ---- downloads that fail --------------------------------------------------------------------------------------------
 
 
-def lost(server: FakeKaggle, monkeypatch: pytest.MonkeyPatch) -> None:
+def network_down(server: FakeKaggle, monkeypatch: pytest.MonkeyPatch) -> None:
     point_client_at("http://127.0.0.1:1", monkeypatch)
 
 
@@ -187,7 +187,7 @@ FAILURES: dict[str, tuple[Arrange, list[str]]] = {
     "inactive token": (sets(active=False), ["does not accept", "KAGGLE_API_TOKEN", "kaggle.com/settings"]),
     "invalid token": (fails_with(LOGIN, 404), ["does not accept", "kaggle.com/settings"]),
     "token with a line break": (with_token(f"{SECRET}\n"), ["characters"]),
-    "token with a letter of no header": (with_token(f"{SECRET}\N{EURO SIGN}"), ["characters"]),
+    "token with a character that no header can have": (with_token(f"{SECRET}\N{EURO SIGN}"), ["characters"]),
     "401 at login": (fails_with(LOGIN, 401), ["401", "kaggle.com/settings"]),
     "500 at login": (fails_with(LOGIN, 500), ["500", "later"]),
     "401": (fails_with(DOWNLOAD, 401), ["401", "kaggle.com/settings"]),
@@ -196,13 +196,13 @@ FAILURES: dict[str, tuple[Arrange, list[str]]] = {
     "429": (fails_with(DOWNLOAD, 429), ["429", "wait"]),
     "500": (fails_with(DOWNLOAD, 500), ["500", "later", "--from-file"]),
     "503 from the storage": (fails_with(BLOB, 503), ["503", "later"]),
-    "network down": (lost, ["Cannot reach Kaggle", "network"]),
-    "login hangs": (hangs(LOGIN), ["no answer", "0.2 seconds"]),
-    "download hangs": (hangs(DOWNLOAD), ["no answer"]),
+    "network down": (network_down, ["Cannot reach Kaggle", "network"]),
+    "login hangs": (hangs(LOGIN), ["did not answer", "0.2 seconds"]),
+    "download hangs": (hangs(DOWNLOAD), ["did not answer"]),
     "a hotel's network": (sets(html=LOGIN), ["login page"]),
-    "a web page for a zip": (sets(html=BLOB), ["name.zip is not a zip"]),
+    "a web page instead of a zip": (sets(html=BLOB), ["name.zip is not a zip"]),
     "not a zip": (sends(b"<html>sorry</html>"), ["name.zip is not a zip"]),
-    "nothing": (sends(b""), ["name.zip is not a zip"]),
+    "empty answer": (sends(b""), ["name.zip is not a zip"]),
     "truncated zip": (sends(make_zip(FILES)[:-30]), ["name.zip is damaged"]),
     "flipped byte": (sends(flipped()), ["name.zip is damaged"]),
     "no text": (sends(make_zip({"a.png": b"", "b.bin": b""})), ["no .csv", "a.png", "b.bin"]),
@@ -215,7 +215,7 @@ FAILURES: dict[str, tuple[Arrange, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failed_download(
+def test_a_failed_download_is_one_sentence_and_changes_nothing(
     case: str, server: FakeKaggle, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     old = folder / "owner-name"
@@ -236,20 +236,22 @@ def test_a_failed_download(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_body_always_cut_short(server: FakeKaggle, folder: Path, impatient: None) -> None:
+def test_a_body_that_is_always_cut_short_is_reported(server: FakeKaggle, folder: Path, impatient: None) -> None:
     server.promised = len(server.body) + 1000
     assert "cut short" in refused(lambda: download("owner/name", folder))
     assert tree(folder) == {}
 
 
-def test_a_body_that_stalls(server: FakeKaggle, folder: Path, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_stalls_is_reported(
+    server: FakeKaggle, folder: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data_kaggle, "STALL_SECONDS", 0.1)
     server.halfway = lambda: None
     assert "halfway" in refused(lambda: download("owner/name", folder))
     assert tree(folder) == {}
 
 
-def test_ctrl_c_halfway(server: FakeKaggle, folder: Path) -> None:
+def test_ctrl_c_halfway_leaves_nothing(server: FakeKaggle, folder: Path) -> None:
     main = threading.main_thread().ident
     assert main is not None
     server.halfway = lambda: signal.pthread_kill(main, signal.SIGINT)
@@ -259,9 +261,9 @@ def test_ctrl_c_halfway(server: FakeKaggle, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("call", "count"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("rename", 1), ("rename", 2)])
-@pytest.mark.parametrize("blow", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_stopped_while_unpacking(
-    call: str, count: int, blow: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interruption_while_unpacking_changes_nothing(
+    call: str, count: int, failure: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = write(folder.parent / "a.zip", make_zip({"old.csv": CSV}))
     from_file(archive, folder)
@@ -270,14 +272,14 @@ def test_stopped_while_unpacking(
     remaining = [count]
     real = getattr(os, call)
 
-    def strike(*args: object) -> object:
+    def fail(*args: object) -> object:
         remaining[0] -= 1
         if remaining[0] == 0:
-            raise blow
+            raise failure
         return real(*args)
 
-    monkeypatch.setattr(os, call, strike)
-    with pytest.raises(KeyboardInterrupt if isinstance(blow, KeyboardInterrupt) else UserError):
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError):
         from_file(archive, folder)
     assert remaining[0] <= 0
     assert tree(folder) == before
@@ -291,22 +293,22 @@ def test_a_misspelt_dataset_never_reaches_the_network(dataset: str, folder: Path
     assert not folder.exists()
 
 
-def test_a_folder_of_somebody_elses_is_never_replaced(folder: Path) -> None:
+def test_a_folder_that_was_not_downloaded_is_never_replaced(folder: Path) -> None:
     mine = write(folder / "owner-name/mine.csv", b"text\n")
     assert "in the way" in refused(lambda: download("owner/name", folder, force=True))
     assert mine.read_bytes() == b"text\n"
 
 
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "file", b"")
-    assert "Cannot write to" in refused(lambda: download("owner/name", file))
+    assert f"in the way of the folder {file}" in refused(lambda: download("owner/name", file))
 
 
-# Files fetched by hand
+# ---- files that were downloaded by hand -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["essays.csv", "essays.CSV", "a.parquet", "b.jsonl", ".hidden.txt"])
-def test_a_text_file_is_used_where_it_lies(name: str, tmp_path: Path, folder: Path) -> None:
+def test_a_text_file_is_used_where_it_is(name: str, tmp_path: Path, folder: Path) -> None:
     file = write(tmp_path / name, b"text\n")
     assert from_file(file, folder) == [file]
     assert not folder.exists()
@@ -317,7 +319,7 @@ def test_a_text_file_is_used_where_it_lies(name: str, tmp_path: Path, folder: Pa
 )
 def test_a_zip_is_unpacked_beside_the_downloads(name: str, made: str, tmp_path: Path, folder: Path) -> None:
     archive = write(tmp_path / name, make_zip(FILES))
-    for _ in range(2):  # every browser's download is called archive.zip: the last one counts
+    for _ in range(2):  # browsers call every download archive.zip, so a second one replaces the first
         files = from_file(archive, folder)
         assert files == [folder / made / "deep/notes.txt", folder / made / "essays.csv"]
     assert files[1].read_bytes() == CSV
@@ -333,11 +335,13 @@ def test_a_zip_is_unpacked_beside_the_downloads(name: str, made: str, tmp_path: 
         ("short.zip", make_zip(FILES)[:100], "damaged"),
         ("pictures.zip", make_zip({"a.png": b"", "b/": b""}), "a.png"),
         ("hollow.zip", make_zip({}), "nothing"),
-        ("table.xlsx", make_zip(FILES), "Cannot tell"),
-        ("no_suffix", b"text", "Cannot tell"),
+        ("table.xlsx", make_zip(FILES), "suffix"),
+        ("no_suffix", b"text", "suffix"),
     ],
 )
-def test_a_file_that_is_no_use(name: str, content: bytes, word: str, tmp_path: Path, folder: Path) -> None:
+def test_a_file_without_usable_text_is_refused(
+    name: str, content: bytes, word: str, tmp_path: Path, folder: Path
+) -> None:
     file = write(tmp_path / name, content)
     sentence = refused(lambda: from_file(file, folder))
     assert word in sentence
@@ -345,12 +349,12 @@ def test_a_file_that_is_no_use(name: str, content: bytes, word: str, tmp_path: P
     assert not folder.exists() or tree(folder) == {}
 
 
-def test_a_path_that_is_no_file(tmp_path: Path, folder: Path) -> None:
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path, folder: Path) -> None:
     assert "no file" in refused(lambda: from_file(tmp_path / "missing.csv", folder))
     assert "mlx-gpt prepare" in refused(lambda: from_file(tmp_path, folder))
 
 
-def test_what_is_recorded_of_a_download(tmp_path: Path, folder: Path) -> None:
+def test_a_download_keeps_a_record_of_its_files(tmp_path: Path, folder: Path) -> None:
     from_file(write(tmp_path / "a.zip", make_zip(FILES)), folder)
     record = json.loads((folder / "a/.complete.json").read_text())
     assert record["source"] == "a.zip"

@@ -1,4 +1,4 @@
-"""What a file's documents are, and what a person is told about a file that has none."""
+"""Files of each format give their documents, or one sentence that says what is wrong."""
 
 import builtins
 import codecs
@@ -18,7 +18,7 @@ PROSE = "Here is a sentence that is clearly much longer than any label or name."
 
 @pytest.fixture
 def read(tmp_path):
-    """Write `content` to a file called `name` and return all that is read from it."""
+    """Write `content` to a file called `name` and return the documents that are read from it."""
 
     def write_and_read(name, content, **options):
         path = tmp_path / name
@@ -35,7 +35,7 @@ def parquet(path, **columns):
     pq.write_table(pa.table(columns), path)
 
 
-# ---- what is read ---------------------------------------------------------------------------------------------------
+# ---- documents ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def parquet(path, **columns):
         ("train.txt", "one\r\n\ntwo\r  \nthree", ["one", "two", "three"]),
         ("short.txt", "\0\0a", None),
         ("nuls.txt", "four \0\0\0\0 " * 20, None),
-        ("few-nuls.txt", "a\0b\0 and a text that goes on for longer than the nothing in it", None),
+        ("few-nuls.txt", "a\0b\0 and a text with many more letters than NULs in it", None),
     ],
 )
 def test_documents_of_each_format(read, name, content, expected):
@@ -80,7 +80,7 @@ def test_documents_of_each_format(read, name, content, expected):
         ("blank-line", ["a\nb", "c\u2028c\u0085c"]),
     ],
 )
-def test_plain_text_is_cut_as_asked(read, documents, expected):
+def test_plain_text_is_cut_as_requested(read, documents, expected):
     assert read("a.txt", "a\nb\n\n \n\nc\u2028c\u0085c\n", documents=documents) == expected
 
 
@@ -110,7 +110,7 @@ def test_every_character_survives(tmp_path, name):
 )
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt"])
 def test_encodings_are_recognised(read, bom, encoding, name):
-    content = 'text\r\n"đàn\r\nਊ 🦆"\r\n'  # U+0A0A has the byte of a line feed, twice
+    content = 'text\r\n"đàn\r\nਊ 🦆"\r\n'  # both bytes of U+0A0A are those of a line feed
     found = read(name, bom + content.encode(encoding))
     assert found == ([content] if name == "a.txt" else ["đàn\r\nਊ 🦆"])
 
@@ -120,12 +120,12 @@ def test_a_field_of_ten_megabytes_is_read_whole(read):
     assert read("a.csv", f'text,n\n"{text}",1\n') == [text]
 
 
-def test_parquet_gives_its_strings_and_drops_its_nulls(tmp_path):
+def test_parquet_strings_are_read_and_nulls_are_dropped(tmp_path):
     parquet(tmp_path / "a.parquet", n=[1, 2, 3], text=["one", None, "three"])
     assert list(read_documents(tmp_path / "a.parquet")) == ["one", Dropped("not a string"), "three"]
 
 
-def test_damaged_parquet_is_said_in_one_sentence(tmp_path):
+def test_damaged_parquet_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "a.parquet"
     parquet(path, text=["some text", "and more"] * 50)
     content = path.read_bytes()
@@ -143,7 +143,7 @@ def test_all_bytes_are_reported_as_they_are_read(tmp_path):
     assert sum(sizes) == path.stat().st_size
 
 
-def test_documents_come_before_the_file_is_read_to_its_end(tmp_path):
+def test_documents_are_yielded_before_the_file_is_read_to_its_end(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "one\n" * 100_000)
     sizes: list[int] = []
@@ -151,7 +151,7 @@ def test_documents_come_before_the_file_is_read_to_its_end(tmp_path):
     assert sum(sizes) < 1000
 
 
-# ---- which column is the text ---------------------------------------------------------------------------------------
+# ---- the text column ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_the_only_column_of_strings_is_the_text_however_short(tmp_path, name):
         ("a.csv", "\n\n", "", ["no rows", "header"]),
     ],
 )
-def test_an_unclear_column_is_asked_for(read, name, content, column, words):
+def test_an_unclear_column_is_refused_with_the_names_to_choose_from(read, name, content, column, words):
     with pytest.raises(UserError) as caught:
         read(name, content, column=column)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-# ---- what cannot be read --------------------------------------------------------------------------------------------
+# ---- files that cannot be read --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_an_unclear_column_is_asked_for(read, name, content, column, words):
         ("a.csv", 'text\n"a"b\n', ["row 1", "not valid CSV"]),
         ("a.jsonl", '{"text": "one"}\n{"text": \n', ["line 2", "not valid JSON"]),
         ("a.jsonl", "[" * 100_000, ["line 1", "not valid JSON"]),
-        ("a.json", '{\n  "text": "one"\n}\n', ["line 1", "one object"]),
+        ("a.json", '{\n  "text": "one"\n}\n', ["line 1", "one object or one string on each line"]),
         ("a.parquet", b"PAR1 but no more", ["not Parquet"]),
         ("a.zip", b"PK\x03\x04rest", ["zip archive"]),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_sentence(read, name, content, words):
+def test_an_unreadable_file_is_refused_in_one_sentence(read, name, content, words):
     with pytest.raises(UserError) as caught:
         read(name, content)
     message = str(caught.value)
@@ -233,7 +233,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(read, name, content, words)
     assert "\n" not in message
 
 
-def test_rows_before_a_broken_one_are_still_handed_out(tmp_path):
+def test_rows_before_a_broken_one_are_still_yielded(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"text\n" + b"fine\n" * 150 + b"\xe9\n")
     documents = read_documents(path)
@@ -247,7 +247,7 @@ def test_a_missing_file_is_named(tmp_path):
         list(read_documents(tmp_path / "gone.txt"))
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a file"):
         list(read_documents(tmp_path))
 
@@ -256,15 +256,15 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("secret")
 
-    def locked(self, *args, **kwargs):  # the tests may run as root, whom no permission stops
+    def locked(self, *args, **kwargs):  # because the tests may run as root, who has every permission
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", locked)
-    with pytest.raises(UserError, match=r"No permission to read .*a\.txt"):
+    with pytest.raises(UserError, match=r"no permission to use .*a\.txt, .* cannot read .*a\.txt"):
         list(read_documents(path))
 
 
-def test_a_document_or_line_that_no_memory_holds_is_refused(read, monkeypatch):
+def test_a_document_or_line_that_is_too_long_is_refused(read, monkeypatch):
     monkeypatch.setattr(readers, "MAX_DOCUMENT", 100)
     assert len(read("a.txt", "ten chars\n\n" * 20, documents="blank-line")) == 20
     with pytest.raises(UserError, match="--documents blank-line"):
@@ -274,7 +274,7 @@ def test_a_document_or_line_that_no_memory_holds_is_refused(read, monkeypatch):
         read("a.txt", "x" * 101, documents="line")
 
 
-def test_an_unknown_cut_lists_the_known_ones(read):
+def test_an_unknown_way_to_cut_text_lists_the_known_ones(read):
     with pytest.raises(UserError, match="auto, line, blank-line, file"):
         read("a.txt", "one", documents="page")
 

@@ -1,4 +1,4 @@
-"""What a person is told about a file that holds no text at all."""
+"""A file without text is refused with a sentence that says what it is and what to do."""
 
 import pytest
 
@@ -23,7 +23,7 @@ from mlx_gpt.data.sniffing import refusal
         ("a.txt", b"PAR1\x15\x04", [".parquet"]),
     ],
 )
-def test_what_is_no_text_is_refused_in_one_sentence(tmp_path, name, content, words):
+def test_a_file_without_text_is_refused_in_one_sentence(tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content)
     reason = refusal(path)
@@ -39,16 +39,16 @@ def test_what_is_no_text_is_refused_in_one_sentence(tmp_path, name, content, wor
         b"text",
         b"\0\0a",
         b"four \0\0\0\0 " * 20,
-        b"caf\xe9",  # its reader says where the byte is
-        b"\x01\x01" + "漢".encode() * 30_000,  # the block that is looked at ends inside a character
+        b"caf\xe9",  # the reader of the format reports where the byte is
+        b"\x01\x01" + "漢".encode() * 30_000,  # the block that is checked ends inside a character
         "UTF-16 that says so".encode("utf-16"),
     ],
 )
-def test_what_may_be_text_is_not_refused(tmp_path, content):
+def test_a_file_that_may_be_text_is_not_refused(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     assert refusal(path) == ""
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     assert "not a file" in refusal(tmp_path)

@@ -1,4 +1,4 @@
-"""Which files are found, and in what order."""
+"""The right files are found, in a fixed order."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from mlx_gpt.data.sources import BUILTIN, find_files, find_sources, read_sources
 from mlx_gpt.errors import UserError
 
 
-def test_folders_are_walked_in_order_and_what_is_no_text_is_passed_over(tmp_path):
+def test_folders_are_searched_in_order_and_files_without_text_are_skipped(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     for name, content in {
@@ -21,13 +21,13 @@ def test_folders_are_walked_in_order_and_what_is_no_text_is_passed_over(tmp_path
         "metadata.json": "{}",
     }.items():
         (tmp_path / name).write_bytes(content.encode("latin-1"))
-    files, passed_over = find_files([tmp_path])
+    files, skipped = find_files([tmp_path])
     assert files == [tmp_path / name for name in ("z.txt", "b/a.csv", "b/b.md")]
-    assert passed_over == [tmp_path / name for name in ("empty.txt", "metadata.json", "photo")]
-    assert list(read_sources([*files], "", "auto", None)) == ["last", "first", "second"]
+    assert skipped == [tmp_path / name for name in ("empty.txt", "metadata.json", "photo")]
+    assert list(read_sources(files, "", "auto")) == ["last", "first", "second"]
 
 
-def test_what_prepare_wrote_is_not_found_and_the_same_names_elsewhere_are(tmp_path):
+def test_files_that_prepare_wrote_are_ignored_and_the_same_names_elsewhere_are_found(tmp_path):
     (tmp_path / "all.txt").write_text("some text, long enough to be cut")
     prepare([tmp_path], tmp_path / "made")
     (tmp_path / "mine").mkdir()
@@ -35,7 +35,7 @@ def test_what_prepare_wrote_is_not_found_and_the_same_names_elsewhere_are(tmp_pa
     assert find_files([tmp_path]) == ([tmp_path / "all.txt", tmp_path / "mine" / "train.jsonl"], [])
 
 
-def test_a_named_file_has_to_be_readable(tmp_path):
+def test_a_file_that_is_named_is_never_skipped(tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=r"empty\.txt is empty"):
         find_files([tmp_path / "empty.txt"])
@@ -45,9 +45,9 @@ def test_a_named_file_has_to_be_readable(tmp_path):
     assert find_files([tmp_path / "a.json"]) == ([tmp_path / "a.json"], [])
 
 
-def test_a_folder_without_text_is_named(tmp_path):
+def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="holds no file of text"):
+    with pytest.raises(UserError, match="has no text file"):
         find_files([tmp_path])
 
 

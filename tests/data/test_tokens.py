@@ -1,4 +1,4 @@
-"""Documents to token files: each document whole and ended, and nothing encoded twice."""
+"""Token files have every document whole and with its end, and nothing is encoded twice."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
 
 @pytest.fixture
 def long_text(sentences):
-    """A document of two and a half pieces."""
+    """A document that is encoded in two and a half pieces."""
     draw = random.Random(0)
     return "".join(draw.choices(sentences, k=2 * PIECE_CHARACTERS // 20))[: 2 * PIECE_CHARACTERS + 50_000]
 
@@ -24,10 +24,10 @@ def token_files(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
 
 
-# ---- what is encoded ------------------------------------------------------------------------------------------------
+# ---- encoding -------------------------------------------------------------------------------------------------------
 
 
-def test_every_document_is_whole_and_ended(tokenizer, make_corpus):
+def test_every_document_is_whole_and_has_its_end(tokenizer, make_corpus):
     train, val = ["one 🦆", "two\n\nlines ", "<|endoftext|>"], ["three"]
     tokens = tokenize(make_corpus(train, val), tokenizer)
     end = tokenizer.end_of_text
@@ -35,7 +35,7 @@ def test_every_document_is_whole_and_ended(tokenizer, make_corpus):
     assert tokens.val.tolist() == [*tokenizer.encode("three"), end]
 
 
-def test_a_long_document_is_encoded_as_if_in_one_go(tokenizer, make_corpus, long_text):
+def test_a_long_document_has_the_ids_of_one_encoding(tokenizer, make_corpus, long_text):
     assert len(long_text) == 250_000
     tokens = tokenize(make_corpus(["before", long_text, "after"]), tokenizer)
     expected = [i for text in ("before", long_text, "after") for i in [*tokenizer.encode(text), tokenizer.end_of_text]]
@@ -43,7 +43,7 @@ def test_a_long_document_is_encoded_as_if_in_one_go(tokenizer, make_corpus, long
 
 
 @pytest.mark.parametrize("unit", ["x", "鳥", "🦆", "\n", "1 2 ", "  a"])
-def test_a_long_document_with_no_good_place_to_cut_still_comes_back(bpe, make_corpus, unit):
+def test_a_long_document_without_a_good_place_to_cut_survives(bpe, make_corpus, unit):
     text = "a" + (unit * PIECE_CHARACTERS)[: PIECE_CHARACTERS + 77] + "b"
     ids = tokenize(make_corpus([text]), bpe).train.tolist()
     assert ids.count(bpe.end_of_text) == 1
@@ -68,7 +68,7 @@ def test_the_files_are_plain_npy(byte_tokenizer, make_corpus):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_ids_take_two_bytes_as_long_as_they_fit(byte_tokenizer, make_corpus, vocab_size, dtype):
+def test_ids_take_two_bytes_if_they_fit(byte_tokenizer, make_corpus, vocab_size, dtype):
     tokenizer = Tokenizer.of_bytes()
     tokenizer.vocab_size, tokenizer.end_of_text = vocab_size, vocab_size - 1
     tokens = tokenize(make_corpus(["a"]), tokenizer)
@@ -76,7 +76,7 @@ def test_ids_take_two_bytes_as_long_as_they_fit(byte_tokenizer, make_corpus, voc
     assert tokens.train.tolist() == [97, vocab_size - 1]
 
 
-def test_nothing_is_encoded_again_while_nothing_changes(bpe, make_corpus):
+def test_nothing_is_encoded_again_if_nothing_has_changed(bpe, make_corpus):
     corpus = make_corpus(["duck"])
     tokenize(corpus, bpe)
     before = token_files(corpus.folder)
@@ -92,7 +92,7 @@ def _written(tokenizer, folder):
 
 
 @pytest.mark.parametrize("changed", ["train", "val", "tokenizer"])
-def test_a_change_of_text_or_tokenizer_is_encoded_anew(bpe, byte_tokenizer, make_corpus, changed):
+def test_a_change_of_text_or_tokenizer_is_encoded_again(bpe, byte_tokenizer, make_corpus, changed):
     before = tokenize(make_corpus(["duck"], ["goose"]), bpe)
     train, val = ["drake" if changed == "train" else "duck"], ["gander" if changed == "val" else "goose"]
     tokenizer = byte_tokenizer if changed == "tokenizer" else bpe
@@ -102,7 +102,7 @@ def test_a_change_of_text_or_tokenizer_is_encoded_anew(bpe, byte_tokenizer, make
     assert tokenizer.decode(after.val) == val[0]
 
 
-def test_a_side_that_was_lost_is_encoded_anew(bpe, make_corpus):
+def test_a_split_whose_file_is_missing_is_encoded_again(bpe, make_corpus):
     corpus = make_corpus(["duck"])
     tokens = tokenize(corpus, bpe)
     (corpus.folder / f"{tokens.fingerprint}.val.npy").unlink()
@@ -110,7 +110,7 @@ def test_a_side_that_was_lost_is_encoded_anew(bpe, make_corpus):
     assert (again.fingerprint, again.val.tolist()) == (tokens.fingerprint, tokens.val.tolist())
 
 
-def test_what_fails_half_way_leaves_no_file(byte_tokenizer, make_corpus, sentences, monkeypatch):
+def test_a_failure_halfway_leaves_no_file(byte_tokenizer, make_corpus, sentences, monkeypatch):
     encode, rounds = CorpusEncoder.encode_batch, itertools.count()
 
     def fail_the_third_time(encoder, texts):
@@ -127,52 +127,52 @@ def test_what_fails_half_way_leaves_no_file(byte_tokenizer, make_corpus, sentenc
     assert sorted(corpus.folder.iterdir()) == before
 
 
-def test_progress_goes_up_to_the_whole(bpe, make_corpus, sentences, monkeypatch):
+def test_progress_ends_at_the_total(bpe, make_corpus, sentences, monkeypatch):
     monkeypatch.setattr(tokens_module, "BATCH_CHARACTERS", 1000)
     seen = []
     corpus = make_corpus(sentences)
     tokenize(corpus, bpe, lambda done, total: seen.append((done, total)))
-    total = sum(corpus.path(side).stat().st_size for side in ("train", "val"))
+    total = sum(corpus.path(split).stat().st_size for split in ("train", "val"))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len(seen) > 5
     assert seen[-1] == (total, total)
     assert {of for _, of in seen} == {total}
 
 
-# ---- which tokenizer ------------------------------------------------------------------------------------------------
+# ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 
-def test_the_corpus_keeps_the_tokenizer_that_was_trained_on_it(make_corpus, sentences):
+def test_the_tokenizer_of_a_corpus_is_trained_once(make_corpus, sentences):
     corpus = make_corpus(sentences)
-    said: list[str] = []
-    first = get_tokenizer("bpe", 280, corpus, said.append)
-    second = get_tokenizer("bpe", 280, corpus, said.append)
+    lines: list[str] = []
+    first = get_tokenizer("bpe", 280, corpus, lines.append)
+    second = get_tokenizer("bpe", 280, corpus, lines.append)
     assert first.to_json() == second.to_json() == Tokenizer.train(sentences, 280).to_json()
-    assert len(said) == 1
-    assert get_tokenizer("bpe", 290, corpus, said.append).vocab_size == 290
+    assert len(lines) == 1
+    assert get_tokenizer("bpe", 290, corpus, lines.append).vocab_size == 290
 
 
-def test_a_large_corpus_is_learnt_from_a_sample_from_all_over(make_corpus, sentences, monkeypatch):
+def test_a_tokenizer_for_a_large_corpus_is_trained_on_an_even_sample(make_corpus, sentences, monkeypatch):
     half = len(sentences) // 2
     corpus = make_corpus(["zzz " + text for text in sentences[:half]] + ["qqq " + text for text in sentences[half:]])
     size = corpus.path("train").stat().st_size
     monkeypatch.setattr(tokens_module, "TOKENIZER_BYTES", size // 10)
-    learnt: list[str] = []
+    sample: list[str] = []
     train = Tokenizer.train
 
-    def listen(texts, vocab_size):
-        learnt.extend(texts)
-        return train(learnt, vocab_size)
+    def record(texts, vocab_size):
+        sample.extend(texts)
+        return train(sample, vocab_size)
 
-    monkeypatch.setattr(Tokenizer, "train", listen)
-    said: list[str] = []
-    get_tokenizer("bpe", 300, corpus, said.append)
-    assert sum(map(len, learnt)) == pytest.approx(sum(map(len, corpus.documents("train"))) / 10, rel=0.2)
-    assert sum(text.startswith("zzz") for text in learnt) == pytest.approx(len(learnt) / 2, rel=0.2)
-    assert "of the 0 MB of" in said[0]
+    monkeypatch.setattr(Tokenizer, "train", record)
+    lines: list[str] = []
+    get_tokenizer("bpe", 300, corpus, lines.append)
+    assert sum(map(len, sample)) == pytest.approx(sum(map(len, corpus.documents("train"))) / 10, rel=0.2)
+    assert sum(text.startswith("zzz") for text in sample) == pytest.approx(len(sample) / 2, rel=0.2)
+    assert "of the 0 MB of" in lines[0]
 
 
-def test_a_long_document_is_learnt_from_in_pieces(make_corpus, long_text, monkeypatch):
+def test_a_tokenizer_is_trained_on_a_long_document_in_pieces(make_corpus, long_text, monkeypatch):
     corpus = make_corpus([long_text])
     whole = get_tokenizer("bpe", 280, corpus, print).to_json()
     assert whole == Tokenizer.train([long_text], 280).to_json()
@@ -180,7 +180,7 @@ def test_a_long_document_is_learnt_from_in_pieces(make_corpus, long_text, monkey
     assert get_tokenizer("bpe", 281, corpus, print).vocab_size == 281
 
 
-def test_a_tokenizer_is_bytes_or_a_path_too(byte_tokenizer, bpe, make_corpus):
+def test_a_tokenizer_may_be_bytes_or_a_path(byte_tokenizer, bpe, make_corpus):
     corpus = make_corpus(["duck"])
     assert get_tokenizer("bytes", 300, corpus, print).to_json() == byte_tokenizer.to_json()
     assert get_tokenizer(str(_written(bpe, corpus.folder)), 999, corpus, print).to_json() == bpe.to_json()
@@ -188,17 +188,17 @@ def test_a_tokenizer_is_bytes_or_a_path_too(byte_tokenizer, bpe, make_corpus):
         get_tokenizer("nowhere.json", 300, corpus, print)
 
 
-# ---- too little -----------------------------------------------------------------------------------------------------
+# ---- a short text ---------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_of_one_window_is_enough_and_of_less_is_refused(byte_tokenizer, make_corpus):
+def test_a_corpus_of_one_window_is_enough_and_a_shorter_one_is_refused(byte_tokenizer, make_corpus):
     tokens = tokenize(make_corpus(["twelve bytes"]), byte_tokenizer)
     check_windows(tokens, seq_len=12)
     with pytest.raises(UserError, match="use --seq-len 12 or less"):
         check_windows(tokens, seq_len=13)
 
 
-def test_a_side_with_nothing_to_predict_is_refused(byte_tokenizer, make_corpus):
+def test_a_split_with_nothing_to_predict_is_refused(byte_tokenizer, make_corpus):
     tokens = tokenize(make_corpus(["a duck"], ["b"]), byte_tokenizer)
     with pytest.raises(UserError, match="validation text has 1 tokens"):
         check_windows(dataclasses.replace(tokens, val=tokens.val[:1]), seq_len=4)

@@ -1,4 +1,4 @@
-"""Zips to unpack, and what a test looks at afterwards."""
+"""Helpers that make zips and compare folders."""
 
 import io
 import warnings
@@ -28,14 +28,14 @@ def make_zip(files: dict[str, bytes]) -> bytes:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder, hidden ones too, with its content: None for a folder."""
+    """Return every path below a folder, including hidden ones, with its content; None for a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def raw_zip(path: Path, members: list[tuple[str, bytes]], attributes: int = 0) -> Path:
-    """A zip with names that `zipfile` would not write, or would mend."""
+    """Write a zip with names that `zipfile` would refuse or correct."""
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        warnings.simplefilter("ignore")  # of duplicate names
+        warnings.simplefilter("ignore")  # about duplicate names
         for name, content in members:
             info = zipfile.ZipInfo("placeholder")
             info.filename, info.external_attr = name, attributes
@@ -50,7 +50,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def refused(action: Callable[[], object]) -> str:
-    """The sentence that an action ends with: one line."""
+    """Run an action that must raise `UserError`, and return its sentence, which must be one line."""
     with pytest.raises(UserError) as caught:
         action()
     sentence = str(caught.value)

@@ -1,4 +1,4 @@
-"""Conversations are written as transformers writes them."""
+"""Conversations become the same text as in transformers."""
 
 import json
 
@@ -27,22 +27,22 @@ def model_with(tmp_path):
     [
         ({"chat_template": PLAIN}, None),
         ({"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": PLAIN}]}, None),
-        ({"chat_template": "another"}, PLAIN),  # which newer versions write
+        ({"chat_template": "another"}, PLAIN),  # newer versions of transformers write the file
         ({}, PLAIN),
     ],
 )
 @pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "lstrip": False}])
-def test_it_is_found_wherever_transformers_puts_it(model_with, config, file, token):
+def test_a_template_is_found_wherever_transformers_puts_it(model_with, config, file, token):
     template = model_with(config | {"eos_token": token}, file)
     assert template.text(MESSAGES) == "user: Are geese <|endoftext|> ducks?</s>\n"
 
 
 @pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": 7}, "[]", "no JSON"])
-def test_a_model_may_have_none(model_with, config):
+def test_a_model_may_have_no_template(model_with, config):
     assert model_with(config) is None
 
 
-def test_one_that_is_broken_is_told(model_with):
+def test_a_broken_template_is_refused(model_with):
     with pytest.raises(UserError, match=r"^The model's chat template can't be used: .*\.$"):
         model_with({"chat_template": "{% for %}"})
 
@@ -56,13 +56,13 @@ def test_one_that_is_broken_is_told(model_with):
         ("{% for i in range(10**9) %}x{% endfor %}", "refuses these messages: Range too big"),
     ],
 )
-def test_what_a_template_cant_do_is_told(model_with, source, words):
+def test_a_template_that_fails_is_one_sentence(model_with, source, words):
     with pytest.raises(UserError, match=words):
         model_with({"chat_template": source}).text(MESSAGES)
 
 
-def test_its_special_tokens_are_tokens(model_with, bpe):
+def test_special_tokens_of_a_template_become_tokens(model_with, bpe):
     template = model_with({"chat_template": "{{ messages[0].content }}{{ eos_token }}", "eos_token": "<|endoftext|>"})
     ids = template.ids([{"role": "user", "content": "The duck"}], bpe)
     assert ids == [*bpe.encode("The duck"), bpe.end_of_text]
-    assert bpe.end_of_text not in bpe.encode("The duck<|endoftext|>")  # nor afterwards
+    assert bpe.end_of_text not in bpe.encode("The duck<|endoftext|>")  # and still not afterwards

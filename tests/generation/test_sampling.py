@@ -1,4 +1,4 @@
-"""The next token is drawn as transformers draws it."""
+"""The next token is drawn with the same probabilities as in transformers."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.
 
 @pytest.fixture(scope="module")
 def logits():
-    """Scores (5, ENTRIES) of five texts, positive and negative."""
+    """Logits (5, ENTRIES) of five texts, positive and negative."""
     return (2 * np.random.default_rng(0).standard_normal((5, ENTRIES))).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def keys():
-    """Keys for 3,000 draws."""
+    """Random keys for 3,000 draws."""
     return list(mx.random.split(mx.random.key(0), 3000))
 
 
@@ -40,14 +40,14 @@ def probabilities(logits):
 
 
 def draws(logits_v, keys, **settings):
-    """How often each entry is drawn, as a share."""
+    """Return the fraction of draws in which each entry is drawn."""
     logits_bv = mx.broadcast_to(mx.array(logits_v), (len(keys), len(logits_v)))
     drawn = np.array(sample(logits_bv, GenerationConfig(**OFF | settings), keys))
     return np.bincount(drawn, minlength=len(logits_v)) / len(keys)
 
 
 def counts_of(ids):
-    """How often each entry stands in each row."""
+    """Return how often each entry is in each row."""
     return mx.array(np.stack([np.bincount(row, minlength=ENTRIES) for row in ids]))
 
 
@@ -55,14 +55,14 @@ def counts_of(ids):
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
-def test_repetition_is_penalised_as_in_transformers(logits, penalty):
+def test_the_repetition_penalty_is_that_of_transformers(logits, penalty):
     ids = np.random.default_rng(1).integers(0, ENTRIES, (5, 12))
     ours = penalise(mx.array(logits), counts_of(ids), GenerationConfig(repetition_penalty=penalty))
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
     np.testing.assert_allclose(np.array(ours), warped([processor], logits, torch.tensor(ids)), rtol=1e-6)
 
 
-def test_presence_and_frequency_are_penalised_as_openai_defines_it(logits):
+def test_presence_and_frequency_penalties_are_those_of_openai(logits):
     ids = np.random.default_rng(1).integers(0, ENTRIES, (5, 60))
     config = GenerationConfig(**OFF | {"presence_penalty": 0.7, "frequency_penalty": -0.3})
     counts = np.array(counts_of(ids))
@@ -71,7 +71,7 @@ def test_presence_and_frequency_are_penalised_as_openai_defines_it(logits):
     np.testing.assert_allclose(np.array(penalise(mx.array(logits), mx.array(counts), config)), expected, atol=1e-6)
 
 
-def test_log_probabilities_are_those_of_all_entries(logits):
+def test_log_probabilities_are_of_the_whole_vocabulary(logits):
     tokens = np.arange(5)
     chosen, values, ids = (np.array(a) for a in likeliest(mx.array(logits), mx.array(tokens), 3))
     expected = np.log(probabilities(logits))
@@ -110,7 +110,7 @@ def test_min_p_keeps_what_transformers_keeps(logits, p):
         ({"top_p": 0.8}, [transformers.TopPLogitsWarper(0.8)]),
         ({"min_p": 0.2}, [transformers.MinPLogitsWarper(0.2)]),
         (
-            # Each acts on what the one before left: in another order more or fewer would stay.
+            # Each filter acts on the result of the one before, so another order would keep other tokens.
             {"temperature": 1.5, "top_k": 12, "top_p": 0.8, "min_p": 0.2},
             [
                 transformers.TemperatureLogitsWarper(1.5),
@@ -122,11 +122,11 @@ def test_min_p_keeps_what_transformers_keeps(logits, p):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_draws_have_transformers_probabilities(logits, keys, settings, warpers):
+def test_draws_have_the_probabilities_of_transformers(logits, keys, settings, warpers):
     expected = probabilities(warped(warpers, logits))[0]
-    shares = draws(logits[0], keys, **settings)
-    assert np.all(shares[expected == 0] == 0)
-    assert np.all(np.abs(shares - expected) <= 5 * np.sqrt(expected / len(keys)))  # five standard errors
+    found = draws(logits[0], keys, **settings)
+    assert np.all(found[expected == 0] == 0)
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected / len(keys)))  # five standard errors
 
 
 @pytest.mark.parametrize(
@@ -147,17 +147,17 @@ def test_a_penalty_of_one_is_off(logits):
     [{"temperature": 0}, {"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}],
     ids=str,
 )
-def test_the_boundaries_always_take_the_likeliest(logits, keys, settings):
+def test_the_strictest_settings_always_take_the_likeliest(logits, keys, settings):
     tokens = sample(mx.array(logits), GenerationConfig(**OFF | settings), keys[:5])
     assert np.array_equal(np.array(tokens), logits.argmax(axis=1))
 
 
-def test_what_is_ruled_out_is_never_drawn(logits, keys):
+def test_a_token_with_a_logit_of_minus_infinity_is_never_drawn(logits, keys):
     ruled_out = np.where(np.arange(ENTRIES) % 2, -np.inf, logits[0]).astype(np.float32)
     assert draws(ruled_out, keys[:500], temperature=50.0, top_k=30, top_p=0.99)[1::2].sum() == 0
 
 
-def test_a_text_is_drawn_the_same_alone_and_in_company(logits, keys):
+def test_a_text_is_the_same_alone_and_in_a_batch(logits, keys):
     config = GenerationConfig(top_k=10, top_p=0.9)
     together = np.array(sample(mx.array(logits), config, keys[:5]))
     alone = [sample(mx.array(logits[i : i + 1]), config, keys[i : i + 1]).item() for i in range(5)]

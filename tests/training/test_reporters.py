@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases show what metrics.jsonl has, across resumes, and never cost a run."""
+"""TensorBoard and Weights & Biases show the same numbers as metrics.jsonl, across resumes, and never end a run."""
 
 import json
 import shutil
@@ -19,18 +19,18 @@ EACH_STEP = {"log_every": 1, "save_every": 1, "eval_every": 2, "report_to": ["te
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch, eager):
-    """An empty folder, where nothing is compiled."""
+    """Run in an empty folder, without compiling anything."""
     monkeypatch.chdir(tmp_path)
 
 
 def curves(run="run"):
-    """The points of each curve as TensorBoard would draw them."""
+    """Return the points of each curve as TensorBoard would draw them."""
     events = EventAccumulator(f"{run}/tensorboard").Reload()
     return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def metrics(run="run"):
-    """The numbers of metrics.jsonl in the same form, as 32-bit floats are."""
+    """Return the numbers of metrics.jsonl in the same form, to the precision of 32-bit floats."""
     found: dict[str, list] = {}
     for record in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()):
         for name, value in record.items():
@@ -54,15 +54,15 @@ def test_tensorboard_shows_every_number_of_the_metrics(train):
 @pytest.mark.parametrize("back", ["run", "run/checkpoints/step-00000002"], ids=["newest", "earlier"])
 def test_after_a_resume_it_shows_each_step_once(train, back):
     train("run", **EACH_STEP, keep_checkpoints=9, max_steps=8, stop_after=5)
-    # Beyond the newest checkpoint, as when the process is killed.
+    # The curves now go beyond the newest checkpoint, as after the process is killed.
     shutil.rmtree("run/checkpoints/step-00000005")
     train("run", resume=back, overwrite=back != "run", **(EACH_STEP | {"max_steps": 6}))
     assert curves() == metrics()
     assert [step for step, _ in curves()["train_loss"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_spike_is_no_point_of_a_curve(train):
-    """Or the curve of a run that logs every fourth step would be one of its spikes."""
+def test_a_spike_is_not_part_of_a_curve(train):
+    """Otherwise the curve of a run that logs every fourth step would mostly show its spikes."""
     train("run", **(EACH_STEP | {"log_every": 4, "learning_rate": 50.0}), max_steps=8)
     records = read_records(Path("run"))
     assert any(record.get("event") == "spike" for record in records)
@@ -76,7 +76,7 @@ def test_a_run_that_is_replaced_leaves_no_curves(train):
     assert curves() == metrics()
 
 
-def test_it_can_begin_and_end_with_a_resume(train):
+def test_reporting_can_start_and_stop_with_a_resume(train):
     train("run", **(EACH_STEP | {"report_to": []}), max_steps=1)
     assert not Path("run/tensorboard").exists()
     train("run", resume="run", report_to=["tensorboard", "tensorboard"], max_steps=2)
@@ -84,18 +84,18 @@ def test_it_can_begin_and_end_with_a_resume(train):
     assert [step for step, _ in curves()["train_loss"]] == [2]
 
 
-def test_one_that_cannot_begin_is_warned_about_once(train):
+def test_a_reporter_that_cannot_start_gives_one_warning(train):
     train("run", **EACH_STEP, max_steps=1)
     shutil.rmtree("run/tensorboard")
     Path("run/tensorboard").write_text("mine")
     outcome = train("run", resume="run", **EACH_STEP, max_steps=3)
     assert outcome.finished
     (warning,) = warnings(outcome)
-    assert warning.startswith("WARNING: tensorboard is told no more of this run (")
+    assert warning.startswith("WARNING: logging to tensorboard has stopped for this run (")
     assert warning in Path("run/training.log").read_text()
 
 
-def test_one_that_fails_on_the_way_is_warned_about_once(train, monkeypatch):
+def test_a_reporter_that_fails_later_gives_one_warning(train, monkeypatch):
     def record(self, record):
         if record["step"] == 2:
             raise OSError(28, "No space left on device")
@@ -112,10 +112,10 @@ def test_one_that_fails_on_the_way_is_warned_about_once(train, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_told_before_anything_is_touched(train, monkeypatch, name):
+def test_a_missing_package_is_reported_before_anything_is_changed(train, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
-    sentence = rf"^--report-to {name} takes a package: pip install 'mlx-gpt\[{name}\]'\.$"
+    sentence = rf"^--report-to {name} needs a package: pip install 'mlx-gpt\[{name}\]'\.$"
     with pytest.raises(UserError, match=sentence):
         train("run", report_to=[name])
     assert not Path("run").exists()
@@ -127,7 +127,7 @@ def test_a_missing_package_is_told_before_anything_is_touched(train, monkeypatch
 
 
 @pytest.mark.parametrize("wrong", ["tensorboard", ["tensorbord"], 3])
-def test_what_is_no_list_of_reporters_is_refused(train, wrong):
+def test_anything_but_a_list_of_reporters_is_refused(train, wrong):
     with pytest.raises(UserError, match=r"^`report_to` must be a list of "):
         train("run", report_to=wrong)
 
@@ -137,30 +137,30 @@ def test_what_is_no_list_of_reporters_is_refused(train, wrong):
 
 @pytest.fixture
 def wandb(monkeypatch, tmp_path):
-    """The real package, without anybody's key."""
+    """The real package, without a key."""
     package = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    package.teardown()  # it remembers the settings of the process
+    package.teardown()  # because the package keeps the settings of the process
     yield package
     package.teardown()
 
 
 def sent(folder):
-    """The rows of a run that was made offline. The file is a log of LevelDB's, in blocks of 32 KiB."""
+    """Return the rows of an offline run. The file has the format of a LevelDB log, in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("*.wandb")
     data, at, pieces, rows = path.read_bytes(), 7, b"", []
     while at < len(data):
-        if 32768 - at % 32768 < 7:  # no room for a header: filled up
+        if 32768 - at % 32768 < 7:  # padding, because a header does not fit
             at += 32768 - at % 32768
         length, kind = struct.unpack_from("<HB", data, at + 4)
         pieces += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             items = Record.FromString(pieces).history.item
             rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
             pieces = b""
@@ -173,7 +173,7 @@ def test_without_a_key_wandb_is_refused_without_a_prompt(wandb, train):
     assert not Path("run").exists()
 
 
-def test_wandb_has_the_metrics_and_goes_on_with_the_same_run(wandb, train, monkeypatch):
+def test_wandb_gets_the_metrics_and_a_resume_continues_the_same_run(wandb, train, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = EACH_STEP | {"report_to": ["wandb"]}
