@@ -9,6 +9,7 @@ its speed with that of mlx-lm's server.
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import sys
@@ -65,11 +66,13 @@ async def expected(url: str, count: int, tokens: int) -> list[str]:
     return [answer.json()["choices"][0]["text"] for answer in answers]
 
 
-async def one_client(url: str, right: Sequence[str], tokens: int, until: float, seed: int, tally: Tally) -> None:
-    """Send requests until the clock shows `until`."""
+async def one_client(
+    url: str, right: Sequence[str], tokens: int, until: float, enough: float, seed: int, tally: Tally
+) -> None:
+    """Send requests until the clock shows `until`, or all clients together have `enough` right answers."""
     draw = random.Random(seed)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        while time.monotonic() < until:
+        while time.monotonic() < until and tally.right < enough:
             number = draw.randrange(len(right))
             leaves_after = draw.randrange(1, 10) if draw.random() < DISCONNECT else None
             try:
@@ -113,10 +116,12 @@ async def one_request(
         tally.speed.append((count - 1) / (time.monotonic() - first))
 
 
-async def load(url: str, clients: int, seconds: float, right: Sequence[str], tokens: int) -> Tally:
-    """The outcomes of `clients` clients that send requests for `seconds`."""
+async def load(
+    url: str, clients: int, seconds: float, right: Sequence[str], tokens: int, enough: float = math.inf
+) -> Tally:
+    """The outcomes of `clients` clients that send requests for `seconds`, or until they have `enough` right answers."""
     tally, until = Tally(), time.monotonic() + seconds
-    await asyncio.gather(*(one_client(url, right, tokens, until, seed, tally) for seed in range(clients)))
+    await asyncio.gather(*(one_client(url, right, tokens, until, enough, seed, tally) for seed in range(clients)))
     return tally
 
 
