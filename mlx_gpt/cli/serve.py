@@ -18,16 +18,16 @@ from mlx_gpt.settings import build
     "models",
     metavar="PATH",
     multiple=True,
-    help="A run or a model directory; several can be compared.  [default: the newest run]",
+    help="A run or a model directory; repeat it to serve several.  [default: the newest run]",
 )
 @settings_options(ServeConfig)
 def command(models: tuple[str, ...], **settings: Any) -> None:
-    """Serve models to programs that know OpenAI's API, and to people on a page."""
+    """Serve models to people on a page, and to programs through OpenAI's API."""
     config: ServeConfig = build(ServeConfig, {"api_key": os.environ.get("MLX_GPT_API_KEY", "")} | given(settings))
     try:
         from mlx_gpt.serving.server import serve
     except ImportError as error:
-        raise UserError(f"Serving needs {error.name}: pip install 'mlx-gpt[serve]'.") from None
+        raise UserError(f"Serving needs the package {error.name}: pip install 'mlx-gpt[serve]'.") from None
     from mlx_gpt.training.run_folder import newest_run
 
     paths = [Path(path) for path in models] or [newest_run(Path("weights"), with_model=True)]

@@ -1,1 +1,1 @@
-"""A model for other programs, and a page for people."""
+"""A server for models: OpenAI's API for programs, and a page for people."""

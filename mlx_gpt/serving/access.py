@@ -1,14 +1,13 @@
-"""What stands before the application: who may ask, how much, and for how long.
+"""The guard before the application: who may ask, how much, and for how long.
 
 Written as ASGI middleware (https://asgi.readthedocs.io/en/latest/specs/www.html), so that a body is refused while it
-comes, and a stream is cut while it goes.
+arrives, and a stream is ended while it is sent.
 """
 
 import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
 import platform
 import time
@@ -19,25 +18,25 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_gpt.errors import shown
-from mlx_gpt.serving.api import APIError
+from mlx_gpt.serving.errors import CLIENT_CLOSED, APIError
 from mlx_gpt.serving.metrics import Metrics
 
-MOST_BODY = 2**20  # bytes: many times the longest context
+MAX_BODY = 2**20  # bytes: many times the longest context
 READ_SECONDS = 20.0  # for a whole body
-WRITE_SECONDS = 20.0  # for any part of an answer
-OPEN = ("/", "/health")  # without a key: they tell nothing of a model
+WRITE_SECONDS = 20.0  # for each part of an answer
+OPEN = ("/", "/health")  # need no key, since they reveal nothing about a model
 
 log = logging.getLogger("mlx_gpt")
 
 
 class Guard:
-    """Refuses what is not allowed, with a sentence in OpenAI's shape, and writes a line per request.
+    """Refuses forbidden requests, enforces limits, and logs one line per request.
 
     Args:
-        hosts: names of this server besides its addresses and `localhost`. Any other would be a page that had its name
-            point here (DNS rebinding).
-        origins: of other sites whose pages may ask.
-        api_key: that all but the page and /health want; empty for none.
+        hosts: names of this server besides its addresses and `localhost`. A request for any other name may come from
+            a page whose own name was made to point here (DNS rebinding).
+        origins: other sites whose pages may ask.
+        api_key: required everywhere but for the page and /health; empty for none.
     """
 
     def __init__(
@@ -55,12 +54,9 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, status = time.monotonic(), 0
+        started, status, method = time.monotonic(), 0, scope["method"]
 
-        async def sending(message: Message) -> None:
+        async def guarded_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -70,48 +66,45 @@ class Guard:
             try:
                 async with asyncio.timeout(WRITE_SECONDS):
                     await send(message)
-            except TimeoutError:  # one who doesn't read; the application will find that he has gone
-                scope["extensions"]["mlx_gpt.connection"]["abort"]()
+            except TimeoutError:  # the client does not read; the application will find that it has disconnected
+                scope["state"]["connection"].abort()
 
+        if method == "HEAD":  # FastAPI's routes answer GET only; uvicorn leaves out the body of this answer
+            scope = {**scope, "method": "GET"}
         try:
             try:
                 self._check(scope)
-                await self._app(scope, await _body(scope, receive), sending)
+                receive = await _whole_body(scope, receive)
             except APIError as error:
-                if status:
-                    raise
-                await refuse(error, sending)
+                await error.response()(scope, receive, guarded_send)
+            else:
+                await self._app(scope, receive, guarded_send)
         except ConnectionError:
-            status = status or 499  # nginx's number for a client that has gone
+            status = status or CLIENT_CLOSED
         except asyncio.CancelledError:
-            log.info("The grace is over: an answer is cut off")
+            log.info("The grace period is over: an unfinished answer was cut off")
         finally:
-            known = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(known, str(status)).inc()
-            seconds = time.monotonic() - began
-            path = shown(scope["path"])
-            log.info("%s %s %s %.3f s%s", shown(scope["method"]), path, status, seconds, scope.get("told", ""))
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
+            seconds, usage = time.monotonic() - started, scope["state"].get("usage", "")
+            log.info("%s %s %s %.3f s%s", shown(method), shown(scope["path"]), status, seconds, usage)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self._is_ours(host):
-            raise APIError(
-                421,
-                f"This server is not called {shown(host)!r}: add it with --allow-host if it is.",
-                code="unknown_host",
-            )
+            message = f"This server does not know the host name {shown(host)!r}: add it with --allow-host."
+            raise APIError(421, message, code="unknown_host")
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and origin not in (f"http://{host}", f"https://{host}"):
-            message = f"Pages of {shown(origin)} may not ask this server: if they may, start it with --allow-origin."
+            message = f"Pages of {shown(origin)} may not use this server: allow them with --allow-origin."
             raise APIError(403, message, code="unknown_origin")
         if self._key and scope["path"] not in OPEN:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            given = hashlib.sha256(key.strip().encode("latin-1")).digest()
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._key):
-                error = APIError(401, "Give the server's key: Authorization: Bearer KEY.", code="invalid_api_key")
-                error.headers["WWW-Authenticate"] = "Bearer"
-                raise error
+            digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+            if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._key):
+                message = "Send the server's key in the header Authorization: Bearer KEY."
+                raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def _is_ours(self, host: str) -> bool:
         try:
@@ -125,16 +118,19 @@ class Guard:
             return name in self._hosts
 
 
-async def _body(scope: Scope, receive: Receive) -> Receive:
-    """`receive` for an application that finds the whole body there.
+async def _whole_body(scope: Scope, receive: Receive) -> Receive:
+    """Read the body, and return a `receive` that gives it in one message.
 
     Raises:
-        APIError: it is too large, or takes too long.
+        APIError: the body is too large, or arrives too slowly.
+        ConnectionError: the client disconnected.
     """
+    close = {"Connection": "close"}  # the rest of the body is not read, so no other request can follow it
+    too_large = APIError(
+        413, f"The body is larger than {MAX_BODY:,} bytes: shorten it.", code="too_large", headers=close
+    )
     length = Headers(scope=scope).get("content-length", "0")
-    too_large = APIError(413, f"The body is larger than {MOST_BODY:,} bytes: shorten it.", code="too_large")
-    too_large.headers["Connection"] = "close"
-    if not length.isdecimal() or int(length[:20]) > MOST_BODY:
+    if not length.isdecimal() or int(length[:20]) > MAX_BODY:
         raise too_large
     chunks, size, more = [], 0, True
     try:
@@ -145,25 +141,14 @@ async def _body(scope: Scope, receive: Receive) -> Receive:
                     raise ConnectionError
                 chunks.append(message.get("body", b""))
                 size, more = size + len(chunks[-1]), message.get("more_body", False)
-                if size > MOST_BODY:
+                if size > MAX_BODY:
                     raise too_large
     except TimeoutError:
-        slow = APIError(408, f"The body took longer than {READ_SECONDS:.0f} seconds: send it faster.", code="timeout")
-        slow.headers["Connection"] = "close"
-        raise slow from None
+        slow = f"The body took longer than {READ_SECONDS:.0f} seconds: send it faster."
+        raise APIError(408, slow, code="timeout", headers=close) from None
     whole: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
-    async def receiving() -> Message:
+    async def receive_whole() -> Message:
         return whole.pop() if whole else await receive()
 
-    return receiving
-
-
-async def refuse(error: APIError, send: Send) -> None:
-    """Answer with an error."""
-    headers = {"content-type": "application/json", **error.headers}
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    body = json.dumps(error.body()).encode()
-    raw.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+    return receive_whole

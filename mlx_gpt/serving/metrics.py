@@ -1,4 +1,4 @@
-"""What Prometheus is told at /metrics."""
+"""The numbers at /metrics, for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -7,18 +7,18 @@ SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """Counters of a server, apart from those of any other in the process."""
+    """The counters of one server; other servers in the process have their own."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "mlx_gpt_requests", "HTTP requests, by path and status.", ["path", "status"], registry=registry
         )
-        self.queued = Gauge("mlx_gpt_queued_texts", "Texts that wait for a place.", registry=registry)
-        self.active = Gauge("mlx_gpt_active_texts", "Texts that are read or decoded.", registry=registry)
-        self.places = Gauge("mlx_gpt_places", "Texts that can be decoded at a time.", registry=registry)
-        self.prompts = Counter("mlx_gpt_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self.generated = Counter("mlx_gpt_generated_tokens", "Tokens that were generated.", registry=registry)
+        self.queued = Gauge("mlx_gpt_queued_texts", "Texts that wait for a slot.", registry=registry)
+        self.active = Gauge("mlx_gpt_active_texts", "Texts that are being generated.", registry=registry)
+        self.slots = Gauge("mlx_gpt_slots", "Texts that can be generated at a time.", registry=registry)
+        self.prompts = Counter("mlx_gpt_prompt_tokens", "Tokens in prompts.", registry=registry)
+        self.generated = Counter("mlx_gpt_generated_tokens", "Tokens generated.", registry=registry)
         self.first_token = Histogram(
             "mlx_gpt_time_to_first_token_seconds", "From a request to its first token.", buckets=SECONDS,
             registry=registry,
@@ -32,5 +32,5 @@ class Metrics:
         )  # fmt: skip
 
     def text(self) -> bytes:
-        """All of them, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The page for people: one file, and the policy under which a browser shows it."""
+"""The page for people: one file, and the policy that lets a browser load nothing else."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ HTML = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
 def _policy(html: str) -> str:
-    """Nothing but what stands in the page itself, and this server (https://www.w3.org/TR/CSP3/)."""
+    """A policy that allows the page's own script and style, and requests to this server (https://www.w3.org/TR/CSP3/)."""
     hashes = {
         tag: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -1,73 +1,66 @@
-"""The process that serves: its sockets, its signals, its models."""
+"""The process that serves: its socket, its signals, its models."""
 
-import asyncio
-import contextlib
 import functools
 import logging
 import re
-import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
-from mlx_gpt.serving import app
+from mlx_gpt.serving.app import make_app
+from mlx_gpt.serving.connection import Connection, without_idle_limit
 from mlx_gpt.serving.metrics import Metrics
-from mlx_gpt.serving.worker import Served, Worker
+from mlx_gpt.serving.models import load_models
+from mlx_gpt.serving.worker import Worker
 
-HEADER_SECONDS = 20.0  # for a request's head
-MOST_HEADERS = 2**15  # bytes
-MOST_AHEAD = 2**20  # bytes of requests that came before the last one was answered
-MOST_CONNECTIONS = 512
+MAX_HEAD = 2**15  # bytes of a request's head
+MAX_CONNECTIONS = 512
 
 log = logging.getLogger("mlx_gpt")
 
 
 def serve(paths: Sequence[Path], config: ServeConfig, say: Callable[[str], None]) -> None:
-    """Serve until a signal ends it: what is being answered is finished within the grace.
+    """Serve until a signal arrives. Answers that are being generated then have `config.grace` seconds to finish.
 
     Raises:
         UserError: as in `Server`.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     with Server(paths, config) as server:
-        say(f"Serving {', '.join(server.models)} at {server.url} (Ctrl-C ends it)")
+        say(f"Serving {', '.join(server.models)} at {server.url} (stop with Ctrl-C)")
         server.run()
 
 
 class Server(uvicorn.Server):
-    """Models behind a socket, for `run`. The first signal ends it after what is being answered, the second at once.
+    """Models behind a socket. The first signal lets it finish its answers, the second stops it at once.
 
     Attributes:
         models: by name.
-        url: where it is found.
+        url: its address.
 
     Raises:
-        UserError: a model can't be loaded, the address can't be had, or others could ask without a key.
+        UserError: a model cannot be loaded, the address cannot be used, or anyone could ask without a key.
     """
 
     def __init__(self, paths: Sequence[Path], config: ServeConfig) -> None:
-        alone = config.host in ("127.0.0.1", "::1", "localhost")
-        if not (alone or config.api_key or config.insecure):
+        local = config.host in ("127.0.0.1", "::1", "localhost")
+        if not (local or config.api_key or config.insecure):
             raise UserError(
-                f"On {config.host} others can ask: give an --api-key, or --insecure if everyone may use the model."
+                f"Other machines can reach {config.host}: set an --api-key, or --insecure if anyone may use the model."
             )
         for origin in config.allow_origin:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
-                raise UserError(f"--allow-origin {origin} is no site: name it as a browser does, https://a.example.")
+                raise UserError(f"--allow-origin {origin} is not an origin: write it like https://a.example.")
         self._listener = _listen(config.host, config.port)
         metrics = Metrics()
-        self._worker = Worker(
-            functools.partial(load, paths, config.max_batch), config.max_batch, config.max_queue, metrics
-        )
+        load = functools.partial(load_models, paths, config.max_batch)
+        self._worker = Worker(load, config.max_batch, config.max_queue, metrics)
         try:
             self._worker.start()
         except BaseException:
@@ -79,141 +72,45 @@ class Server(uvicorn.Server):
         self.url = f"http://{host}:{self._listener.getsockname()[1]}"
         super().__init__(
             uvicorn.Config(
-                app.make(self._worker, metrics, config),
-                http=Protocol,
+                without_idle_limit(make_app(self._worker, metrics, config)),
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
-                access_log=False,  # access.py has a line per request
+                access_log=False,  # access.py logs the requests
                 server_header=False,
-                h11_max_incomplete_event_size=MOST_HEADERS,
-                limit_concurrency=MOST_CONNECTIONS,
+                h11_max_incomplete_event_size=MAX_HEAD,
+                limit_concurrency=MAX_CONNECTIONS,
                 timeout_graceful_shutdown=config.grace,
             )
         )
-        if not alone and not config.api_key:
-            log.warning("INSECURE: whoever reaches %s can use the model, for there is no key.", self.url)
-            log.warning("INSECURE: give an --api-key to keep others out.")
+        if not local and not config.api_key:
+            log.warning("INSECURE: anyone who reaches %s can use the model, since it needs no key.", self.url)
+            log.warning("INSECURE: set an --api-key to prevent that.")
 
     def __enter__(self) -> "Server":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the socket, and end the thread that computes."""
+        """Close the socket and end the engine's thread."""
         self._listener.close()
         self._worker.stop()
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until it is to end."""
+        """Serve until a signal arrives."""
         super().run(sockets=[self._listener])
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
-        self._worker.bind()
-        await super().startup(sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Handle signals, and leave them alone afterwards: they have been obeyed."""
-        if threading.current_thread() is not threading.main_thread():  # which alone gets them
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end."""
+        """Stop. uvicorn's own version would raise the signal again at the end, and the exit code would not be 0."""
         self.force_exit = self.should_exit
         self.should_exit = True
-
-
-def load(paths: Sequence[Path], max_batch: int) -> Mapping[str, Served]:
-    """The models, by name.
-
-    Raises:
-        UserError: one can't be loaded.
-    """
-
-    from mlx.utils import tree_flatten
-
-    from mlx_gpt import api, models
-    from mlx_gpt.device import device
-    from mlx_gpt.generation.chat_template import ChatTemplate
-    from mlx_gpt.generation.engine import Engine, bytes_per_token
-    from mlx_gpt.training.run_folder import model_directory
-
-    folders = [model_directory(path) for path in paths]
-    served = {}
-    room, taken = device().usable, 0
-    for name, folder in zip(app.names_of(folders), folders, strict=True):
-        model, tokenizer = api.load(folder)
-        positions = models.context_length(model)
-        taken += sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-        taken += bytes_per_token(model) * positions * max_batch
-        if taken > room:
-            size = f"{taken / 1e6:,.0f} MB"
-            raise UserError(
-                f"Weights and caches of {max_batch} texts take {size}, more than is free: lower --max-batch."
-            )
-        engine = functools.partial(Engine, model, tokenizer, max_batch)
-        template = ChatTemplate.load(folder)
-        served[name] = Served(name, folder, tokenizer, positions, models.n_params(model), template, engine)
-    return served
-
-
-class Protocol(H11Protocol):
-    """HTTP/1.1 that waits only so long for a request's head, and can be cut off."""
-
-    _waiting: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
-        super().connection_made(transport)
-        self._wait()
-
-    def on_response_complete(self) -> None:
-        """An answer has been written: now it has to be read in time, and the next request to come."""
-        if self._waiting is None:
-            self._wait()
-        super().on_response_complete()
-
-    def handle_events(self) -> None:
-        """Some of a request has come, or it is the turn of one that came with the one before."""
-        super().handle_events()
-        if self.conn.their_state is h11.DONE:
-            # More came before the answer, and uvicorn has paused reading: nobody would see the client hang up.
-            if len(self.conn.trailing_data[0]) > MOST_AHEAD:
-                self.transport.abort()
-            self.flow.resume_reading()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.scope.setdefault("extensions", {})["mlx_gpt.connection"] = {"abort": self.transport.abort}
-            self._stop_waiting()
-        elif self._waiting is None:
-            self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _wait(self) -> None:
-        self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        if self._waiting:
-            self._waiting.cancel()
-            self._waiting = None
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # With the protocol named, asyncio sets TCP_NODELAY: without, tokens would wait 40 ms for each other.
+        # asyncio sets TCP_NODELAY only if the protocol is named. Without it, tokens would wait up to 40 ms.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -224,4 +121,4 @@ def _listen(host: str, port: int) -> socket.socket:
             raise
         return listener
     except OSError as error:
-        raise UserError(f"Can't listen on {host}:{port} ({error.strerror or error}): choose another --port.") from None
+        raise UserError(f"Cannot listen on {host}:{port} ({error.strerror or error}): choose another --port.") from None

@@ -1,6 +1,6 @@
-"""The thread that computes: it steps the engines, and hands what they make to the event loop.
+"""The thread that runs the engines, and hands what they generate to the event loop.
 
-MLX is used by this thread alone; everything else here belongs to the event loop.
+Only this thread uses MLX. In `Worker`, the methods above the line belong to the event loop, those below to the thread.
 """
 
 import asyncio
@@ -11,15 +11,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 
-from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.engine import Engine, Request
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.serving.metrics import Metrics
-from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.serving.models import ServedModel
 
 Event = tuple[int, Piece] | Exception
 
@@ -27,10 +26,10 @@ log = logging.getLogger("mlx_gpt")
 
 
 class BusyError(Exception):
-    """So many texts are waiting that no more are taken.
+    """The queue is full.
 
     Attributes:
-        retry_after: seconds after which it may be worth trying again.
+        retry_after: seconds after which trying again may help.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -39,83 +38,76 @@ class BusyError(Exception):
 
 
 class EngineError(Exception):
-    """The engine met an error, and the request is lost."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model that can be asked.
-
-    Attributes:
-        name: under which it is known.
-        folder: the run or model directory that it was loaded from.
-        n_positions: its context, in tokens.
-        template: how a conversation is written for it; None if it was not trained on any.
-    """
-
-    name: str
-    folder: Path
-    tokenizer: Tokenizer
-    n_positions: int
-    n_params: int
-    template: ChatTemplate | None
-    engine: Callable[[], Engine]
+    """The engine failed, and the texts that it was generating are lost."""
 
 
 @dataclass(eq=False)
 class Job:
-    """The texts that one HTTP request asks for: its pieces come in order, each with the number of its prompt.
+    """The texts of one HTTP request.
 
     Attributes:
-        events: a prompt's number and a piece of its text, or an error.
+        events: a prompt's number with a piece of a text that continues it, in order; or an error.
+        started: when it was submitted, by `time.monotonic`.
+        unfinished: texts that have not ended.
     """
 
-    served: Served
+    model: ServedModel
     requests: Sequence[Request]
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    began: float = field(default_factory=time.monotonic)
-    left: int = 0
+    started: float = field(default_factory=time.monotonic)
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = self.texts
+
+    @property
+    def texts(self) -> int:
+        """How many texts it generates."""
+        return sum(request.config.num_samples for request in self.requests)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Each piece, with the number of its prompt, until all texts have ended.
+        """Each piece with the number of its prompt, until all texts have ended.
 
         Raises:
-            EngineError: the engine did.
+            EngineError: the engine failed.
         """
-        while self.left:
+        while self.unfinished:
             event = await self.events.get()
             if isinstance(event, Exception):
                 raise event
-            self.left -= bool(event[1].reason)
+            self.unfinished -= bool(event[1].reason)
             yield event
 
 
 @dataclass
-class _Asked:
-    """A request in an engine: whose it is, its number there, and how many texts are still to end."""
+class _InEngine:
+    """A request inside an engine: its job, its number there, and how many of its texts have not ended."""
 
     job: Job
     number: int
-    left: int
+    unfinished: int
 
 
 class Worker:
-    """Makes the texts of all jobs.
+    """Generates the texts of all jobs.
 
     Args:
-        load: loads the models, by name; called by the thread.
-        max_batch: texts of each model that are made at a time.
-        max_queue: texts that may wait beyond these.
+        load: loads the models, by name. The thread calls it.
+        max_batch: texts of each model that are generated at a time.
+        max_queue: texts that may wait for a slot.
+
+    Attributes:
+        models: by name, once started.
     """
 
     def __init__(
-        self, load: Callable[[], Mapping[str, Served]], max_batch: int, max_queue: int, metrics: Metrics
+        self, load: Callable[[], Mapping[str, ServedModel]], max_batch: int, max_queue: int, metrics: Metrics
     ) -> None:
-        self.models: Mapping[str, Served] = {}
+        self.models: Mapping[str, ServedModel] = {}
         self.max_batch, self.max_queue, self._metrics = max_batch, max_queue, metrics
         self._load = load
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[tuple[Literal["add", "drop"], Job] | None] = queue.SimpleQueue()  # None: stop
         self._jobs: set[Job] = set()
         self._seconds_per_text = 1.0  # a running average
         self._ended = False
@@ -126,7 +118,7 @@ class Worker:
         """Load the models.
 
         Raises:
-            UserError: one can't be loaded.
+            UserError: a model cannot be loaded.
         """
         self._thread.start()
         if error := self._loaded.get():
@@ -134,60 +126,52 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it still computes."""
+        """Whether it can generate."""
         return self._thread.is_alive() and not self._ended
 
-    def bind(self) -> None:
-        """Deliver to the running event loop from now on."""
-        self._loop = asyncio.get_running_loop()
-
     def stop(self) -> None:
-        """End the thread, after the step or the loading that it is in."""
-        self._commands.put(("stop", None))
+        """End the thread after its current step, or after loading."""
+        self._commands.put(None)
         self._thread.join(timeout=60)
 
-    def submit(self, served: Served, requests: Sequence[Request]) -> Job:
-        """Begin a job. Give it to `finish` in the end, whatever the end is.
+    def submit(self, model: ServedModel, requests: Sequence[Request]) -> Job:
+        """Start a job, whose events go to the running event loop. `finish` has to be called for it in the end.
 
         Raises:
-            BusyError: too many texts wait already.
-            EngineError: nothing computes any more.
+            BusyError: the queue is full.
+            EngineError: the thread has ended.
         """
         if not self.alive:
             raise EngineError
-        texts = sum(request.config.num_samples for request in requests)
-        inside = sum(self._texts(job) for job in self._jobs if job.served is served)
-        if inside + texts > self.max_batch + self.max_queue:
-            raise BusyError(min(60, max(1, math.ceil(self._seconds_per_text * inside / self.max_batch))))
-        job = Job(served, requests, left=texts)
+        job = Job(model, requests)
+        texts = sum(other.texts for other in self._jobs if other.model is model)
+        if texts + job.texts > self.max_batch + self.max_queue:
+            raise BusyError(min(60, max(1, math.ceil(self._seconds_per_text * texts / self.max_batch))))
+        self._loop = asyncio.get_running_loop()
         self._jobs.add(job)
         self._count()
         self._commands.put(("add", job))
-        if not self.alive:  # it may have ended before this
+        if not self.alive:  # the thread may have ended before it saw the command
             self._jobs.discard(job)
             raise EngineError
         return job
 
     def finish(self, job: Job) -> None:
-        """A job is done, or nobody waits for it any more: then its places are free at the next token."""
+        """Free the slots of a job. If it has not ended, they are free from the next token on."""
         self._jobs.discard(job)
-        if job.left:
+        if job.unfinished:
             self._commands.put(("drop", job))
         else:
-            seconds = time.monotonic() - job.began
+            seconds = time.monotonic() - job.started
             self._seconds_per_text += 0.1 * (seconds - self._seconds_per_text)
         self._count()
 
-    @staticmethod
-    def _texts(job: Job) -> int:
-        return sum(request.config.num_samples for request in job.requests)
-
     def _count(self) -> None:
-        inside = dict.fromkeys(self.models, 0)
+        texts = dict.fromkeys(self.models, 0)
         for job in self._jobs:
-            inside[job.served.name] += self._texts(job)
-        self._metrics.active.set(sum(min(texts, self.max_batch) for texts in inside.values()))
-        self._metrics.queued.set(sum(max(0, texts - self.max_batch) for texts in inside.values()))
+            texts[job.model.name] += job.texts
+        self._metrics.active.set(sum(min(count, self.max_batch) for count in texts.values()))
+        self._metrics.queued.set(sum(max(0, count - self.max_batch) for count in texts.values()))
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
@@ -195,77 +179,76 @@ class Worker:
         error: BaseException | None = None
         try:
             self.models = self._load()
-            engines = {name: served.engine() for name, served in self.models.items()}
+            engines = {name: model.engine() for name, model in self.models.items()}
             self._loaded.put(None)
             self._serve(engines)
         except BaseException as caught:
             error = caught
             if self.models:
-                log.critical("The thread that computes has ended", exc_info=error)
+                log.critical("The engine's thread has ended", exc_info=error)
         finally:
-            mx.clear_streams()  # those of this thread, or the process would abort at its end
+            mx.clear_streams()  # this thread's; without it, the process aborts when it exits
             self._loaded.put(error)
 
     def _serve(self, engines: dict[str, Engine]) -> None:
-        asked: dict[Request, _Asked] = {}
+        active: dict[Request, _InEngine] = {}
         try:
             while True:
-                busy = [name for name, engine in engines.items() if engine.busy]
-                while not busy or not self._commands.empty():
-                    what, job = self._commands.get()
-                    if job is None:
+                while not any(engine.busy for engine in engines.values()) or not self._commands.empty():
+                    command = self._commands.get()
+                    if command is None:
                         return
-                    self._obey(what, job, engines[job.served.name], asked)
-                    busy = [name for name, engine in engines.items() if engine.busy]
-                for name in busy:
-                    self._step(name, engines, asked)
+                    action, job = command
+                    self._obey(action, job, engines[job.model.name], active)
+                for name in [name for name, engine in engines.items() if engine.busy]:
+                    self._step(name, engines, active)
         finally:
             self._ended = True
-            lost = {one.job for one in asked.values()}
+            lost = {request.job for request in active.values()}
             while not self._commands.empty():
-                what, job = self._commands.get()
-                if job and what == "add":
-                    lost.add(job)
+                command = self._commands.get()
+                if command and command[0] == "add":
+                    lost.add(command[1])
             self._deliver([(job, EngineError()) for job in lost])
 
-    def _obey(self, what: str, job: Job, engine: Engine, asked: dict[Request, _Asked]) -> None:
-        """Add a job's requests, or drop what is left of them."""
+    def _obey(self, action: Literal["add", "drop"], job: Job, engine: Engine, active: dict[Request, _InEngine]) -> None:
+        """Add a job's requests, or drop those that are left of them."""
         try:
             for i, request in enumerate(job.requests):
-                if what == "add":
-                    asked[request] = _Asked(job, i, request.config.num_samples)
+                if action == "add":
+                    active[request] = _InEngine(job, i, request.config.num_samples)
                     engine.add(request)
-                elif asked.pop(request, None):
+                elif active.pop(request, None):
                     engine.drop(request)
         except Exception:
-            log.exception("A request to %s failed", job.served.name)
+            log.exception("A request to %s failed", job.model.name)
             for request in job.requests:
-                if asked.pop(request, None):
+                if active.pop(request, None):
                     engine.drop(request)
             self._deliver([(job, EngineError())])
 
-    def _step(self, name: str, engines: dict[str, Engine], asked: "dict[Request, _Asked]") -> None:
-        """Advance an engine, and hand over what it has made."""
+    def _step(self, name: str, engines: dict[str, Engine], active: dict[Request, _InEngine]) -> None:
+        """Run one step of an engine, and deliver what it generated."""
         made = engines[name].made
         try:
-            told = engines[name].step()
+            pieces = engines[name].step()
         except Exception:
-            # Whatever it was may have left the engine's texts in disorder: they are given up, and it begins anew.
+            # The error may have left the engine in any state: replace it, and give up its texts.
             log.exception("The engine of %s failed", name)
-            lost = {one.job for one in asked.values() if one.job.served.name == name}
-            for request in [request for request, one in asked.items() if one.job in lost]:
-                del asked[request]
+            lost = {request.job for request in active.values() if request.job.model.name == name}
+            for request in [request for request, entry in active.items() if entry.job in lost]:
+                del active[request]
+            self._deliver([(job, EngineError()) for job in lost])  # first, since the replacement may fail, too
             engines[name] = self.models[name].engine()
-            self._deliver([(job, EngineError()) for job in lost])
             return
         self._metrics.generated.inc(engines[name].made - made)
         events: list[tuple[Job, Event]] = []
-        for request, piece in told:
-            one = asked[request]
-            events.append((one.job, (one.number, piece)))
-            one.left -= bool(piece.reason)
-            if not one.left:
-                del asked[request]
+        for request, piece in pieces:
+            entry = active[request]
+            events.append((entry.job, (entry.number, piece)))
+            entry.unfinished -= bool(piece.reason)
+            if not entry.unfinished:
+                del active[request]
         self._deliver(events)
 
     def _deliver(self, events: Sequence[tuple[Job, Event]]) -> None:

@@ -1,4 +1,4 @@
-"""Models behind a real socket, in a thread of this process."""
+"""Servers on real sockets: in a thread of this process, or in a process of their own."""
 
 import contextlib
 import json
@@ -26,23 +26,23 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, make_model, bpe, sentences):
-    """A run, `plain`, and a model that knows conversations, `chatty`."""
-    place = tmp_path_factory.mktemp("weights")
-    save_model(place / "plain/best", make_model(), bpe)
+    """A folder with a run, `plain`, and a model with a chat template, `chatty`."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_model(folder / "plain/best", make_model(), bpe)
     records = [{"step": 0, "val_loss": 6.0}, *({"step": i, "train_loss": 6 - i / 10} for i in range(1, 21))]
     lines = "".join(json.dumps(record) + "\n" for record in [*records, {"step": 20, "val_loss": 4.1}])
-    (place / "plain/metrics.jsonl").write_text(lines)
+    (folder / "plain/metrics.jsonl").write_text(lines)
     backend = Tokenizer.train(sentences, 300).backend
     backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>"])
-    save_model(place / "chatty", make_model(vocab_size=303), Tokenizer(backend))
-    path = place / "chatty/tokenizer_config.json"
+    save_model(folder / "chatty", make_model(vocab_size=303), Tokenizer(backend))
+    path = folder / "chatty/tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    return place
+    return folder
 
 
 @contextlib.contextmanager
 def served(*paths: Path, **settings) -> Iterator[str]:
-    """The address of a server that ends with the block."""
+    """The address of a server that stops at the end of the block."""
     with Server(paths, ServeConfig(port=0, **settings)) as server:
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -79,7 +79,7 @@ class Process:
 
     Attributes:
         url: its address.
-        log: the file that has its log.
+        log: the file with its log.
     """
 
     def __init__(self, log: Path, *flags: object) -> None:
@@ -100,7 +100,7 @@ class Process:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start servers, which end with the test."""
+    """A function that starts servers, which stop with the test."""
     with contextlib.ExitStack() as ends:
 
         def start(*flags):

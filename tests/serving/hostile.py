@@ -1,4 +1,4 @@
-"""Requests that mean no good, the same ones for the same seed."""
+"""Hostile requests, the same ones for the same seed."""
 
 import json
 import random
@@ -45,7 +45,7 @@ CHUNKS = [
 
 
 def requests(count: int, seed: int = 0) -> Iterator[tuple[bytes, bool]]:
-    """The bytes of so many requests, of every kind in turn, and whether they want an answer as they are."""
+    """The bytes of `count` requests, of every kind in turn, and whether each is complete and must be answered."""
     draw = random.Random(seed)
     whole = [_values, _bodies, _nested, _bytes, _large]
     kinds = [*whole, _targets, _headers, _chunks, _garbage, _cut]
@@ -55,7 +55,7 @@ def requests(count: int, seed: int = 0) -> Iterator[tuple[bytes, bool]]:
 
 
 def request(body: bytes, path: str = "/v1/completions", method: str = "POST", headers: str = "") -> bytes:
-    """A request, well-formed but for what it is given."""
+    """A request that is well-formed except for its arguments."""
     lines = [f"{method} {path} HTTP/1.1", "Connection: close"]
     lines += [] if "Host:" in headers else ["Host: localhost"]
     lines += [] if "Content-Type:" in headers else ["Content-Type: application/json"]
@@ -65,7 +65,7 @@ def request(body: bytes, path: str = "/v1/completions", method: str = "POST", he
 
 
 def _values(draw: random.Random) -> bytes:
-    """One or two fields with a value that they can't have."""
+    """One or two fields with a value that they cannot have."""
     fields = {draw.choice(FIELDS): draw.choice(NUMBERS + TEXTS) for _ in range(draw.randint(1, 2))}
     fields.setdefault("max_tokens", "2")
     body = ", ".join(f'"{name}": {value}' for name, value in fields.items())
@@ -73,7 +73,7 @@ def _values(draw: random.Random) -> bytes:
 
 
 def _bodies(draw: random.Random) -> bytes:
-    """No JSON, or not quite."""
+    """Bodies that are not JSON, or not quite."""
     whole = json.dumps({"prompt": "x", "max_tokens": 2, "messages": [{"role": "user", "content": "x"}]})
     at = draw.randrange(len(whole))
     broken = [
@@ -90,7 +90,7 @@ def _bodies(draw: random.Random) -> bytes:
 
 
 def _nested(draw: random.Random) -> bytes:
-    """Brackets in brackets."""
+    """Deep nesting."""
     depth = draw.choice([10, 200, 1000, 100_000])
     opening, closing = draw.choice([("[", "]"), ('{"a":', "}")])
     body = f'{{"prompt": {opening * depth}1{closing * depth * draw.randint(0, 1)}}}'
@@ -98,7 +98,7 @@ def _nested(draw: random.Random) -> bytes:
 
 
 def _bytes(draw: random.Random) -> bytes:
-    """What is no UTF-8."""
+    """Bytes that are not UTF-8."""
     wrong = draw.choice(
         [b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\xc0\xaf", b"\xef\xbf", draw.randbytes(20)]
     )
@@ -106,24 +106,24 @@ def _bytes(draw: random.Random) -> bytes:
 
 
 def _targets(draw: random.Random) -> bytes:
-    """Paths that lead elsewhere, and methods that there aren't."""
+    """Paths that lead elsewhere, and methods that do not exist."""
     return request(b"", draw.choice(TARGETS), draw.choice(["GET", "POST", *METHODS]))
 
 
 def _headers(draw: random.Random) -> bytes:
-    """Heads that contradict or overflow."""
+    """Headers that contradict each other or are too long."""
     return request(
         b'{"prompt": "x", "max_tokens": 1}', headers=draw.choice(HEADERS), method=draw.choice(["POST", "GET"])
     )
 
 
 def _chunks(draw: random.Random) -> bytes:
-    """Chunks that don't add up."""
+    """Malformed chunked bodies."""
     return request(draw.choice(CHUNKS), headers="Transfer-Encoding: chunked")
 
 
 def _garbage(draw: random.Random) -> bytes:
-    """No HTTP at all."""
+    """Bytes that are not HTTP."""
     return draw.choice(
         [
             draw.randbytes(200),
@@ -138,7 +138,7 @@ def _garbage(draw: random.Random) -> bytes:
 
 
 def _large(draw: random.Random) -> bytes:
-    """More than is taken, or nearly."""
+    """Bodies above the limit, and wrong ones just below it."""
     size = draw.choice([2**20 + 1, 2**21])
     body = draw.choice(
         [
@@ -154,6 +154,6 @@ def _large(draw: random.Random) -> bytes:
 
 
 def _cut(draw: random.Random) -> bytes:
-    """A request that stops in the middle, from a client that goes."""
+    """A request that stops in the middle, from a client that disconnects."""
     whole = request(b'{"prompt": "The duck", "max_tokens": 200, "stream": true}')
     return whole[: draw.randrange(1, len(whole))]

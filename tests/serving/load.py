@@ -1,14 +1,15 @@
-"""Many clients at once, some of whom hang up: every answer is right, or a clean refusal.
+"""Many clients at once, some of which disconnect: every answer must be right, or a clean refusal.
 
     python -m tests.serving.load --model weights/demo --minutes 5
 
-starts `mlx-gpt serve` and has 1, 8 and 64 clients ask it for so long each. How fast that is beside mlx-lm's server,
-`benchmarks/serving.py` measures.
+starts `mlx-gpt serve` and has 1, 8 and 64 clients send it requests, that long each. `benchmarks/serving.py` compares
+its speed with that of mlx-lm's server.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import sys
@@ -21,22 +22,22 @@ from typing import Any
 import httpx
 
 PROMPTS = ["The", "The statement", "If the", "A class", "In this", "The value of", "When", "It is"]
-HANG_UP = 0.1  # of the requests
+DISCONNECT = 0.1  # of the requests
 
 
 @dataclass
 class Tally:
-    """What became of requests.
+    """The outcomes of requests.
 
     Attributes:
         first, speed: seconds to the first token, and tokens per second after it, of each stream.
-        tokens: that were read, of those too who hung up.
+        tokens: read by all clients, including those that disconnected.
     """
 
     right: int = 0
     wrong: int = 0
     refused: int = 0
-    hung_up: int = 0
+    disconnected: int = 0
     failed: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     speed: list[float] = field(default_factory=list)
@@ -46,32 +47,34 @@ class Tally:
         first = sorted(self.first)
         p95 = first[int(0.95 * (len(first) - 1))] if first else 0
         return (
-            f"{self.right} right, {self.wrong} wrong, {self.refused} refused, {self.hung_up} hung up, "
+            f"{self.right} right, {self.wrong} wrong, {self.refused} refused, {self.disconnected} disconnected, "
             f"{len(self.failed)} failed; first token after {1000 * statistics.median(first or [0]):.0f} ms "
             f"(95 %: {1000 * p95:.0f}), {statistics.median(self.speed or [0]):.0f} tokens/s each"
         )
 
 
 def asked(number: int, tokens: int) -> dict[str, Any]:
-    """One of the requests that clients make: greedy ones, and ones with a seed."""
+    """Request `number` of those that clients send: half of them greedy, half with a seed."""
     drawn = {"temperature": 0.9, "seed": number} if number % 2 else {"temperature": 0}
     return {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": tokens - number % 7, "logprobs": 0, **drawn}
 
 
 async def expected(url: str, count: int, tokens: int) -> list[str]:
-    """What each of them is answered alone."""
+    """The answer to each of the first `count` requests when it is alone."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         answers = [await client.post("/v1/completions", json=asked(i, tokens)) for i in range(count)]
     return [answer.json()["choices"][0]["text"] for answer in answers]
 
 
-async def one_client(url: str, right: Sequence[str], tokens: int, until: float, seed: int, tally: Tally) -> None:
-    """Ask again and again until some time."""
+async def one_client(
+    url: str, right: Sequence[str], tokens: int, until: float, enough: float, seed: int, tally: Tally
+) -> None:
+    """Send requests until the clock shows `until`, or all clients together have `enough` right answers."""
     draw = random.Random(seed)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        while time.monotonic() < until:
+        while time.monotonic() < until and tally.right < enough:
             number = draw.randrange(len(right))
-            leaves_after = draw.randrange(1, 10) if draw.random() < HANG_UP else None
+            leaves_after = draw.randrange(1, 10) if draw.random() < DISCONNECT else None
             try:
                 await one_request(client, number, right[number], tokens, leaves_after, tally)
             except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -81,7 +84,7 @@ async def one_client(url: str, right: Sequence[str], tokens: int, until: float, 
 async def one_request(
     client: httpx.AsyncClient, number: int, right: str, tokens: int, leaves_after: int | None, tally: Tally
 ) -> None:
-    """Ask once, as a stream, and compare what comes."""
+    """Send one request, read its stream, and compare it."""
     began = time.monotonic()
     async with client.stream("POST", "/v1/completions", json=asked(number, tokens) | {"stream": True}) as answer:
         if answer.status_code == 429:
@@ -104,7 +107,7 @@ async def one_request(
                 made = len(choice["logprobs"]["tokens"])
                 count, tally.tokens = count + made, tally.tokens + made
                 if leaves_after is not None and count >= leaves_after:
-                    tally.hung_up += 1
+                    tally.disconnected += 1
                     return
     tally.right += text == right and whole
     tally.wrong += text != right or not whole
@@ -113,15 +116,17 @@ async def one_request(
         tally.speed.append((count - 1) / (time.monotonic() - first))
 
 
-async def load(url: str, clients: int, seconds: float, right: Sequence[str], tokens: int) -> Tally:
-    """Have so many clients ask for so long."""
+async def load(
+    url: str, clients: int, seconds: float, right: Sequence[str], tokens: int, enough: float = math.inf
+) -> Tally:
+    """The outcomes of `clients` clients that send requests for `seconds`, or until they have `enough` right answers."""
     tally, until = Tally(), time.monotonic() + seconds
-    await asyncio.gather(*(one_client(url, right, tokens, until, seed, tally) for seed in range(clients)))
+    await asyncio.gather(*(one_client(url, right, tokens, until, enough, seed, tally) for seed in range(clients)))
     return tally
 
 
 def main() -> None:
-    """Start a server, ask it, and tell of it."""
+    """Start a server, put it under load, and print the outcomes."""
     from tests.serving.conftest import Process
 
     parser = argparse.ArgumentParser(description=__doc__)

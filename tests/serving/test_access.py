@@ -1,4 +1,4 @@
-"""Who may ask, how much, and for how long."""
+"""The server's guard: who may ask, how much, and for how long."""
 
 import json
 import re
@@ -13,9 +13,8 @@ import pytest
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
-from mlx_gpt.serving import access, server
+from mlx_gpt.serving import access, connection
 from mlx_gpt.serving.server import Server
-from mlx_gpt.serving.worker import Worker
 from tests.serving.conftest import served
 
 OURS = ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]:8080", "192.168.1.7", "LOCALHOST"]
@@ -29,13 +28,13 @@ def post(url, body=BODY, **headers):
 
 
 def raw(url, data, wait=10.0, most=2**30):
-    """What comes back for bytes as they are, until the connection ends, nothing more comes or it is enough."""
+    """Send bytes; the answer up to the end of the connection, `wait` seconds of silence, or `most` bytes."""
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as connection:
-        connection.sendall(data)
+    with socket.create_connection((host, int(port)), timeout=wait) as client:
+        client.sendall(data)
         answer = b""
         try:
-            while len(answer) < most and (more := connection.recv(65536)):
+            while len(answer) < most and (more := client.recv(65536)):
                 answer += more
         except (TimeoutError, ConnectionError):
             pass
@@ -46,12 +45,12 @@ def raw(url, data, wait=10.0, most=2**30):
 
 
 @pytest.mark.parametrize("host", OURS)
-def test_addresses_and_localhost_are_this_server(url, host):
+def test_addresses_and_localhost_name_this_server(url, host):
     assert post(url, Host=host).status_code == 200
 
 
 @pytest.mark.parametrize("host", NOT_OURS)
-def test_another_name_is_refused(url, host):
+def test_another_host_name_is_refused(url, host):
     answer = post(url, Host=host)
     assert answer.status_code == 421
     assert "--allow-host" in answer.json()["error"]["message"]
@@ -61,24 +60,31 @@ def test_another_name_is_refused(url, host):
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "file://"]
 )
-def test_pages_from_elsewhere_are_refused(url, origin):
+def test_pages_of_other_sites_are_refused(url, origin):
     answer = post(url, Origin=origin)
     assert answer.status_code == 403
     assert "access-control-allow-origin" not in answer.headers
     assert "--allow-origin" in answer.json()["error"]["message"]
 
 
-def test_the_own_page_may_ask(url):
+def test_the_servers_own_page_may_ask(url):
     assert post(url, Origin=url).status_code == 200
 
 
-def test_only_json_is_taken_which_a_foreign_form_cant_send(url):
-    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+def test_only_json_is_accepted_since_other_sites_forms_cannot_send_it(url):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/ld+json", ""):
         answer = httpx.post(f"{url}/v1/completions", content=json.dumps(BODY), headers={"Content-Type": kind})
         assert answer.status_code == 415
 
 
-def test_a_site_and_a_name_can_be_allowed(folders):
+def test_head_answers_like_get_without_a_body(url):
+    for path in ("/", "/health", "/v1/models"):
+        head, get = httpx.head(f"{url}{path}"), httpx.get(f"{url}{path}")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_a_site_and_a_host_name_can_be_allowed(folders):
     site = "https://a.example"
     with served(folders / "plain", allow_origin=(site,), allow_host=("gpt.local",)) as url:
         assert post(url, Host="gpt.local", Origin=site).headers["access-control-allow-origin"] == site
@@ -95,7 +101,7 @@ def test_a_site_and_a_name_can_be_allowed(folders):
 # ---- keys -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_key_opens_all_but_the_page(folders):
+def test_everything_but_the_page_and_health_needs_the_key(folders):
     with served(folders / "plain", api_key="sésame") as url:
         for headers in (
             {},
@@ -113,8 +119,8 @@ def test_a_key_opens_all_but_the_page(folders):
         assert httpx.get(f"{url}/").status_code == httpx.get(f"{url}/health").status_code == 200
 
 
-def test_others_are_let_in_with_a_key_or_knowingly(folders, caplog):
-    with pytest.raises(UserError, match=r"On 0\.0\.0\.0 others can ask: give an --api-key, or --insecure"):
+def test_other_machines_are_let_in_only_with_a_key_or_knowingly(folders, caplog):
+    with pytest.raises(UserError, match=r"Other machines can reach 0\.0\.0\.0: set an --api-key, or --insecure"):
         Server([folders / "plain"], ServeConfig(host="0.0.0.0", port=0))
     with served(folders / "plain", host="0.0.0.0", insecure=True) as url:
         assert post(url.replace("0.0.0.0", "127.0.0.1")).status_code == 200
@@ -124,7 +130,7 @@ def test_others_are_let_in_with_a_key_or_knowingly(folders, caplog):
 # ---- limits ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_large_body_is_refused_before_it_has_come(url):
+def test_a_large_body_is_refused_before_it_has_arrived(url):
     answer = raw(url, HEAD + b"Content-Length: 99999999999\r\n\r\n{")
     assert b" 413 " in answer.splitlines()[0]
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
@@ -135,87 +141,87 @@ def test_a_large_body_is_refused_before_it_has_come(url):
 
 def test_slow_clients_are_cut_off(folders, monkeypatch):
     monkeypatch.setattr(access, "READ_SECONDS", 0.5)
-    monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.5)
     with served(folders / "plain") as url:
         began = time.monotonic()
-        assert raw(url, b"") == b""  # one who says nothing
-        assert raw(url, HEAD) == b""  # nor all of the head
+        assert raw(url, b"") == b""  # a client that sends nothing
+        assert raw(url, HEAD) == b""  # and one that sends part of a head
         answer = raw(url, HEAD + b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in answer.splitlines()[0]
         assert time.monotonic() - began < 9
         with httpx.Client(base_url=url) as client:
             client.get("/health")
-            time.sleep(0.8)  # between two requests of a connection there is more time, and it opens another then
+            time.sleep(0.8)  # longer than the limit: the client connects again
             assert client.get("/health").status_code == 200
 
 
-def test_one_who_does_not_read_frees_his_place(folders, monkeypatch):
+def test_a_client_that_reads_nothing_frees_its_slot(folders, monkeypatch):
     monkeypatch.setattr(access, "WRITE_SECONDS", 0.5)
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**6) as url:
         host, port = url.removeprefix("http://").split(":")
         asked = {"prompt": "The duck", "max_tokens": 10**6, "stream": True, "logprobs": 20, "logit_bias": {"0": -100}}
         body = json.dumps(asked).encode()
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((host, int(port)))
-            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            connection.recv(10)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            client.recv(10)
             assert post(url).status_code == 429
             until(lambda: post(url).status_code == 200)
-        with socket.socket() as connection:  # and one whose second request came with the first
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((host, int(port)))
+        with socket.socket() as client:  # the same with a request sent ahead
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
             before = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            connection.sendall(before + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            client.sendall(before + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             until(lambda: post(url).status_code == 429)
             until(lambda: post(url).status_code == 200)
 
 
-def until(true, seconds=30):
-    """Wait for something."""
+def until(condition, seconds=30):
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_one_who_never_reads_the_last_of_an_answer_is_cut_off(folders, monkeypatch, caplog):
+def test_a_client_that_never_reads_the_end_of_an_answer_is_cut_off(folders, monkeypatch, caplog):
     caplog.set_level("INFO", "mlx_gpt")
-    monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.5)
     asked = {"prompt": "The duck", "n": 32, "max_tokens": 200, "logprobs": 20, "logit_bias": {"0": -100}}
     body = json.dumps(asked).encode()
-    with served(folders / "plain", max_batch=32, max_queue=0) as url, socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    with served(folders / "plain", max_batch=32, max_queue=0) as url, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         host, port = url.removeprefix("http://").split(":")
-        connection.connect((host, int(port)))
-        connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        until(lambda: "POST /v1/completions 200" in caplog.text)  # it has been written, as far as the program goes
+        client.connect((host, int(port)))
+        client.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: "POST /v1/completions 200" in caplog.text)  # the application has written all of it
         time.sleep(1)
-        connection.settimeout(10)
+        client.settimeout(10)
         answer = b""
-        while more := connection.recv(65536):
+        while more := client.recv(65536):
             answer += more
     head, _, body = answer.partition(b"\r\n\r\n")
     assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
 
 
-def test_one_who_asks_twice_and_hangs_up_frees_his_place(folders):
+def test_a_client_that_sends_requests_ahead_and_disconnects_frees_its_slot(folders):
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**7) as url:
         body = json.dumps(BODY | {"max_tokens": 10**7, "logit_bias": {"0": -100}}).encode()
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             until(lambda: post(url).status_code == 429)
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until(lambda: post(url).status_code == 200)
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             with pytest.raises(ConnectionError):
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10**6)
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10**6)
         until(lambda: post(url).status_code == 200)
 
 
-def test_one_who_hangs_up_frees_his_place(folders, caplog):
+def test_a_client_that_disconnects_frees_its_slot(folders, caplog):
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**7) as url:
         endless = BODY | {"max_tokens": 10**7, "logit_bias": {"0": -100}}
         for streams in (True, False):
@@ -223,26 +229,26 @@ def test_one_who_hangs_up_frees_his_place(folders, caplog):
             raw(url, HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body, wait=0.3, most=1)
             until(lambda: post(url).status_code == 200, seconds=5)
     assert "Traceback" not in caplog.text
-    assert "unforeseen" not in caplog.text
+    assert "Unexpected" not in caplog.text
 
 
-def test_beyond_the_queue_one_is_told_when_to_try_again(folders):
+def test_beyond_the_queue_a_client_learns_when_to_try_again(folders):
     with served(folders / "plain", max_batch=1, max_queue=1, max_tokens=10**7) as url:
         endless = BODY | {"max_tokens": 10**7, "stream": True, "logit_bias": {"0": -100}}
         asked = ("POST", f"{url}/v1/completions")
-        # The second begins at once, for whoever waits is told so when his first token comes.
+        # Both streams start at once, although the second waits for its first token.
         with httpx.stream(*asked, json=endless), httpx.stream(*asked, json=endless):
             answer = post(url)
             assert answer.status_code == 429
             assert answer.json()["error"]["type"] == "rate_limit_error"
             assert 1 <= int(answer.headers["retry-after"]) <= 60
-            told = httpx.get(f"{url}/metrics").text
-            assert re.search(r"^mlx_gpt_active_texts 1\.0$", told, re.M)
-            assert re.search(r"^mlx_gpt_queued_texts 1\.0$", told, re.M)
+            metrics = httpx.get(f"{url}/metrics").text
+            assert re.search(r"^mlx_gpt_active_texts 1\.0$", metrics, re.M)
+            assert re.search(r"^mlx_gpt_queued_texts 1\.0$", metrics, re.M)
         until(lambda: "mlx_gpt_active_texts 0.0" in httpx.get(f"{url}/metrics").text)
 
 
-# ---- what is told ---------------------------------------------------------------------------------------------------
+# ---- the log, the metrics and the page ------------------------------------------------------------------------------
 
 
 def test_the_log_has_a_line_per_request_and_no_prompt(folders, caplog):
@@ -260,19 +266,19 @@ def test_the_log_has_a_line_per_request_and_no_prompt(folders, caplog):
     assert "A secret duck" in caplog.text
 
 
-def test_metrics_count(folders):
+def test_metrics_count_requests_and_tokens(folders):
     with served(folders / "plain") as url:
         post(url, BODY | {"logit_bias": {"0": -100}})
         post(url, {"prompt": 1})
-        told = httpx.get(f"{url}/metrics").text
-    assert 'mlx_gpt_requests_total{path="/v1/completions",status="200"} 1.0' in told
-    assert 'mlx_gpt_requests_total{path="/v1/completions",status="400"} 1.0' in told
-    assert "mlx_gpt_generated_tokens_total 3.0" in told
+        metrics = httpx.get(f"{url}/metrics").text
+    assert 'mlx_gpt_requests_total{path="/v1/completions",status="200"} 1.0' in metrics
+    assert 'mlx_gpt_requests_total{path="/v1/completions",status="400"} 1.0' in metrics
+    assert "mlx_gpt_generated_tokens_total 3.0" in metrics
     for name in ("time_to_first_token_seconds", "request_seconds", "tokens_per_second"):
-        assert f"mlx_gpt_{name}_count 1.0" in told
+        assert f"mlx_gpt_{name}_count 1.0" in metrics
 
 
-def test_the_page_lets_nothing_else_in(url):
+def test_the_page_loads_nothing_else(url):
     answer = httpx.get(f"{url}/")
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
@@ -282,7 +288,7 @@ def test_the_page_lets_nothing_else_in(url):
 
 
 @pytest.mark.parametrize("where", ["step", "add"])
-def test_an_engine_that_fails_loses_only_what_it_had(folders, monkeypatch, caplog, where):
+def test_an_engine_that_fails_loses_only_the_texts_in_it(folders, monkeypatch, caplog, where):
     with served(folders / "plain") as url:
         whole = getattr(Engine, where)
         monkeypatch.setattr(Engine, where, lambda *arguments: 1 / 0)
@@ -296,26 +302,32 @@ def test_an_engine_that_fails_loses_only_what_it_had(folders, monkeypatch, caplo
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_server_that_can_compute_no_more_says_so(folders, monkeypatch):
+def break_engine(monkeypatch, step=lambda *arguments: 1 / 0):
+    """Have an engine's next step fail, and every attempt to replace it: its thread ends."""
+    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "__init__", lambda *arguments: 1 / 0)
+
+
+def test_a_server_whose_engine_has_ended_says_so(folders, monkeypatch):
     with served(folders / "plain") as url:
-        monkeypatch.setattr(Worker, "_step", lambda *arguments: 1 / 0)
+        break_engine(monkeypatch)
         assert post(url).status_code == 500
         until(lambda: httpx.get(f"{url}/health").status_code == 503)
         assert post(url).json()["error"]["code"] == "engine_ended"
 
 
-def test_all_who_wait_hear_that_the_server_can_compute_no_more(folders, monkeypatch):
-    ended = threading.Event()
+def test_waiting_clients_get_an_error_when_the_engine_ends(folders, monkeypatch):
+    fail = threading.Event()
 
-    def end(*arguments):
-        ended.wait(20)
+    def step(*arguments):
+        fail.wait(20)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Worker, "_step", end)
     with served(folders / "plain") as url, ThreadPoolExecutor(5) as pool:
-        answers = [pool.submit(post, url) for _ in range(5)]  # one in the engine, and others that have not come so far
+        break_engine(monkeypatch, step)
+        answers = [pool.submit(post, url) for _ in range(5)]  # the engine has one; the others are still on their way
         until(lambda: "mlx_gpt_active_texts 5" in httpx.get(f"{url}/metrics").text)
-        ended.set()
+        fail.set()
         assert {answer.result().status_code for answer in answers} == {500}
 
 

@@ -1,4 +1,4 @@
-"""Requests that mean no good are refused, and the next good one is answered."""
+"""Hostile requests are refused, and the next good one is answered."""
 
 import contextlib
 import re
@@ -13,11 +13,11 @@ COUNT = 2000
 
 
 def answer(url, data, patience=10.0):
-    """What comes back until the connection ends; nothing if it ends without a word, or after so many seconds."""
+    """Send bytes; what comes back until the connection ends, or until nothing comes for `patience` seconds."""
     host, port = url.removeprefix("http://").split(":")
     got = b""
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        with contextlib.suppress(ConnectionError):  # refused while it was still being sent
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
             connection.sendall(data)
         connection.settimeout(patience)
         with contextlib.suppress(ConnectionError, *([TimeoutError] if patience < 1 else [])):
@@ -31,7 +31,7 @@ def test_two_thousand_hostile_requests(folders, start):
     statuses: dict[int, int] = {}
     early = 0
     for i, (request, whole) in enumerate(hostile.requests(COUNT)):
-        # Of what is cut off, more may come for many seconds yet.
+        # The server waits many seconds for the rest of a request that was cut off.
         got = answer(server.url, request, 10 if whole else 0.03)
         if got:
             status = int(re.match(rb"HTTP/1\.1 (\d{3}) ", got)[1])  # type: ignore[index]
@@ -47,11 +47,11 @@ def test_two_thousand_hostile_requests(folders, start):
     assert server.memory() < early + 20e6
     assert "Traceback" not in server.log.read_text()
     assert {400, 404, 405, 413, 415, 421, 403} <= statuses.keys()
-    assert statuses.get(200, 0) < COUNT / 4  # most of them are hostile indeed
+    assert statuses.get(200, 0) < COUNT / 4  # most of them are hostile
 
 
 @pytest.mark.parametrize("depth", [100, 100_000])
-def test_brackets_in_brackets_are_refused_in_a_sentence(url, depth):
+def test_deep_nesting_is_refused_in_a_sentence(url, depth):
     got = answer(url, hostile.request(b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"))
     assert got.startswith(b"HTTP/1.1 400 ")
     assert b'"message"' in got

@@ -1,4 +1,4 @@
-"""What OpenAI's own client gets."""
+"""OpenAI's own client gets the answers that it expects."""
 
 import math
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from mlx_gpt.config import GenerationConfig
-from mlx_gpt.generation import engine
 from mlx_gpt.generation.stream import stream
 
 PROMPT = "The duck swims"
@@ -19,7 +18,7 @@ GREEDY = {"temperature": 0}
 
 
 def text_of(model, tokenizer, prompt=PROMPT, **settings):
-    """What the command line makes of a prompt."""
+    """The text that `mlx-gpt generate` continues a prompt with."""
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     return "".join(piece.text for piece in stream(model, tokenizer, prompt, GenerationConfig(**neutral | settings)))
 
@@ -27,7 +26,7 @@ def text_of(model, tokenizer, prompt=PROMPT, **settings):
 # ---- completions ----------------------------------------------------------------------------------------------------
 
 
-def test_greedy_is_that_of_mlx_lm_and_transformers(client, folders, bpe):
+def test_greedy_text_equals_that_of_mlx_lm_and_transformers(client, folders, bpe):
     got = client.completions.create(model="plain", prompt=PROMPT, max_tokens=12, **GREEDY)
     ids = bpe.encode(PROMPT)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folders / "plain/best")
@@ -39,7 +38,7 @@ def test_greedy_is_that_of_mlx_lm_and_transformers(client, folders, bpe):
     assert len({*got.choices[0].text}) > 3
 
 
-def test_a_stream_is_the_text_in_pieces(client):
+def test_a_streams_chunks_add_up_to_the_whole_answer(client):
     asked = {"model": "plain", "prompt": PROMPT, "max_tokens": 15, "seed": 3, "n": 2}
     whole = client.completions.create(**asked)
     texts, reasons, usage = ["", ""], [None, None], None
@@ -57,7 +56,7 @@ def test_a_stream_is_the_text_in_pieces(client):
     assert len(chunks) > 10
 
 
-def test_seeds_and_settings_are_those_of_the_command_line(client, model, bpe):
+def test_the_same_seed_and_settings_give_the_command_lines_text(client, model, bpe):
     for settings in ({"seed": 5}, {"seed": 5, "top_k": 3}, {"seed": 6, "temperature": 0.4, "repetition_penalty": 1.4}):
         extra = {name: value for name, value in settings.items() if name in ("top_k", "repetition_penalty")}
         plain = {name: value for name, value in settings.items() if name not in extra}
@@ -77,7 +76,7 @@ def test_usage_counts_tokens(client, bpe):
         assert (choice.finish_reason == "length") == (len(choice.logprobs.tokens) == 6)
 
 
-def test_prompts_are_texts_or_ids_one_or_several(client, bpe):
+def test_prompts_may_be_texts_or_ids_one_or_several(client, bpe):
     one = client.completions.create(model="plain", prompt=PROMPT, max_tokens=8, **GREEDY).choices[0].text
     ids = bpe.encode(PROMPT)
     for prompt, count in ((ids, 1), ([PROMPT, "Geese"], 2), ([bpe.encode("Geese"), ids], 2)):
@@ -86,14 +85,14 @@ def test_prompts_are_texts_or_ids_one_or_several(client, bpe):
         assert one in [choice.text for choice in choices]
 
 
-def test_nothing_begins_a_new_text(client, http):
+def test_an_empty_or_missing_prompt_starts_a_new_text(client, http):
     assert client.completions.create(model="plain", prompt="", max_tokens=3, seed=1).usage.prompt_tokens == 1
     assert http.post("/v1/completions", json={}).json()["usage"]["completion_tokens"] <= 16
 
 
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_echo_begins_with_the_prompt(client, streams, logprobs):
+def test_echo_puts_the_prompt_before_the_answer(client, streams, logprobs):
     asked = {"model": "plain", "prompt": PROMPT, "max_tokens": 5, "logprobs": logprobs, **GREEDY}
     alone = client.completions.create(**asked).choices[0].text
     got = client.completions.create(**asked, echo=True, stream=streams)
@@ -102,8 +101,8 @@ def test_echo_begins_with_the_prompt(client, streams, logprobs):
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 10])
-def test_a_prompt_of_any_length_is_told_token_by_token(client, bpe, monkeypatch, count):
-    monkeypatch.setattr(engine, "CHUNK_CPU", 8)
+def test_echoed_prompts_of_any_length_have_log_probabilities(client, bpe, monkeypatch, count):
+    monkeypatch.setattr("mlx_gpt.device.CHUNK_CPU", 8)
     ids = (bpe.encode(PROMPT) * 10)[:count]
     got = client.completions.create(model="plain", prompt=ids, max_tokens=1, echo=True, logprobs=0).choices[0]
     assert got.logprobs.tokens[:count] == [bpe.name_of(token) for token in ids]
@@ -114,23 +113,23 @@ def test_a_prompt_of_any_length_is_told_token_by_token(client, bpe, monkeypatch,
     assert (scored.choices[0].finish_reason, len(scored.choices[0].logprobs.tokens)) == ("length", count)
 
 
-def test_log_probabilities_are_the_models(client, model, bpe):
+def test_log_probabilities_equal_the_models(client, model, bpe):
     asked = {"model": "plain", "prompt": PROMPT, "max_tokens": 0, "echo": True, "logprobs": 3}
     choice = client.completions.create(**asked).choices[0]
-    told, ids = choice.logprobs, bpe.encode(PROMPT)
+    given, ids = choice.logprobs, bpe.encode(PROMPT)
     logits = model(mx.array([ids]))[0]
     expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    assert "".join(told.tokens) == choice.text == PROMPT
-    assert told.token_logprobs[0] is None
-    for i, (logprob, best) in enumerate(zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True)):
+    assert "".join(given.tokens) == choice.text == PROMPT
+    assert given.token_logprobs[0] is None
+    for i, (logprob, best) in enumerate(zip(given.token_logprobs[1:], given.top_logprobs[1:], strict=True)):
         assert logprob == pytest.approx(expected[i, ids[i + 1]].item(), abs=1e-4)
         assert max(best.values()) == pytest.approx(expected[i].max().item(), abs=1e-4)
-        assert best[told.tokens[i + 1]] == logprob
-        assert len(best) <= 4  # with the token itself
-    assert [choice.text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens, strict=True)]
+        assert best[given.tokens[i + 1]] == logprob
+        assert len(best) <= 4  # the token itself and three others
+    assert [choice.text[at:].startswith(token) for at, token in zip(given.text_offset, given.tokens, strict=True)]
 
 
-def test_stop_ends_before_it(client):
+def test_a_text_ends_before_its_stop_string(client):
     whole = client.completions.create(model="plain", prompt=PROMPT, max_tokens=20, **GREEDY).choices[0].text
     stop = whole[8:11]
     got = client.completions.create(model="plain", prompt=PROMPT, max_tokens=20, stop=["☃", stop], **GREEDY).choices[0]
@@ -139,7 +138,7 @@ def test_stop_ends_before_it(client):
     assert long.choices[0].finish_reason
 
 
-def test_bias_and_penalties_act(client, bpe):
+def test_bias_and_penalties_change_the_text(client, bpe):
     asked = {"model": "plain", "prompt": PROMPT, "max_tokens": 12, **GREEDY}
     plain = client.completions.create(**asked, logprobs=0).choices[0]
     got = client.completions.create(**asked, logit_bias={"65": 100}).choices[0].text
@@ -156,14 +155,14 @@ def test_models_are_listed(client, http):
     assert http.get("/v1/models/plain").json()["context"] == 32
     with pytest.raises(openai.NotFoundError, match="no model of that name"):
         client.models.retrieve("gpt-4")
-    with pytest.raises(openai.NotFoundError, match="only plain, chatty"):
+    with pytest.raises(openai.NotFoundError, match="this server has plain, chatty"):
         client.completions.create(model="gpt-4", prompt="x")
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_written_as_transformers_writes_it(client, folders):
+def test_a_conversation_becomes_the_prompt_that_transformers_makes(client, folders):
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The duck swims"}]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "chatty")
     ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
@@ -193,7 +192,7 @@ def test_a_conversation_streams(client):
     assert all(len(one.top_logprobs) == 2 and one.logprob <= 0 for one in streamed)
 
 
-def test_an_answer_is_sent_back_with_the_next_question(client):
+def test_an_answer_can_be_sent_back_with_the_next_question(client):
     messages: list[Any] = [{"role": "user", "content": "Geese"}]
     asked = {"model": "chatty", "max_tokens": 2, "seed": 2}
     messages.append(client.chat.completions.create(messages=messages, **asked).choices[0].message)
@@ -201,7 +200,7 @@ def test_an_answer_is_sent_back_with_the_next_question(client):
     assert client.chat.completions.create(messages=messages, **asked).choices[0].message.role == "assistant"
 
 
-def test_without_a_limit_an_answer_fills_the_context(client):
+def test_without_a_limit_an_answer_may_fill_the_context(client):
     got = client.chat.completions.create(model="chatty", messages=[{"role": "user", "content": "Geese"}], seed=3)
     assert got.usage.total_tokens <= 32
 
@@ -211,19 +210,20 @@ def test_a_model_without_a_template_says_so(client):
         client.chat.completions.create(model="plain", messages=[{"role": "user", "content": "x"}])
 
 
-def test_a_template_may_refuse(client):
+def test_a_template_may_refuse_a_conversation(client):
     messages = [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]
     with pytest.raises(openai.BadRequestError, match="system comes first"):
         client.chat.completions.create(model="chatty", messages=messages)
 
 
-# ---- what can't be done ---------------------------------------------------------------------------------------------
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
         ({"tools": [{}]}, "tools", "not supported"),
+        ({"logit_bias": {f"{i}": "x" for i in range(200)}}, None, "wrong in many places"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"nonsense": 1}, "nonsense", "not supported"),
@@ -242,7 +242,7 @@ def test_a_template_may_refuse(client):
         ({"prompt": [-1]}, "prompt", "greater than"),
         ({"prompt": "duck " * 40}, "prompt", "more than the model's context of 32"),
         ({"prompt": {"x": 1}}, "prompt", "wrong type"),
-        ({"max_tokens": 0}, "max_tokens", "goes with `echo`"),
+        ({"max_tokens": 0}, "max_tokens", "only with `echo`"),
         ({"max_tokens": 10**6}, "max_tokens", "at most 4,096"),
         ({"max_tokens": 1.5}, "max_tokens", "integer"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
@@ -255,7 +255,7 @@ def test_a_template_may_refuse(client):
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-def test_what_cant_be_done_is_refused_by_name(http, body, param, words):
+def test_unsupported_fields_and_wrong_values_are_refused_by_name(http, body, param, words):
     answer = http.post("/v1/completions", json={"model": "plain", "prompt": "x"} | body)
     error = answer.json()["error"]
     assert answer.status_code == 400
@@ -265,7 +265,7 @@ def test_what_cant_be_done_is_refused_by_name(http, body, param, words):
     assert "\n" not in error["message"]
 
 
-def test_a_body_that_is_wrong_everywhere_is_not_told_all_of_it(http):
+def test_a_body_with_thousands_of_errors_gets_one_sentence(http):
     answer = http.post("/v1/completions", json={f"nonsense{i}": i for i in range(5_000)})
     assert answer.status_code == 400
     assert "wrong in many places" in answer.json()["error"]["message"]
@@ -278,17 +278,17 @@ def test_a_body_that_is_wrong_everywhere_is_not_told_all_of_it(http):
         {"response_format": {"type": "text"}}, {"verbosity": None},
     ],
 )  # fmt: skip
-def test_what_changes_nothing_is_taken(http, body):
+def test_fields_without_effect_are_accepted(http, body):
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1} | body).status_code == 200
 
 
 @pytest.mark.parametrize("body", [{"top_logprobs": 2}, {"max_tokens": 3, "max_completion_tokens": 4}, {"messages": []}])
-def test_a_conversation_is_checked_as_well(http, body):
+def test_a_conversation_is_checked_too(http, body):
     asked = {"model": "chatty", "messages": [{"role": "user", "content": "x"}]} | body
     assert http.post("/v1/chat/completions", json=asked).status_code == 400
 
 
-def test_probabilities_add_up(client):
+def test_probabilities_add_up_to_at_most_one(client):
     got = (
         client.completions.create(model="plain", prompt=PROMPT, max_tokens=5, logprobs=20, **GREEDY).choices[0].logprobs
     )

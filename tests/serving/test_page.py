@@ -1,4 +1,4 @@
-"""A person's way through the page, in a real Chromium."""
+"""What a person can do on the page, in a real Chromium."""
 
 import os
 import re
@@ -10,14 +10,14 @@ from playwright.sync_api import expect, sync_playwright
 from tests.serving.conftest import served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Nothing but the page is to be fetched, and the sandbox wants a user other than root.
+# Chromium fetches nothing but the page, and runs as root, which its sandbox does not allow.
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 
 if not CHROMIUM and "MLX_GPT_TEST_BROWSER" not in os.environ:
-    pytest.skip("there is no Chromium", allow_module_level=True)
+    pytest.skip("Chromium is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +36,27 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, address):
-    """The page, on which nothing may go wrong and from which nobody else may be asked."""
+    """The page. Errors in the console and requests to other hosts fail the test."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(address) else wrong.append(request.url))
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(address) else errors.append(request.url))
     page.goto(address)
     expect(page.locator("textarea")).to_be_focused()
-    page.get_by_label("Seed").fill("7")  # so that a text is the same each time
+    page.get_by_label("Seed").fill("7")  # the same text each time
     yield page
     context.close()
-    assert wrong == []
+    assert errors == []
 
 
 def set_to(page, label, value, sheet=0):
     page.get_by_role("spinbutton", name=label).nth(sheet).fill(str(value))
 
 
-def go_on(page):
-    """Have all texts go on, and wait for their ends."""
+def continue_texts(page):
+    """Have the model continue all texts, and wait until it has."""
     page.locator(".go").first.click()
     expect(page.locator(".go").first).to_be_enabled(timeout=30_000)
 
@@ -66,19 +66,19 @@ def texts(page):
 
 
 def endless(page):
-    """Ask for more than comes to an end."""
+    """Have every request ask for a text that never ends."""
     page.route("**/v1/completions", lambda route: route.continue_(post_data={
         **route.request.post_data_json, "max_tokens": 10**6, "logit_bias": {"0": -100}
     }))  # fmt: skip
 
 
-def test_a_person_writes_streams_and_stops(page):
+def test_text_streams_until_it_is_stopped(page):
     page.locator("textarea").fill("The duck")
     endless(page)
     page.keyboard.press("Control+Enter")
     expect(page.locator(".ink .made").nth(20)).to_be_attached()
     page.keyboard.press("Escape")
-    expect(page.locator(".told")).to_have_text(re.compile(r"^\d+ tokens\. Stopped\.$"))
+    expect(page.locator(".status")).to_have_text(re.compile(r"^\d+ tokens\. Stopped\.$"))
     [stopped] = texts(page)
     assert stopped.startswith("The duck")
     page.wait_for_timeout(300)
@@ -88,11 +88,11 @@ def test_a_person_writes_streams_and_stops(page):
     assert texts(page) == ["The duck"]
 
 
-def test_it_goes_on_from_wherever_the_cursor_is(page):
+def test_the_model_continues_from_the_cursor(page):
     page.locator("textarea").fill("The duck swims in a pond")
     set_to(page, "Length", 4)
     page.locator("textarea").evaluate("area => area.setSelectionRange(8, 8)")
-    go_on(page)
+    continue_texts(page)
     [text] = texts(page)
     assert text.startswith("The duck")
     assert not text.startswith("The duck swims in a pond")
@@ -100,32 +100,32 @@ def test_it_goes_on_from_wherever_the_cursor_is(page):
     assert texts(page) == ["The duck swims in a pond"]
 
 
-def test_settings_act_and_are_explained(page):
+def test_settings_work_and_are_explained(page):
     page.locator("textarea").fill("The duck")
     set_to(page, "Temperature", 0)
     set_to(page, "Length", 6)
-    go_on(page)
+    continue_texts(page)
     first = texts(page)
-    assert page.locator(".told").inner_text().startswith("6 tokens")
+    assert page.locator(".status").inner_text().startswith("6 tokens")
     page.get_by_role("button", name="Undo").click()
-    go_on(page)
+    continue_texts(page)
     assert texts(page) == first
     assert page.get_by_role("slider", name="Temperature").input_value() == "0"
     for field in page.get_by_role("spinbutton").all():
         meaning = page.locator(f"#{field.get_attribute('aria-describedby')}")
         assert len(meaning.inner_text()) > 20
     set_to(page, "Temperature", 7)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
     page.locator(".go").click()
     page.wait_for_timeout(300)
-    assert (asked, texts(page)) == ([], first)  # the browser says what it may be
+    assert (requests, texts(page)) == ([], first)  # the browser refuses the value
 
 
-def test_a_token_tells_how_likely_it_was_and_what_else_there_was(page):
+def test_a_token_shows_its_probability_and_its_alternatives(page):
     page.locator("textarea").fill("The duck")
     set_to(page, "Length", 8)
-    go_on(page)
+    continue_texts(page)
     spans = page.locator(".ink .made")
     token = next(span for span in spans.all() if (span.text_content() or "").strip().isascii())
     token.hover(force=True)
@@ -136,7 +136,7 @@ def test_a_token_tells_how_likely_it_was_and_what_else_there_was(page):
     shares = [float(re.sub(r"[<% ]", "", one.inner_text().split("\n")[-1])) for one in others.all()]
     assert shares == sorted(shares, reverse=True)
     before = texts(page)
-    page.locator(".token li button:enabled").last.click()  # not of half a character
+    page.locator(".token li button:enabled").last.click()  # half a character cannot be clicked
     expect(page.locator(".go")).to_be_enabled(timeout=30_000)
     assert texts(page) != before
     page.locator("textarea").press("Control+Home")
@@ -145,27 +145,27 @@ def test_a_token_tells_how_likely_it_was_and_what_else_there_was(page):
     assert page.locator(".paper.colours").count() == 0
 
 
-def test_what_a_stop_string_held_back_belongs_to_its_token(page):
+def test_text_held_back_for_a_stop_string_belongs_to_its_token(page):
     page.locator("textarea").fill("The duck")
     set_to(page, "Length", 12)
-    go_on(page)
+    continue_texts(page)
     [text], tokens = texts(page), page.locator(".ink .made").all_text_contents()
     page.get_by_role("button", name="Undo").click()
     beginnings = [text[at : at + 3] for at in range(8, len(text) - 3)]
     for stop in {
         f"{beginning}\N{SNOWMAN}" for beginning in beginnings[:: len(beginnings) // 4]
-    }:  # which never come whole
+    }:  # none of which the text contains
         page.get_by_label("Stop at").fill(stop)
         page.locator("textarea").fill("The duck")
-        go_on(page)
+        continue_texts(page)
         assert texts(page) == [text]
         assert page.locator(".ink .made").all_text_contents() == tokens
 
 
-def test_what_is_typed_into_a_text_keeps_the_tokens_around(page):
+def test_typing_into_a_text_keeps_the_tokens_around(page):
     page.locator("textarea").fill("The duck")
     set_to(page, "Length", 8)
-    go_on(page)
+    continue_texts(page)
     count = page.locator(".ink .made").count()
     page.locator("textarea").focus()
     page.locator("textarea").evaluate("area => area.setSelectionRange(3, 3)")
@@ -175,18 +175,18 @@ def test_what_is_typed_into_a_text_keeps_the_tokens_around(page):
     assert page.locator(".ink").text_content() == f"{texts(page)[0]}\u200b"
 
 
-def test_two_settings_or_models_are_compared(page):
+def test_two_settings_or_models_can_be_compared(page):
     page.locator("textarea").fill("The duck")
     page.get_by_role("button", name="Compare").click()
     for sheet in (0, 1):
         set_to(page, "Temperature", 0, sheet)
         set_to(page, "Length", 6, sheet)
-    go_on(page)
+    continue_texts(page)
     one, other = texts(page)
     assert one == other
     page.get_by_label("Model").nth(1).select_option("chatty")
     page.locator("textarea").first.fill("The duck")
-    go_on(page)
+    continue_texts(page)
     again, theirs = texts(page)
     assert again == one
     assert theirs != one
@@ -194,7 +194,7 @@ def test_two_settings_or_models_are_compared(page):
     assert texts(page) == [one]
 
 
-def test_the_loss_curve_is_shown_and_told(page):
+def test_the_loss_curve_is_shown_and_described(page):
     curve = page.get_by_role("img")
     expect(curve).to_have_attribute("aria-label", re.compile("Loss over 20 steps, from 6.00 to 4.00; .* fell to 4.10"))
     assert curve.locator("polyline").count() == 2
@@ -202,47 +202,47 @@ def test_the_loss_curve_is_shown_and_told(page):
     expect(page.locator(".run")).to_be_hidden()
 
 
-def test_text_is_shown_as_text(page):
+def test_text_is_never_taken_for_html(page):
     page.locator("textarea").fill("<img src=x onerror=x()>")
     set_to(page, "Length", 3)
-    go_on(page)
+    continue_texts(page)
     assert page.locator("main img").count() == 0
     assert texts(page)[0].startswith("<img src")
     assert "<img" in (page.locator(".ink").text_content() or "")
 
 
-def test_a_refusal_is_told_and_loses_nothing(chromium, address):
-    context = chromium.new_context()  # Chromium notes a refusal in the console
+def test_a_refusal_is_shown_and_loses_no_text(chromium, address):
+    context = chromium.new_context()  # Chromium reports a refusal in the console
     page = context.new_page()
     page.goto(address)
     page.locator("textarea").fill("duck " * 60)
     page.locator(".go").click()
-    expect(page.locator(".told.error")).to_contain_text("more than the model's context of 32")
+    expect(page.locator(".status.error")).to_contain_text("more than the model's context of 32")
     assert texts(page) == ["duck " * 60]
     context.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
-def test_it_fits_and_can_be_read(chromium, address, scheme, width):
+def test_the_page_fits_and_is_readable(chromium, address, scheme, width):
     context = chromium.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page = context.new_page()
     page.goto(address)
     page.locator("textarea").fill("The duck")
-    go_on(page)
+    continue_texts(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ink, paper = page.evaluate(
         "[getComputedStyle(document.querySelector('textarea')).color, "
         "getComputedStyle(document.querySelector('.paper')).backgroundColor]"
     )
     assert contrast(ink, paper) > 7
-    # The letters of both layers lie on each other, or a token would be coloured beside its place.
+    # The letters of both layers must lie on each other, or colours would be beside their tokens.
     heights = page.evaluate("['textarea', '.ink'].map(name => document.querySelector(name).scrollHeight)")
     assert abs(heights[0] - heights[1]) <= 2
     context.close()
 
 
 def contrast(*colours):
-    """Of two colours (https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio)."""
+    """The contrast of two colours (https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio)."""
 
     def luminance(colour):
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
@@ -253,14 +253,14 @@ def contrast(*colours):
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_the_key_is_asked_for(chromium, folders):
+def test_the_page_asks_for_the_key(chromium, folders):
     with served(folders / "plain", api_key="sesame") as url:
         context = chromium.new_context()
         page = context.new_page()
         page.goto(url)
-        page.get_by_label("This server wants its key").fill("sesame")
+        page.get_by_label("This server needs its API key").fill("sesame")
         page.keyboard.press("Enter")
         expect(page.locator("textarea")).to_be_visible()
-        go_on(page)
+        continue_texts(page)
         assert len(texts(page)[0]) > len("The")
         context.close()

@@ -1,0 +1,120 @@
+"""What a body asks of the engine, checked against the model and the server's limits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_gpt.errors import UserError
+from mlx_gpt.generation.engine import Request
+from mlx_gpt.serving.errors import APIError
+from mlx_gpt.serving.models import ServedModel
+from mlx_gpt.serving.requests import ChatRequest, CompletionRequest
+
+
+@dataclass
+class ParsedRequest:
+    """What a body asks for.
+
+    Attributes:
+        requests: the engine's, one per prompt.
+        echoes: the text of each prompt, if the answer starts with it.
+        prompt_only: no new tokens are wanted. The engine generates one all the same, and the answer omits it.
+    """
+
+    model: ServedModel
+    requests: list[Request]
+    stream: bool
+    include_usage: bool
+    echoes: list[str] = field(default_factory=list)
+    prompt_only: bool = False
+
+
+def parse_completion(body: CompletionRequest, model: ServedModel, max_texts: int, max_tokens: int) -> ParsedRequest:
+    """What a completion asks for.
+
+    Raises:
+        APIError: it asks for something that the model or the server cannot do; status 400.
+    """
+    tokenizer = model.tokenizer
+    given: Any = body.prompt if body.prompt is not None else ""
+    prompts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    tokens = 16 if body.max_tokens is None else body.max_tokens
+    if tokens == 0 and not body.echo:
+        raise APIError(400, "`max_tokens` can be 0 only with `echo`.", "max_tokens")
+    _check_max_tokens(tokens, max_tokens)
+    config = body.generation_config(tokens or 1, max_texts)
+    if len(prompts) * config.num_samples > max_texts:
+        message = f"This server takes at most {max_texts} texts (prompts times `n`) per request: send several requests."
+        raise APIError(400, message, "prompt")
+    bias = body.bias(tokenizer.vocab_size)
+    score_prompt = bool(body.echo) and body.logprobs is not None
+    requests = [
+        Request(_check_ids(_encode(prompt, model), model), config, bias, body.logprobs, prompt_too=score_prompt)
+        for prompt in prompts
+    ]
+    echoes = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts if body.echo]
+    return ParsedRequest(model, requests, bool(body.stream), body.include_usage, echoes, prompt_only=tokens == 0)
+
+
+def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens: int) -> ParsedRequest:
+    """What a conversation asks for.
+
+    Raises:
+        APIError: the model has no chat template, or it is asked for something that it or the server cannot do;
+            status 400.
+    """
+    if model.template is None:
+        message = f"{model.name} has no chat template, since it was not trained on conversations: use /v1/completions."
+        raise APIError(400, message, "model", "no_chat_template")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise APIError(400, "`top_logprobs` needs `logprobs`: true.", "top_logprobs")
+    if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
+        raise APIError(400, "`max_tokens` and `max_completion_tokens` mean the same: send only one.", "max_tokens")
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    try:
+        ids = model.template.ids(messages, model.tokenizer)
+    except UserError as error:
+        raise APIError(400, str(error), "messages") from None
+    _check_ids(ids, model)
+    tokens = body.max_completion_tokens or body.max_tokens
+    if tokens:
+        _check_max_tokens(tokens, max_tokens)
+    else:
+        tokens = min(max_tokens, max(1, model.n_positions - len(ids)))  # up to the end of the context
+    config = body.generation_config(tokens, max_texts)
+    alternatives = (body.top_logprobs or 0) if body.logprobs else None
+    request = Request(ids, config, body.bias(model.tokenizer.vocab_size), alternatives)
+    return ParsedRequest(model, [request], bool(body.stream), body.include_usage)
+
+
+def _encode(prompt: str | list[int], model: ServedModel) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    try:
+        return model.tokenizer.encode(prompt) if prompt else [model.tokenizer.end_of_text]  # which starts a new text
+    except UserError as error:
+        raise APIError(400, str(error), "prompt") from None
+
+
+def _check_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
+    """The same ids.
+
+    Raises:
+        APIError: there are none, too many, or ids that are not in the vocabulary.
+    """
+    if not ids:
+        raise APIError(400, "The prompt is empty.", "prompt")
+    if len(ids) > model.n_positions:
+        message = (
+            f"The prompt has {len(ids):,} tokens, more than the model's context of {model.n_positions:,}: shorten it."
+        )
+        raise APIError(400, message, "prompt", "context_length_exceeded")
+    if max(ids) >= model.tokenizer.vocab_size:
+        message = f"The prompt has token ids beyond the vocabulary of {model.tokenizer.vocab_size:,}."
+        raise APIError(400, message, "prompt")
+    return ids
+
+
+def _check_max_tokens(tokens: int, most: int) -> None:
+    if tokens > most:
+        raise APIError(400, f"`max_tokens` is at most {most:,} on this server.", "max_tokens")
