@@ -1,4 +1,4 @@
-"""Those that train one shape: started alike, checked for equal losses, timed in turns with the device itself."""
+"""The contenders that train one shape: started with equal weights, checked for equal losses, timed in turns."""
 
 import contextlib
 import math
@@ -10,20 +10,16 @@ from typing import Any
 import click
 
 import facts
-from harness import Worker, need, pairwise, summary, take_turns, turns_bar
+from harness import NotInstalledError, Worker, leave_out, need, pairwise, summary, take_turns, turns_bar
 from shapes import describe, write_windows
 
 OURS, MLX_NN = "mlx-gpt", "mlx.nn"
-TORCH = {"torch-eager": "PyTorch eager", "torch-compile": "PyTorch compiled"}
-# The first of these that works is what ours is compared with.
-REFERENCES = {
-    "cpu": ["torch-eager"],
-    "metal": ["torch-compile", "torch-eager"],
-    "cuda": ["torch-compile", "torch-eager"],
-}
+EAGER, COMPILED = "torch-eager", "torch-compile"
+TORCH = {EAGER: "PyTorch eager", COMPILED: "PyTorch compiled"}
+REFERENCE = {"cpu": EAGER, "metal": COMPILED, "cuda": COMPILED}
 CHECKED_STEPS = 10
-# How far a loss may be off, relatively: the first, which shows the network, and the others, which show the optimizer.
-# Sums are made in another order, and what Adam makes of a gradient near zero is mostly rounding.
+# Largest relative difference of the first loss, which depends on the network, and of the others, which depend on the
+# optimizer too. Libraries sum in different orders, and Adam's update for a gradient near zero is mostly rounding.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 2e-2)}
 TRIAL_SECONDS = 3.0
 
@@ -33,7 +29,7 @@ Found = tuple[dict[str, Any], list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. `steps` of a trial are as many as take three seconds, if None."""
+    """How to measure. If `steps` is None, a trial has as many steps as take three seconds."""
 
     device: str
     precision: str
@@ -44,7 +40,7 @@ class Options:
 
 
 class Contest:
-    """Contenders on one shape, ours first; the others begin with its weights. `stack` ends them all."""
+    """Contenders on one shape. Ours comes first, and the others start from its weights. `stack` ends them all."""
 
     def __init__(self, settings: dict[str, Any], options: Options, folder: Path, stack: contextlib.ExitStack) -> None:
         self.settings, self.options = settings, options
@@ -58,24 +54,24 @@ class Contest:
         self._rates = self.ours.ask("rates", steps=CHECKED_STEPS)
 
     def admit(self, against: Sequence[str]) -> None:
-        """Start those that ours is compared with, and let all make the first steps.
+        """Start the contenders `against` ours, by default PyTorch, and let all make the first steps.
 
-        Without any given, the first reference that works here. One that doesn't is left out with a sentence.
+        A contender that fails is left out with a sentence. If that is compiled PyTorch, because it failed or because
+        its losses differ from ours, PyTorch eager takes its place.
         """
-        self._first_steps(self.ours)
-        for name in against or REFERENCES[self.ours.facts["kind"]]:
+        self._keep_first_steps(self.ours, self._first_steps(self.ours))
+        names = list(against) or [REFERENCE[self.ours.facts["kind"]]]
+        for name in names:
             try:
-                worker = self._stack.enter_context(self._start(name))
-                self._first_steps(worker)
+                self._admit(name)
             except click.ClickException as error:
-                click.echo(f"Measured without {name}. {error.message}", err=True)
-                continue
-            self.workers.append(worker)
-            if not against:
-                return
+                leave_out(name, error)
+                if name == COMPILED and EAGER not in names and not isinstance(error, NotInstalledError):
+                    click.echo("PyTorch eager takes its place.", err=True)
+                    names.append(EAGER)  # which this loop reaches last
 
     def check(self) -> float:
-        """The largest difference of a loss from ours, relative.
+        """The largest relative difference of a loss from ours.
 
         Raises:
             click.ClickException: it is more than rounding explains.
@@ -83,7 +79,7 @@ class Contest:
         return largest_difference(self.losses, TOLERANCE[self.ours.facts["dtype"]])
 
     def time(self, bar: str) -> Found:
-        """Time all in turns, the device among them."""
+        """Time the contenders and the device itself in turns."""
         steps = self.options.steps or max(2, math.ceil(TRIAL_SECONDS / self._step_seconds))
         rates = self._rates[-1:] * (1 + steps)
         limits = self._limits()
@@ -125,15 +121,33 @@ class Contest:
             "ours_over_this": None if worker is self.ours else pairwise(speeds[OURS], speeds[worker.name]),
         }
 
-    def _first_steps(self, worker: Worker) -> None:
-        result = worker.ask("run", rates=self._rates, warm_up=CHECKED_STEPS // 2)
-        self.losses[worker.name] = result["losses"]
-        self._step_seconds = max(self._step_seconds, result["seconds"] / (CHECKED_STEPS - CHECKED_STEPS // 2))
+    def _admit(self, name: str) -> None:
+        """Start one contender and let it make the first steps.
+
+        Raises:
+            click.ClickException: it failed, or it is compiled PyTorch and its losses differ from ours.
+        """
+        with contextlib.ExitStack() as started:
+            worker = started.enter_context(self._start(name))
+            steps = self._first_steps(worker)
+            if name == COMPILED:
+                losses = {OURS: self.losses[OURS], worker.name: steps["losses"]}
+                largest_difference(losses, TOLERANCE[self.ours.facts["dtype"]])
+            self._stack.enter_context(started.pop_all())
+        self.workers.append(worker)
+        self._keep_first_steps(worker, steps)
+
+    def _first_steps(self, worker: Worker) -> Any:
+        return worker.ask("run", rates=self._rates, warm_up=CHECKED_STEPS // 2)
+
+    def _keep_first_steps(self, worker: Worker, steps: dict[str, Any]) -> None:
+        self.losses[worker.name] = steps["losses"]
+        self._step_seconds = max(self._step_seconds, steps["seconds"] / (CHECKED_STEPS - CHECKED_STEPS // 2))
 
     def _limits(self) -> list[Worker]:
-        """What times the device: MLX, and PyTorch if that takes part."""
+        """The workers that time the device: MLX's, and PyTorch's if PyTorch is a contender."""
         libraries = {"MLX": "mlx"}
-        if not self.options.smoke and any(worker.name in TORCH.values() for worker in self.workers):
+        if not self.options.smoke and any(worker.name.startswith("PyTorch") for worker in self.workers):
             libraries["PyTorch"] = "torch"
         settings = self._here() | {"smoke": self.options.smoke}
         workers = [Worker(name, ["roofline.py", by], self.options.threads, settings) for name, by in libraries.items()]
@@ -143,8 +157,8 @@ class Contest:
         if name in TORCH:
             need("torch")
             given = {"settings": self.settings, "windows": self._windows, "weights": self._weights, **self._here()}
-            settings = given | {"compiled": name == "torch-compile"}
-            return Worker(TORCH[name], ["train_torch.py"], self.options.threads, settings)
+            shown = TORCH[name] if self.ours.facts["dtype"] == "float32" else f"{TORCH[name]}, autocast"
+            return Worker(shown, ["train_torch.py"], self.options.threads, given | {"compiled": name == COMPILED})
         if name == "mlx-nn":
             return self._with_mlx(MLX_NN, "train_mlx_nn.py", weights=self._weights)
         checkout = Path(name).resolve()
@@ -163,17 +177,17 @@ class Contest:
 
 
 def largest_difference(losses: dict[str, list[float]], tolerance: tuple[float, float]) -> float:
-    """How far, relative to its size, a loss is from ours at most.
+    """The largest relative difference of a loss from ours.
 
     Raises:
-        click.ClickException: it is farther than `tolerance` of the first and of the others, so that a comparison would
-            say nothing.
+        click.ClickException: it exceeds the `tolerance` of the first step or of the later steps, so that a comparison
+            would mean nothing.
     """
     largest = 0.0
     for name, others in losses.items():
         for step, (ours, other) in enumerate(zip(losses[OURS], others, strict=True), 1):
             difference = abs(other - ours) / abs(ours)
-            if not difference <= tolerance[step > 1]:  # a loss that is not a number counts, too
+            if not difference <= tolerance[step > 1]:  # so a NaN is refused too
                 raise click.ClickException(
                     f"In step {step} the loss of {name} is {other:.5f} and ours {ours:.5f}: they don't train the same "
                     "network, so they are not compared."

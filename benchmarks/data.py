@@ -1,10 +1,12 @@
-"""How fast a text becomes training data, and what memory that takes.
+"""Measures how fast text becomes training data, and how much memory that takes.
 
     python benchmarks/data.py --megabytes 10 --megabytes 100 --megabytes 1000
 
-Each size is generated into a temporary folder, which needs three times its room, and goes through a process of its
-own: `mlx-gpt prepare`, a byte-level BPE, and the encoding of all of it. A megabyte is a million bytes of text.
+A text of each size is generated into a temporary folder, which needs 3.5 times that size. A process of its own then
+runs `mlx-gpt prepare`, trains a byte-level BPE tokenizer and encodes the whole text. A megabyte is a million bytes.
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import shutil
 import tempfile
@@ -16,37 +18,39 @@ import click
 
 import facts
 import report
-from harness import Worker, common_options, summary, turns_bar, write_json
+from harness import Worker, common_options, summary, turns_bar
 from words import write_text
 
 PARTS = {"prepare": "prepare", "train_tokenizer": "learn the tokenizer", "tokenise": "tokenise"}
-ROOM = 3.5  # the text, the corpus, its tokens, and some
+ROOM = 3.5  # bytes on the disk per byte of text: the text, the corpus, the tokens, and a reserve
 
 
 @click.command()
-@click.option("--megabytes", multiple=True, default=[10], show_default=True, type=click.IntRange(1), help="A size.")
-@click.option("--vocab-size", default=16384, show_default=True, type=click.IntRange(257), help="Of the tokenizer.")
+@click.option(
+    "--megabytes", multiple=True, default=[10], show_default=True, type=click.IntRange(1), help="Size of a text."
+)
+@click.option(
+    "--vocab-size", default=16384, show_default=True, type=click.IntRange(257), help="Entries of the tokenizer."
+)
 @common_options
 def main(megabytes: Sequence[int], vocab_size: int, trials: int, threads: int, json_file: str | None) -> None:
     """Time the preparation of generated text."""
-    result = facts.gather("data", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
+    result = facts.begin("data", threads=threads, trials=trials)
     result["rows"] = [row for size in megabytes for row in measure(size, vocab_size, trials, threads)]
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+    report.finish(result, json_file)
 
 
 def measure(megabytes: int, vocab_size: int, trials: int, threads: int) -> list[dict[str, Any]]:
-    """A row for each part, one for preparing and tokenising, as with a tokenizer that is there, and one for it all.
+    """A row for each part, one for preparing and tokenising (a tokenizer exists), and one for all three.
 
     Raises:
-        click.ClickException: there is no room for it, or a part failed.
+        click.ClickException: the disk has too little room, or a part failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         if shutil.disk_usage(folder).free < ROOM * megabytes * 1e6:
             raise click.ClickException(
-                f"{megabytes:,} MB of text need {ROOM * megabytes / 1000:g} GB for a while: make room, or set TMPDIR."
+                f"{megabytes:,} MB of text need {ROOM * megabytes / 1000:g} GB in {tempfile.gettempdir()}: "
+                "free that much, or set TMPDIR to a folder on another disk."
             )
         text = Path(folder, "text.txt")
         write_text(text, megabytes * 1_000_000)
@@ -65,7 +69,7 @@ def measure(megabytes: int, vocab_size: int, trials: int, threads: int) -> list[
 
 
 def together(answer: dict[str, dict[str, Any]], parts: Sequence[str]) -> dict[str, Any]:
-    """Some parts of one trial as if they were one."""
+    """Several parts of one trial as one."""
     return {
         "seconds": sum(answer[part]["seconds"] for part in parts),
         "resident_memory": max(answer[part]["resident_memory"] for part in parts),
@@ -73,7 +77,7 @@ def together(answer: dict[str, dict[str, Any]], parts: Sequence[str]) -> dict[st
 
 
 def row(megabytes: int, program: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What came out for one part."""
+    """The row of one part."""
     return {
         "megabytes": megabytes,
         "program": program,

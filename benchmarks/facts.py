@@ -1,7 +1,8 @@
-"""What a result has to say of where it was measured: chip, system, versions, commit; no host's or folder's name."""
+"""The head of a result: chip, system, versions, commit and settings, but no name of a host or a folder."""
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shlex
@@ -13,7 +14,16 @@ from typing import Any
 
 import click
 
+from harness import TF32
+
 PACKAGES = ("mlx", "torch", "mlx-lm", "transformers", "tokenizers", "numpy")
+
+
+def begin(benchmark: str, **settings: Any) -> dict[str, Any]:
+    """The head of a result, with a warning on stderr if the machine is busy."""
+    result = gather(benchmark, **settings)
+    warn_if_busy(result["machine"]["load_before"])
+    return result
 
 
 def gather(benchmark: str, **settings: Any) -> dict[str, Any]:
@@ -25,12 +35,13 @@ def gather(benchmark: str, **settings: Any) -> dict[str, Any]:
         "commit": commit(),
         "machine": machine(),
         "versions": {name: version for name in PACKAGES if (version := version_of(name))},
+        "tf32": TF32,
         "settings": settings,
     }
 
 
 def command(arguments: list[str]) -> str:
-    """How to measure it again: the command without the files that it names."""
+    """The command that repeats the measurement, without `--json` and without the folders of paths."""
     words = ["python", f"benchmarks/{Path(arguments[0]).name}"]
     rest = iter(arguments[1:])
     for word in rest:
@@ -42,10 +53,10 @@ def command(arguments: list[str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Chip, memory, system, and how busy it was before anything was measured."""
+    """Chip, cores, memory in GiB, system, Python, and the load before the benchmark; on a Mac the GPU's cores too."""
     on_mac = sys.platform == "darwin"
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
+    found = {
         "chip": chip(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
@@ -53,12 +64,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
     }
+    if on_mac and (count := gpu_cores(_output_of("system_profiler", "SPDisplaysDataType", "-json"))):
+        found["gpu_cores"] = count
+    return found
 
 
 def chip() -> str:
-    """The processor's name as the system tells it."""
+    """The system's name for the processor."""
     if sys.platform == "darwin":
-        return _said("sysctl", "-n", "machdep.cpu.brand_string")
+        return _output_of("sysctl", "-n", "machdep.cpu.brand_string")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -67,19 +81,28 @@ def chip() -> str:
     return next(names, platform.machine())
 
 
+def gpu_cores(displays: str) -> int | None:
+    """Cores of the GPU in the output of `system_profiler SPDisplaysDataType -json`; None if it gives no number."""
+    try:
+        cards = json.loads(displays)["SPDisplaysDataType"]
+        return next(int(card["sppci_cores"]) for card in cards if "sppci_cores" in card)
+    except (ValueError, KeyError, StopIteration):
+        return None
+
+
 def commit(checkout: Path | None = None) -> str:
-    """The commit of the mlx_gpt that is measured, "+" where it was changed since; empty outside a repository."""
+    """The commit of the measured mlx_gpt, with "+" if files have changed since; empty outside a repository."""
     spec = importlib.util.find_spec("mlx_gpt")
     assert spec is not None
     assert spec.origin is not None
     git = ("git", "-C", str(checkout / "mlx_gpt" if checkout else Path(spec.origin).parent))
-    name = _said(*git, "rev-parse", "--short=10", "HEAD")
-    changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    name = _output_of(*git, "rev-parse", "--short=10", "HEAD")
+    changed = _output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".")
     return name + ("+" if changed else "")
 
 
 def version_of(package: str) -> str:
-    """Its version; empty when it is not installed."""
+    """The package's version; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -87,16 +110,17 @@ def version_of(package: str) -> str:
 
 
 def warn_if_busy(load: float) -> None:
-    """Say so when something else has been computing: the figures would be of both."""
+    """Warn when other programs are computing, because they make the figures worse."""
     if load > 0.3 * (os.cpu_count() or 1):
         click.echo(
-            f"Something else uses this machine (load {load} on {os.cpu_count()} cores): "
-            "end it for figures that can be told to others.",
+            f"Other programs are using this machine (load {load} on {os.cpu_count()} cores): "
+            "quit them before you measure figures to publish.",
             err=True,
         )
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
+    """What the command printed; empty if it could not be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:

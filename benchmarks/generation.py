@@ -1,13 +1,15 @@
-"""How fast mlx-gpt generates, beside mlx-lm and transformers on the same model directory.
+"""Measures how fast mlx-gpt generates, compared with mlx-lm and transformers on the same model directory.
 
     python benchmarks/generation.py
 
-Fresh weights of GPT-2's smallest shape are written once and read by all. The prompt is the same for all texts of a
-batch, decoding is greedy, and in float32 all have to choose the same tokens, or they are not compared. Decoding reads
-every weight but the positions, and the keys and values so far, once per token: those bytes per second stand beside
-what a large copy reaches in the same run. On a CPU under Linux mlx-lm runs twice: on OpenBLAS as it is, and on what
-mlx-gpt makes of it for products with few rows.
+Random weights of GPT-2's smallest shape are written once and read by all. All texts of a batch have the same prompt,
+and decoding is greedy. In float32 all programs have to choose the same tokens, or they are not compared. Decoding a
+token reads every weight except the positions, and the keys and values so far. The table gives these bytes per second
+next to the speed of a large copy in the same run. On a CPU under Linux mlx-lm runs twice: with plain OpenBLAS, and with
+mlx-gpt's version of it, which has products of its own for few rows.
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import contextlib
 import tempfile
@@ -20,7 +22,7 @@ import numpy as np
 import facts
 import openblas
 import report
-from harness import Worker, common_options, device_option, need, pairwise, summary, take_turns, turns_bar, write_json
+from harness import Worker, common_options, device_option, leave_out, need, pairwise, summary, take_turns, turns_bar
 from shapes import SHAPES, settings_of
 
 OURS = "mlx-gpt"
@@ -36,12 +38,11 @@ BATCHES = (1, 8)
 def main(
     preset: str, prompt_tokens: int, new_tokens: int, device: str, trials: int, threads: int, json_file: str | None
 ) -> None:
-    """Time prefill and decoding, alone and by eight, beside mlx-lm and transformers."""
+    """Time prefill and decoding of one text and of eight with mlx-gpt, mlx-lm and transformers."""
     settings = settings_of(preset)
     if prompt_tokens + new_tokens > settings["n_positions"]:
-        raise click.UsageError(f"{preset} has {settings['n_positions']} positions: take fewer tokens.")
-    result = facts.gather("generation", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
+        raise click.UsageError(f"{preset} has {settings['n_positions']} positions: ask for fewer tokens.")
+    result = facts.begin("generation", threads=threads, trials=trials)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         ours = Worker(
@@ -70,13 +71,11 @@ def main(
     sizes = f"{prompt_tokens} tokens of prompt, {new_tokens} new ones"
     shape = {"sizes": sizes, **ours.facts, "copy_gb_per_second": copy}
     result |= {"shapes": {preset: shape}, "rows": rows(answers, shape, prompt_tokens, new_tokens)}
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+    report.finish(result, json_file)
 
 
 def others(folder: str, device: str, facts: dict[str, Any], threads: int, stack: contextlib.ExitStack) -> list[Worker]:
-    """Start those that are installed; a sentence for each that is not."""
+    """Start the other programs. Those that are missing or fail are left out with a sentence."""
     started = []
 
     def start(name: str, package: str, settings: dict[str, str], variables: dict[str, str] | None = None) -> None:
@@ -85,7 +84,7 @@ def others(folder: str, device: str, facts: dict[str, Any], threads: int, stack:
             program, settings = ["generate_with.py", package], {"folder": folder, **settings}
             started.append(stack.enter_context(Worker(name, program, threads, settings, variables=variables)))
         except click.ClickException as error:
-            click.echo(f"Measured without {package}. {error.message}", err=True)
+            leave_out(package, error)
 
     if facts["blas"].startswith("OpenBLAS"):
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -98,10 +97,10 @@ def others(folder: str, device: str, facts: dict[str, Any], threads: int, stack:
 
 
 def check(runs: list[dict[str, Any]], workers: list[Worker]) -> None:
-    """Make sure that all generate the same.
+    """Check in float32 that all choose the same tokens. In bfloat16 rounding may decide between two tokens.
 
     Raises:
-        click.ClickException: in float32, they don't; in less, rounding may decide between two tokens.
+        click.ClickException: a program chooses other tokens than ours.
     """
     if workers[0].facts["dtype"] != "float32":
         return
@@ -113,7 +112,7 @@ def check(runs: list[dict[str, Any]], workers: list[Worker]) -> None:
 def rows(
     answers: dict[str, list[list[dict[str, Any]]]], shape: dict[str, Any], prompt_tokens: int, new_tokens: int
 ) -> list[dict[str, Any]]:
-    """A row per batch size and program."""
+    """A row for each batch size and program."""
     found = []
     later = new_tokens - 1  # the first token belongs to the prefill
     mean_length = prompt_tokens + new_tokens / 2

@@ -1,4 +1,4 @@
-"""OpenBLAS as PyPI has it, for programs that run on MLX: without what mlx_gpt/_cblas.cpp adds for few rows."""
+"""Plain OpenBLAS for MLX, without mlx-gpt's own products of few rows."""
 
 import importlib.util
 import subprocess
@@ -20,10 +20,10 @@ void openblas_set_num_threads(int count) { scipy_openblas_set_num_threads(count)
 
 
 def as_it_is(folder: Path) -> dict[str, str]:
-    """Compile it into `folder`: the variables with which mlx_gpt loads it.
+    """Compile a library into `folder` and return the environment variables that make mlx-gpt load it.
 
     Raises:
-        click.ClickException: it can't be compiled.
+        click.ClickException: scipy-openblas32 is missing, or the compiler fails.
     """
     package = importlib.util.find_spec("scipy_openblas32")
     if not package:
@@ -34,5 +34,5 @@ def as_it_is(folder: Path) -> dict[str, str]:
     command = ["g++", "-x", "c++", "-O2", "-shared", "-fPIC", "-o", str(made), "-", "-Wl,--no-as-needed", *linked]
     done = subprocess.run(command, input=SOURCE % ARGUMENTS, text=True, capture_output=True, check=False)
     if done.returncode:
-        raise click.ClickException(f"OpenBLAS can't be linked: {done.stderr.strip()}")
+        raise click.ClickException(f"g++ can't link OpenBLAS: {done.stderr.strip()}")
     return {"MLX_GPT_BLAS": str(made)}

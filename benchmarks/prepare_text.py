@@ -1,4 +1,4 @@
-"""From a text to training windows in a process of its own: `mlx-gpt prepare`, then what `mlx-gpt train` does first."""
+"""Turns a text into token files, in a process of its own: `mlx-gpt prepare`, then the start of `mlx-gpt train`."""
 
 import os
 import resource
@@ -12,12 +12,12 @@ from harness import serve
 
 
 class Preparation:
-    """Three things to do with one text, in this order.
+    """The three parts of preparing one text, to be requested in the order of the methods.
 
     Args:
-        text: a file with a document per line.
-        folder: where the corpus goes.
-        vocab_size: of the tokenizer.
+        text: a file with one document per line.
+        folder: the folder for the corpus.
+        vocab_size: entries of the tokenizer.
     """
 
     def __init__(self, text: str, folder: str, vocab_size: int) -> None:
@@ -25,11 +25,11 @@ class Preparation:
         os.chdir(folder)
 
     def facts(self) -> dict[str, Any]:
-        """Nothing that is not known."""
+        """None: everything is known beforehand."""
         return {}
 
     def prepare(self) -> dict[str, Any]:
-        """Read, drop repetitions, split, write."""
+        """Read the text, drop repeated documents, split the rest and write it."""
         from mlx_gpt.data.corpus import open_corpus, prepare
 
         result = timed(lambda: prepare([self._text], self._folder / "corpus", documents="line"))
@@ -37,7 +37,7 @@ class Preparation:
         return result
 
     def train_tokenizer(self) -> dict[str, Any]:
-        """Learn a byte-level BPE."""
+        """Train a byte-level BPE tokenizer."""
         from mlx_gpt.data.tokens import get_tokenizer
 
         def work() -> None:
@@ -46,14 +46,14 @@ class Preparation:
         return timed(work)
 
     def tokenise(self) -> dict[str, Any]:
-        """Encode both sides into memory-mapped files."""
+        """Encode both splits into memory-mapped files."""
         from mlx_gpt.data.tokens import tokenize
 
         return timed(lambda: tokenize(self._corpus, self._tokenizer))
 
 
 def timed(work: Callable[[], object]) -> dict[str, Any]:
-    """Seconds that it takes, and the peak up to its end of the process, and of a child if it has had any."""
+    """Seconds of `work`, and the peak memory in bytes of the process so far, plus that of its largest child."""
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started

@@ -1,7 +1,9 @@
-"""The tables of README.md, from the results in results/.
+"""Makes the tables in README.md from the files in results/.
 
-python benchmarks/report.py            # writes them anew
+python benchmarks/report.py
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import json
 import re
@@ -11,41 +13,43 @@ from typing import Any
 
 import click
 
+from harness import write_json
+
 HERE = Path(__file__).parent
 MISSING = "No result has been handed in yet."
 
 
 def text(value: Any) -> str:
-    """As it is."""
+    """The value itself."""
     return str(value)
 
 
 def number(value: float | Mapping[str, float]) -> str:
-    """Three significant digits or all before the point; of a summary the median, lowest and highest."""
+    """Three significant digits, or an integer from 100 on; for a summary its median, lowest and highest value."""
     if isinstance(value, Mapping):
         return f"{number(value['median'])} ({number(value['low'])} to {number(value['high'])})"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def ratio(value: float | Mapping[str, float]) -> str:
-    """Two decimals; of a summary the median, lowest and highest."""
+    """Two decimals; for a summary its median, lowest and highest value."""
     if isinstance(value, Mapping):
         return f"{ratio(value['median'])} ({ratio(value['low'])} to {ratio(value['high'])})"
     return f"{value:.2f}"
 
 
 def scientific(value: float) -> str:
-    """A tiny number."""
+    """A small number, as 1e-07."""
     return f"{value:.0e}"
 
 
 def percent(value: float) -> str:
-    """A share."""
+    """A fraction as a percentage."""
     return f"{value:.0%}"
 
 
 def megabytes(value: float) -> str:
-    """Bytes in millions."""
+    """Millions of bytes."""
     return f"{value / 1e6:,.0f}"
 
 
@@ -121,38 +125,54 @@ COLUMNS: dict[str, Sequence[Column]] = {
 }
 
 
+def finish(result: Mapping[str, Any], json_file: str | None) -> None:
+    """Print a result, and write it to a file if one is given."""
+    if json_file:
+        write_json(json_file, result)
+    click.echo("\n".join(lines(result)))
+
+
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """A result for people: where it was measured, then the table, which is Markdown too."""
+    """A result in Markdown that reads well on a terminal: where it was measured, then its table."""
     columns = COLUMNS[result["benchmark"]]
     rows = [["-" if row.get(key) is None else show(row[key]) for _, key, show in columns] for row in result["rows"]]
     return [*about(result), "", *table([heading for heading, _, _ in columns], rows)]
 
 
 def about(result: Mapping[str, Any]) -> list[str]:
-    """Machine, versions and what the device can do, a line each."""
+    """One line each on the machine, the versions, the command, and every shape."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     settings = ", ".join(f"{value} {name}" for name, value in result["settings"].items())
-    told = [
-        f"{machine['chip']}, {machine['cores']} cores, {machine['memory_gib']:g} GiB, {machine['system']}; "
+    cores = f"{machine['cores']} cores"
+    if "gpu_cores" in machine:
+        cores += f", {machine['gpu_cores']} GPU cores"
+    found = [
+        f"{machine['chip']}, {cores}, {machine['memory_gib']:g} GiB, {machine['system']}; "
         f"{result['date']}, commit {result['commit'] or 'unknown'}, load before {machine['load_before']:g}",
         f"Python {machine['python']}, {versions}",
         f"`{result['command']}`: {settings}; medians (lowest to highest)",
     ]
-    for name, shape in result.get("shapes", {}).items():
-        facts = [shape[key] for key in ("sizes", "dtype") if key in shape]
-        facts += [f"{what} {shape[key]}" for what, key in NUMBERED if shape.get(key)]
-        if "product_tflops" in shape:
-            products = " and ".join(f"{number(tflops)} ({name})" for name, tflops in shape["product_tflops"].items())
-            facts.append(f"large product {products} TFLOP/s")
-        if "copy_gb_per_second" in shape:
-            facts.append(f"large copy {number(shape['copy_gb_per_second'])} GB/s")
-        told.append(f"{name}: {'; '.join(facts)}")
-    return [f"- {line}" for line in told]
+    found += [f"{name}: {about_shape(shape, result.get('tf32'))}" for name, shape in result.get("shapes", {}).items()]
+    return [f"- {line}" for line in found]
+
+
+def about_shape(shape: Mapping[str, Any], tf32: bool | None) -> str:
+    """Sizes and dtype of a shape, and the limits of the device. TF32 is mentioned where a GPU computes in float32."""
+    parts = [shape[key] for key in ("sizes", "dtype") if key in shape]
+    if tf32 is not None and shape.get("dtype") == "float32" and shape.get("kind") != "cpu":
+        parts.append("TF32 on" if tf32 else "TF32 off")
+    parts += [f"{what} {shape[key]}" for what, key in NUMBERED if shape.get(key)]
+    if "product_tflops" in shape:
+        products = " and ".join(f"{number(tflops)} ({name})" for name, tflops in shape["product_tflops"].items())
+        parts.append(f"large product {products} TFLOP/s")
+    if "copy_gb_per_second" in shape:
+        parts.append(f"large copy {number(shape['copy_gb_per_second'])} GB/s")
+    return "; ".join(parts)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as a Markdown table that is also straight on a terminal; all but the first two to the right."""
+    """A Markdown table with aligned columns: the first two to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:
@@ -167,7 +187,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def regenerate(readme: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """The README with the tables of these results between its markers."""
+    """The README with the tables of `results` between its markers."""
 
     def section(match: re.Match[str]) -> str:
         name = match["name"]
@@ -178,13 +198,13 @@ def regenerate(readme: str, results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result in a folder, in the order of the files' names."""
+    """Every result in a folder, ordered by file name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 @click.command()
 def main() -> None:
-    """Write the tables of README.md anew from results/*.json."""
+    """Make the tables in README.md from results/*.json."""
     readme = HERE / "README.md"
     readme.write_text(regenerate(readme.read_text(encoding="utf-8"), read_results(HERE / "results")), encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""What the device can do at best: a large product and a large copy, timed where and when the rest is timed.
+"""The limits of the device: the speed of a large product and of a large copy, measured in the same run as the rest.
 
-As a program it is a worker that measures with MLX (`roofline.py mlx`) or PyTorch (`roofline.py torch`), so that its
-arrays don't count as any contender's memory.
+It is a worker of its own for MLX (`roofline.py mlx`) or PyTorch (`roofline.py torch`), so that its arrays don't count
+as a contender's memory.
 """
 
 import os
@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from harness import THREAD_SETTINGS, serve
+from harness import THREAD_SETTINGS, TORCH_DEVICES, serve
 
-COPIED = 2**28  # bytes, many times what caches hold
-PRODUCT = {"cpu": 2048, "gpu": 8192}
-PRODUCTS = {"cpu": 1, "gpu": 8}  # before one waits for them
-SMOKE = 64  # so many times smaller when nothing is to be measured
+COPIED = 2**28  # bytes, far more than caches hold
+PRODUCT = {"cpu": 2048, "gpu": 8192}  # N
+PRODUCTS = {"cpu": 1, "gpu": 8}  # started before waiting for them
+SMOKE = 64  # divides the sizes when nothing has to be measured
 LEAST_SECONDS, LEAST_TIMES = 0.4, 3
 
 
 def fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of several runs, the first left out: a limit is what can be reached."""
+    """Seconds of the fastest of several runs after a warm-up. The fastest counts, because a limit is meant."""
     work()
     seconds: list[float] = []
     while len(seconds) < LEAST_TIMES or sum(seconds) < LEAST_SECONDS:
@@ -34,11 +34,12 @@ def fastest(work: Callable[[], object]) -> float:
 
 
 class Roofline:
-    """The limits of one device as one library reaches them.
+    """The limits of one device that one library reaches.
 
     Args:
-        kind: of the device: "metal", "cuda" or "cpu".
-        smoke: take arrays that say nothing, but soon.
+        kind: "metal", "cuda" or "cpu".
+        dtype: of the product. A float32 product has the TF32 setting of every worker (`harness.TF32`).
+        smoke: use arrays that are too small to measure anything.
     """
 
     def __init__(self, kind: str, dtype: str, smoke: bool = False) -> None:
@@ -48,20 +49,20 @@ class Roofline:
         self._copied = COPIED // (SMOKE if smoke else 1)
 
     def facts(self) -> dict[str, Any]:
-        """What it can measure."""
+        """Which limits it can measure."""
         return {"limits": [what for what in ("product", "copy") if hasattr(self, what)]}
 
     def product(self) -> float:
-        """TFLOP/s of N x N products, 2 N^3 operations each."""
+        """TFLOP/s of (N, N) products with 2 N^3 operations each."""
         return self._count * 2 * self._size**3 / fastest(self._make_product()) / 1e12
 
     def _make_product(self) -> Callable[[], object]:
-        """What multiplies (N, N) arrays as often as is needed for the device to be busy, and waits."""
+        """A function that multiplies (N, N) arrays `_count` times and waits for the results."""
         raise NotImplementedError
 
 
 class MLX(Roofline):
-    """With MLX, a tuned BLAS in place."""
+    """MLX, with mlx-gpt's BLAS on a CPU."""
 
     def __init__(self, kind: str, dtype: str, smoke: bool = False) -> None:
         super().__init__(kind, dtype, smoke)
@@ -78,9 +79,9 @@ class MLX(Roofline):
         return lambda: mx.eval([a @ b for _ in range(self._count)])
 
     def copy(self) -> float:
-        """GB/s of a copy in the memory of the device, what is read and what is written counted (as in STREAM).
+        """GB/s of a copy in the device's memory. Bytes read and bytes written both count, as in STREAM.
 
-        On a CPU numpy copies, on all its threads; on a GPU it is MLX that reads each number and writes its negative.
+        On a CPU numpy copies on all threads. On a GPU MLX reads each number and writes its negative.
         """
         if self._kind == "cpu":
             return copy_on_threads(self._copied, int(os.environ[THREAD_SETTINGS[0]]))
@@ -90,24 +91,24 @@ class MLX(Roofline):
 
 
 class Torch(Roofline):
-    """With PyTorch."""
+    """PyTorch."""
 
     def _make_product(self) -> Callable[[], object]:
         import torch
 
-        device = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}[self._kind]
+        device = TORCH_DEVICES[self._kind]
         a, b = (torch.randn(self._size, self._size, device=device).to(getattr(torch, self._dtype)) for _ in range(2))
 
         def work() -> None:
             for _ in range(self._count):
                 product = torch.mm(a, b)
-            product[0, 0].item()  # waits, on every device
+            product[0, 0].item()  # waits on every device
 
         return work
 
 
 def copy_on_threads(copied: int, threads: int) -> float:
-    """GB/s of a copy of so many bytes in main memory; numpy copies without holding Python's lock."""
+    """GB/s of a copy of `copied` bytes in main memory. Threads run at once, because numpy releases the GIL."""
     source, target = np.ones(copied // 4, np.float32), np.zeros(copied // 4, np.float32)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:

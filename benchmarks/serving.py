@@ -1,11 +1,13 @@
-"""How many tokens `mlx-gpt serve` serves to one client and to several at once, beside mlx-lm's server.
+"""Measures how many tokens `mlx-gpt serve` sends to one client and to several at once, compared with mlx-lm's server.
 
     python benchmarks/serving.py
 
-Fresh weights of GPT-2's smallest shape are written once and served by both, each in a process of its own, and asked in
-turns while the other waits. A client sends a prompt, reads the stream to its end and sends the next one; all count from
-the first request to the last token. On a CPU under Linux mlx-lm's server has the BLAS that mlx-gpt puts in place.
+Random weights of GPT-2's smallest shape are written once. Both servers load them, each in a process of its own, and are
+asked in turns. A client sends a prompt, reads the stream to its end, and sends the next prompt. Tokens per second count
+from the first request to the last token. On a CPU under Linux mlx-lm's server runs with mlx-gpt's BLAS.
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import asyncio
 import contextlib
@@ -20,27 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 import numpy as np
 
 import facts
 import report
-from harness import (
-    common_options,
-    environment,
-    free_ports,
-    need,
-    pairwise,
-    summary,
-    turns_bar,
-    write_json,
-)  # fmt: skip
+from harness import common_options, environment, free_ports, leave_out, need, pairwise, summary, turns_bar
 from shapes import SHAPES, settings_of
+
+try:
+    import httpx
+except ModuleNotFoundError:
+    sys.exit("httpx is not installed: pip install -e '.[bench]' brings it.")
 
 OURS, THEIRS = "mlx-gpt serve", "mlx_lm.server"
 CLIENTS = (1, 8, 64)
 ROUNDS = 2  # requests of each client in a turn
-# mlx_gpt first, so that the same BLAS serves both.
+# mlx-lm's server imports mlx_gpt first, so that both have the same BLAS.
 START = {
     OURS: "import sys; from mlx_gpt.cli import run; sys.exit(run(['serve', *sys.argv[1:], '--max-queue', '64']))",
     THEIRS: "import mlx_gpt; from mlx_lm.server import main; main()",
@@ -49,10 +46,13 @@ START = {
 
 @dataclass
 class Turn:
-    """What the clients of a turn saw: tokens together, seconds of all, seconds of each to the first token.
+    """What all clients of one turn measured.
 
     Attributes:
-        lost: requests whose connection was reset, and which were sent again.
+        tokens: generated for all clients together.
+        lost: requests that were sent again because their connection was reset.
+        seconds: from the first request to the last token.
+        first: seconds from each request to its first token.
     """
 
     tokens: int = 0
@@ -62,7 +62,7 @@ class Turn:
 
     @property
     def speed(self) -> float:
-        """Tokens per second of all together."""
+        """Tokens per second of all clients together."""
         return self.tokens / self.seconds
 
 
@@ -72,15 +72,14 @@ class Turn:
 @click.option("--new-tokens", default=48, show_default=True, type=click.IntRange(2))
 @common_options
 def main(preset: str, prompt_tokens: int, new_tokens: int, trials: int, threads: int, json_file: str | None) -> None:
-    """Have 1, 8 and 64 clients ask both servers."""
-    result = facts.gather("serving", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
+    """Time both servers with 1, 8 and 64 clients."""
+    result = facts.begin("serving", threads=threads, trials=trials)
     programs = [OURS]
     try:
         need("mlx-lm")
         programs.append(THEIRS)
     except click.ClickException as error:
-        click.echo(f"Measured without mlx-lm. {error.message}", err=True)
+        leave_out("mlx-lm", error)
     settings = settings_of(preset)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -90,7 +89,7 @@ def main(preset: str, prompt_tokens: int, new_tokens: int, trials: int, threads:
         urls = {name: stack.enter_context(serving(name, folder, threads)) for name in programs}
         prompts = Prompts(settings["vocab_size"], prompt_tokens)
         turns: dict[tuple[int, str], list[Turn]] = {(count, name): [] for count in CLIENTS for name in programs}
-        for name in programs:  # which compiles what each needs
+        for name in programs:  # a warm-up, which compiles kernels
             asyncio.run(turn(urls[name], 8, prompts, new_tokens))
         with turns_bar("serving", trials * len(turns)) as bar:
             for _ in range(trials):
@@ -99,30 +98,28 @@ def main(preset: str, prompt_tokens: int, new_tokens: int, trials: int, threads:
                     bar()
     sizes = f"{prompt_tokens} tokens of prompt, {new_tokens} new ones, {ROUNDS} requests of each client in a turn"
     result |= {"shapes": {preset: {"sizes": sizes}}, "rows": rows(turns)}
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+    report.finish(result, json_file)
 
 
 class Prompts:
-    """Prompts of the tokenizer's own words, none twice: no server may remember one."""
+    """Random prompts, a new one for each request, because a server may cache the keys and values of a prompt."""
 
     def __init__(self, vocab_size: int, length: int) -> None:
         self._draw, self._entries, self._length = np.random.default_rng(0), vocab_size, length
 
     def __call__(self) -> str:
-        """The next one: bytes, each of which is a token."""
+        """The next prompt: letters, each of which is one token."""
         return bytes(self._draw.integers(ord("a"), ord("z") + 1, self._length, np.uint8)).decode()
 
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path, threads: int) -> Iterator[str]:
-    """Start a server; its address."""
+    """Run a server, and yield its URL."""
     port = free_ports(1)
     command = [sys.executable, "-c", START[name], "--model", str(folder), "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(threads, "float32", None))
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(threads))
         try:
             for _ in range(600):
                 with contextlib.suppress(httpx.TransportError):
@@ -139,7 +136,7 @@ def serving(name: str, folder: Path, threads: int) -> Iterator[str]:
 
 
 async def turn(url: str, clients: int, prompts: Prompts, new_tokens: int) -> Turn:
-    """Have so many clients ask, each some requests one after the other."""
+    """Let `clients` clients send `ROUNDS` requests each, one after the other."""
     result, began = Turn(), time.perf_counter()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
@@ -159,10 +156,10 @@ async def turn(url: str, clients: int, prompts: Prompts, new_tokens: int) -> Tur
 
 
 async def one(client: httpx.AsyncClient, prompt: str, new_tokens: int, result: Turn) -> None:
-    """One request: read its stream, and count.
+    """Send one request, read its stream, and add what was measured to `result`.
 
     Raises:
-        click.ClickException: it had no answer, or other than as many tokens as it asked for.
+        click.ClickException: the server refused it, or sent another number of tokens than asked for.
     """
     asked: dict[str, Any] = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
     asked["stream_options"] = {"include_usage": True}
@@ -173,16 +170,16 @@ async def one(client: httpx.AsyncClient, prompt: str, new_tokens: int, result: T
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
                 first = first or time.perf_counter()
-                if '"completion_tokens"' in line:  # the last one, which alone is worth reading
+                if '"completion_tokens"' in line:  # only in the last event
                     made = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
     if made != new_tokens:
-        raise click.ClickException(f"{made} tokens came of {new_tokens}.")
+        raise click.ClickException(f"The server sent {made} tokens instead of {new_tokens}.")
     result.tokens += made
     result.first.append(first - began)
 
 
 def rows(turns: dict[tuple[int, str], list[Turn]]) -> list[dict[str, Any]]:
-    """A row per number of clients and server."""
+    """A row for each number of clients and server."""
     speeds = {key: [one.speed for one in several] for key, several in turns.items()}
     return [
         {

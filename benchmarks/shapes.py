@@ -1,4 +1,4 @@
-"""What is trained: sizes by name, and the windows of tokens."""
+"""What the contenders train: sizes by name, and windows of tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"preset": "medium", "vocab_size": 50257, "seq_len": 1024, "batch_size": 2},
 }
 ON_CPU = ("nanogpt-cpu", "tiny", "small-t256")
-ON_GPU = ("small", "medium", "large")
+ON_GPU = ("small", "medium", "gpt2", "large")
 
 
 def settings_of(shape: str, **changes: Any) -> dict[str, Any]:
-    """Every setting of a training of this shape by name, as `mlx-gpt train` would resolve it.
+    """Every setting of a run with this shape by name, as `mlx-gpt train` would resolve it.
 
-    Without dropout, for no two libraries draw the same; without accumulation; with one rate for all shapes. A change
-    that is None leaves the shape's own value.
+    There is no dropout, because two libraries would draw different numbers, no accumulation, and one learning rate for
+    all shapes. A change to None keeps the shape's value.
 
     Raises:
-        click.UsageError: a change is no good value.
+        click.UsageError: a change is not a valid setting.
     """
     equal = {"dropout": 0.0, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
     given = {name: value for name, value in changes.items() if value is not None}
@@ -46,16 +46,16 @@ def settings_of(shape: str, **changes: Any) -> dict[str, Any]:
 
 
 def describe(settings: dict[str, Any]) -> str:
-    """The sizes in a line."""
+    """The sizes in one line."""
     return "{n_layer} layers, {n_head} heads, {n_embd} wide, T {seq_len}, B {batch_size}, V {vocab_size}".format(
         **settings
     )
 
 
 def write_windows(path: Path, settings: dict[str, Any]) -> None:
-    """Write windows (BATCHES, B, T + 1) int32 whose token k comes 1 / (k + 1) as often as the first (Zipf's law).
+    """Write int32 windows (BATCHES, B, T + 1) of tokens drawn by Zipf's law: the frequency of token k is 1 / (k + 1).
 
-    So there is something to learn, and ten steps of another optimizer would show in the loss.
+    Unlike uniform tokens they can be learned, so the losses of ten steps differ if the optimizers do.
     """
     entries = settings["vocab_size"]
     frequencies = 1 / np.arange(1, entries + 1)

@@ -1,7 +1,9 @@
-"""How long `mlx-gpt --help` keeps a person waiting, beside a Python that does nothing.
+"""Measures how long `mlx-gpt --help` takes, compared with a Python that does nothing.
 
 python benchmarks/startup.py
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import subprocess
 import sys
@@ -11,10 +13,10 @@ import click
 
 import facts
 import report
-from harness import common_options, summary, turns_bar, write_json
+from harness import common_options, summary, turns_bar
 
 NOTHING = "python -c pass"
-# What the command mlx-gpt does, by the Python that runs this.
+# mlx-gpt's entry point is called by name, so that the Python of this benchmark runs it.
 COMMANDS = {
     NOTHING: ["-c", "pass"],
     "mlx-gpt --help": ["-c", "import sys; from mlx_gpt.cli import main; sys.exit(main())", "--help"],
@@ -25,15 +27,14 @@ COMMANDS = {
 @common_options
 def main(trials: int, threads: int, json_file: str | None) -> None:
     """Time the start of the command."""
-    result = facts.gather("startup", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
+    result = facts.begin("startup", threads=threads, trials=trials)
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with turns_bar("startup", trials) as turn:
         for trial in range(trials + 1):
             for name, arguments in COMMANDS.items():
                 started = time.perf_counter()
                 subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-                if trial > 0:  # the first reads the files from the disk
+                if trial > 0:  # the first turn reads the files from the disk
                     seconds[name].append(time.perf_counter() - started)
             turn()
     above = [taken - nothing for taken, nothing in zip(seconds["mlx-gpt --help"], seconds[NOTHING], strict=True)]
@@ -41,9 +42,7 @@ def main(trials: int, threads: int, json_file: str | None) -> None:
         {"program": name, "seconds": summary(taken), "above_nothing": None if name == NOTHING else summary(above)}
         for name, taken in seconds.items()
     ]
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+    report.finish(result, json_file)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The reference: the same GPT-2 in plain PyTorch, as its users would write and train it.
+"""The reference: the same GPT-2 in plain PyTorch, as a PyTorch user would write and train it.
 
-Fused attention (`scaled_dot_product_attention`), fused AdamW, automatic mixed precision when it computes in bfloat16,
-`torch.compile` when that is asked for. Parameters have the names of `mlx_gpt.model`, so its weights load as they are.
+It has fused attention (`scaled_dot_product_attention`), fused AdamW, autocast for bfloat16, and `torch.compile` on
+request. Under autocast, weights, norms, residuals and the loss stay in float32. The parameters have the names that
+mlx-gpt gives them, so its weights load unchanged.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention
 
 from contender import Contender
-from harness import serve
-
-DEVICES = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
+from harness import TORCH_DEVICES, serve
 
 
 class Attention(nn.Module):
@@ -67,7 +66,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(width)
 
     def forward(self, windows_bt: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of each token of (B, T + 1) windows but the first."""
+        """Mean cross-entropy in nats of all tokens in (B, T + 1) windows except each window's first."""
         ids_bt, targets_bt = windows_bt[:, :-1], windows_bt[:, 1:]
         x_btc = self.wte(ids_bt) + self.wpe(torch.arange(ids_bt.shape[1], device=ids_bt.device))
         for block in self.h:
@@ -77,7 +76,16 @@ class GPT(nn.Module):
 
 
 class Torch(Contender):
-    """PyTorch, on the device that MLX computes on."""
+    """PyTorch on the device that MLX computes on.
+
+    Args:
+        settings: sizes and optimizer, by the names of mlx-gpt's settings.
+        weights: a safetensors file of initial weights.
+        windows: a file of `shapes.write_windows`.
+        kind: "metal", "cuda" or "cpu".
+        dtype: "float32" or "bfloat16".
+        compiled: use `torch.compile`.
+    """
 
     def __init__(
         self,
@@ -88,7 +96,8 @@ class Torch(Contender):
         dtype: str,
         compiled: bool,
     ) -> None:
-        self.kind, self._device = kind, torch.device(DEVICES[kind])
+        self.kind, self._device = kind, torch.device(TORCH_DEVICES[kind])
+        self._on_gpu = kind != "cpu"
         sizes = [settings[name] for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")]
         self._network = GPT(*sizes)
         self._network.load_state_dict(load_file(weights))
@@ -123,26 +132,20 @@ class Torch(Contender):
         return loss.detach()
 
     def synchronize(self) -> None:
-        if self.kind == "cuda":
-            torch.cuda.synchronize()
-        elif self.kind == "metal":
-            torch.mps.synchronize()
+        if self._on_gpu:
+            torch.accelerator.synchronize()
 
     def reset_peak_memory(self) -> None:
-        if self.kind == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        if self._on_gpu:
+            torch.accelerator.reset_peak_memory_stats()
 
     def peak_memory(self) -> int | None:
-        if self.kind == "cuda":
-            return torch.cuda.max_memory_allocated()
-        # MPS counts no peak; what its allocator holds after a step is what the step has needed.
-        return torch.mps.driver_allocated_memory() if self.kind == "metal" else None
+        """Bytes held by tensors at once, cached memory excluded, as `mx.get_peak_memory` counts; None on a CPU."""
+        return torch.accelerator.max_memory_allocated() if self._on_gpu else None
 
     def give_back(self) -> None:
-        if self.kind == "cuda":
-            torch.cuda.empty_cache()
-        elif self.kind == "metal":
-            torch.mps.empty_cache()
+        if self._on_gpu:
+            torch.accelerator.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text without end from a seeded model of words, for what needs more of it than anyone has at hand."""
+"""Generates text of any size from a seeded vocabulary."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ SYLLABLES = [consonant + vowel for consonant in "bdfghklmnprstvz" for vowel in "
 
 
 def write_text(path: Path, size: int, seed: int = 0) -> None:
-    """Write documents, one a line, until the file has `size` bytes.
+    """Write documents, one per line, until the file has at least `size` bytes.
 
-    Words are one to five syllables; the k-th comes 1 / k as often as the first (Zipf's law), as in real text.
+    Words have one to five syllables. The frequency of the k-th word is 1 / k (Zipf's law), as in real text.
     """
     draw = np.random.default_rng(seed)
     words = ["".join(draw.choice(SYLLABLES, n)) for n in draw.integers(1, 6, WORDS)]

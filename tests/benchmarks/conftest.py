@@ -1,4 +1,4 @@
-"""Run the benchmarks as a person does."""
+"""Runs the benchmarks from the command line."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def benchmark(tmp_path_factory):
-    """Run a program of benchmarks/ from the root: its exit code, what it said, and its result."""
+    """Run a program in benchmarks/ from the root: its exit code, its output, and its result."""
 
     def run(program, *arguments):
         file = tmp_path_factory.mktemp("results") / "result.json"

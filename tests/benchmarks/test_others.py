@@ -1,4 +1,4 @@
-"""The other benchmarks run, and say what they have to."""
+"""The other benchmarks run, and their tables show their results."""
 
 import sys
 
@@ -8,7 +8,7 @@ import report
 
 
 def rows(done, *names):
-    """Those columns of the result; the table has as many lines."""
+    """The columns `names` of the result, after a check that the printed table is the result's."""
     assert done.code == 0, done.err
     assert sum(line.startswith("|") for line in done.out.splitlines()) == 2 + len(done.result["rows"])
     assert report.lines(done.result) == done.out.splitlines()

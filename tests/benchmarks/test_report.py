@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md are those of the results, and of nothing else."""
+"""The tables in benchmarks/README.md agree with the results."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def test_the_tables_are_made_from_the_results():
     assert report.regenerate(README, RESULTS) == README, "run: python benchmarks/report.py"
 
 
-def test_each_benchmark_has_its_place():
+def test_each_benchmark_has_a_section():
     assert re.findall("<!-- results: (.*) -->", README) == [
         "throughput",
         "loop",
@@ -45,7 +45,7 @@ def test_no_result_names_a_folder():
         assert not re.search(r'"[^"]*(?<![\w.])/(tmp|home|Users|root|work|var|private)\b', json.dumps(result))
 
 
-def test_a_place_without_results_says_so_and_is_found_again():
+def test_a_section_without_results_says_so_and_can_be_filled():
     readme = "Before\n<!-- results: startup -->\n<!-- end -->\nAfter\n"
     empty = report.regenerate(readme, [])
     assert report.MISSING in empty

@@ -1,17 +1,20 @@
-"""The benchmark compares what trains the same, and nothing else."""
+"""Contenders are compared only if they train the same network."""
 
+import contextlib
 import json
 import math
 import platform
 import shutil
 import statistics
 import tempfile
+from typing import ClassVar
 
 import click
 import pytest
 
 import contest
 import harness
+import shapes
 from tests.benchmarks.conftest import ROOT
 
 PROGRAMS = ["mlx-gpt", "PyTorch eager", "mlx.nn"]
@@ -24,7 +27,7 @@ def smoke(benchmark):
     return done
 
 
-def test_all_see_the_same_losses(smoke):
+def test_all_have_the_same_losses(smoke):
     assert "mlx-gpt, PyTorch eager, mlx.nn agree on the losses of 10 steps" in smoke.err
     assert 0 < smoke.result["shapes"]["smoke"]["loss_difference"] < contest.TOLERANCE["float32"][0]
 
@@ -45,11 +48,12 @@ def test_it_prints_one_table_with_a_row_for_each(smoke):
     assert len({len(row) for row in table}) == 1
 
 
-def test_the_result_says_where_and_what(smoke):
+def test_the_result_names_the_machine_and_the_settings(smoke):
     result = smoke.result
     assert result["machine"]["chip"]
     assert result["machine"]["cores"] > 0
     assert result["versions"].keys() >= {"mlx", "torch", "numpy"}
+    assert result["tf32"] is False
     assert result["settings"] == {"threads": harness.available_threads(), "trials": 2}
     assert result["command"].startswith("python benchmarks/throughput.py --smoke --against torch-eager")
     assert "json" not in result["command"]
@@ -85,16 +89,71 @@ def test_it_refuses_to_compare_with_another_network(benchmark, tmp_path):
     assert not done.result
 
 
-def test_without_the_other_ours_is_measured_alone(benchmark):
+def test_without_another_contender_ours_is_measured_alone(benchmark):
     done = benchmark("throughput.py", "--smoke", "--against", "nowhere")
     assert done.code == 0
     assert "Measured without nowhere." in done.err
     assert [row["program"] for row in done.result["rows"]] == ["mlx-gpt"]
 
 
-def test_what_is_missing_can_be_installed():
-    with pytest.raises(click.ClickException, match=r"pip install -e '.\[bench\]'"):
-        harness.need("no-such-package")
+class FakeWorker:
+    """Answers as a worker on a GPU would, without a process."""
+
+    compiled: ClassVar[list[float]] = []
+    ended: ClassVar[list[str]] = []
+    facts: ClassVar = {"kind": "metal", "dtype": "bfloat16"}
+
+    def __init__(self, name, program, threads, settings, checkout=None):
+        self.name = name
+
+    def ask(self, what, **arguments):
+        if what == "run":
+            losses = self.compiled if "compiled" in self.name else [5.0, 4.0]
+            if not losses:
+                raise click.ClickException(f"{self.name}: it does not compile")
+            return {"losses": losses, "seconds": 1.0}
+        return None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.ended.append(self.name)
+
+
+@pytest.fixture
+def admitted(monkeypatch, tmp_path):
+    """Names of the contenders on a GPU, and of workers that have ended; depends on compiled PyTorch's losses."""
+
+    def admit(compiled, against=()):
+        monkeypatch.setattr(contest, "Worker", FakeWorker)
+        monkeypatch.setattr(FakeWorker, "compiled", compiled)
+        monkeypatch.setattr(FakeWorker, "ended", [])
+        options = contest.Options(device="gpu", precision="auto", steps=None, trials=1, threads=1, smoke=True)
+        with contextlib.ExitStack() as stack:
+            several = contest.Contest(shapes.settings_of("smoke"), options, tmp_path, stack)
+            several.admit(against)
+            assert several.check() == 0
+            return [worker.name for worker in several.workers], FakeWorker.ended.copy()
+
+    return admit
+
+
+def test_compiled_pytorch_is_the_reference_on_a_gpu(admitted, capsys):
+    assert admitted([5.0, 4.0]) == (["mlx-gpt", "PyTorch compiled, autocast"], [])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("against", [(), ("torch-compile",), ("torch-compile", "torch-eager")])
+@pytest.mark.parametrize(("compiled", "reason"), [([5.0, 3.0], "In step 2 the loss"), ([], "it does not compile")])
+def test_pytorch_eager_takes_the_place_of_a_compiled_one_that_fails(admitted, capsys, compiled, reason, against):
+    names, ended = admitted(compiled, against)
+    assert names == ["mlx-gpt", "PyTorch eager, autocast"]
+    assert ended == ["PyTorch compiled, autocast"]
+    said = capsys.readouterr().err
+    assert said.startswith("Measured without torch-compile. ")
+    assert reason in said
+    assert ("PyTorch eager takes its place." in said) == ("torch-eager" not in against)
 
 
 @pytest.mark.parametrize(("losses", "step"), [([5.002, 5.0], 1), ([5.0, 5.02], 2), ([5.0, math.nan], 2)])
