@@ -1,6 +1,8 @@
-"""What every program that trains has in common: the clock, and what MLX's share beyond it."""
+"""What the programs that train have in common: the clock, and for those on MLX the device."""
 
+import dataclasses
 import itertools
+import os
 import resource
 import sys
 import time
@@ -13,9 +15,33 @@ import numpy as np
 
 
 def resident_memory(whose: int = resource.RUSAGE_SELF) -> int:
-    """Bytes of main memory that this process, or its largest child, has held at the peak, libraries included."""
+    """Peak of main memory in bytes, libraries included, of this process or of its largest child."""
     peak = resource.getrusage(whose).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def choose_device(name: str) -> None:
+    """Compute on "cpu" or "gpu"; "auto" leaves it to mlx-gpt. Call it before MLX and mlx_gpt.device are imported."""
+    if name != "auto":
+        os.environ["MLX_GPT_DEVICE"] = name
+
+
+def open_device(name: str) -> Any:
+    """Choose the device, put the tuned BLAS of a CPU in place, and return the device, prepared for training."""
+    choose_device(name)
+    from mlx_gpt.device import device
+
+    found = device()
+    found.prepare()
+    return found
+
+
+def device_facts(device: Any) -> dict[str, str]:
+    """Kind and name of the device, and the BLAS if it is a CPU."""
+    from mlx_gpt.cpu import blas
+
+    library = Path(blas.live).name if device.kind == "cpu" else ""
+    return {"kind": device.kind, "device": device.name, "blas": library}
 
 
 class Contender(ABC):
@@ -29,7 +55,7 @@ class Contender(ABC):
     _batches: Iterator[np.ndarray]
 
     def load_windows(self, path: str) -> None:
-        """Take the batches of `shapes.write_windows`, over and over."""
+        """Read the batches of `shapes.write_windows`, which are repeated without end."""
         self._batches = itertools.cycle(np.load(path))
 
     def run(self, rates: list[float], warm_up: int = 0) -> dict[str, Any]:
@@ -53,56 +79,50 @@ class Contender(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What there is to know of it."""
+        """Facts for the result."""
 
     @abstractmethod
     def step(self, windows_bt: np.ndarray, rate: float) -> Any:
-        """Begin one step on windows (B, T + 1); a scalar, the mean loss in nats."""
+        """Start one step on windows (B, T + 1) of ids. Returns a scalar, the mean loss in nats."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until all that was begun is done."""
+        """Wait until everything that was started is computed."""
 
     @abstractmethod
     def reset_peak_memory(self) -> None:
-        """Forget the peak."""
+        """Start to count the peak again."""
 
     @abstractmethod
     def peak_memory(self) -> int | None:
-        """Bytes that the library has held at once for arrays; None where it doesn't count."""
+        """Most bytes that the library's arrays have held at once; None where it doesn't count them."""
 
     @abstractmethod
     def give_back(self) -> None:
-        """Return cached memory to the system, for the next one's turn."""
+        """Return cached memory to the system before another contender's turn."""
 
 
 class MLXContender(Contender):
-    """Trains with MLX, on the device and in the dtype that mlx-gpt would choose."""
+    """Trains with MLX, on the device and in the dtype that mlx-gpt would choose.
+
+    Args:
+        settings: every setting of a run by name.
+        device: "cpu", "gpu" or "auto".
+        precision: "float32", "bfloat16" or "auto".
+    """
 
     def __init__(self, settings: dict[str, Any], device: str, precision: str) -> None:
-        from mlx_gpt import _blas, backend  # first, so that a tuned BLAS serves mlx
+        self.device = open_device(device)
+        import mlx.core as mx
+
         from mlx_gpt.settings import resolve
 
-        import mlx.core as mx  # isort: skip
-
-        self.mx = mx
-        if device != "auto":
-            mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
-        self.device = backend.device()
-        backend.prepare(self.device)
-        self.kind = self.device.kind
-        self.dtype = backend.compute_dtype(precision, self.device)
-        self.blas = Path(_blas.live).name if self.kind == "cpu" else ""
+        self.mx, self.kind, self.dtype = mx, self.device.kind, self.device.dtype(precision)
         resolved = resolve(settings)
-        self.config, self.training = resolved.model, resolved.training
+        self.config, self.training = resolved.model, dataclasses.replace(resolved.training, precision=precision)
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "device": self.device.name,
-            "blas": self.blas,
-            "dtype": str(self.dtype).removeprefix("mlx.core."),
-        }
+        return device_facts(self.device) | {"dtype": str(self.dtype).removeprefix("mlx.core.")}
 
     def synchronize(self) -> None:
         self.mx.synchronize()

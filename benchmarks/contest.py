@@ -11,7 +11,7 @@ import click
 
 import facts
 from harness import NotInstalledError, Worker, leave_out, need, pairwise, summary, take_turns, turns_bar
-from shapes import describe, write_windows
+from shapes import Found, describe, of_a_step, write_windows
 
 OURS, MLX_NN = "mlx-gpt", "mlx.nn"
 EAGER, COMPILED = "torch-eager", "torch-compile"
@@ -22,9 +22,6 @@ CHECKED_STEPS = 10
 # optimizer too. Libraries sum in different orders, and Adam's update for a gradient near zero is mostly rounding.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 2e-2)}
 TRIAL_SECONDS = 3.0
-
-Found = tuple[dict[str, Any], list[dict[str, Any]]]
-"""The facts of a shape, and a row for each contender."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +50,25 @@ class Contest:
         self.ours.ask("save_weights", path=self._weights)
         self._rates = self.ours.ask("rates", steps=CHECKED_STEPS)
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes that ours takes for a step, measured in its first steps, and bytes that a run may take.
+
+        If two programs don't have room for weights, gradients and AdamW's means, no step is made, and the first number
+        counts only those.
+        """
+        memory = self.ours.ask("memory")
+        if 2 * memory["least"] > memory["usable"]:
+            return memory["least"], memory["usable"]
+        steps = self._first_steps(self.ours)
+        self._keep_first_steps(self.ours, steps)
+        return steps["peak_memory"], memory["usable"]
+
     def admit(self, against: Sequence[str]) -> None:
-        """Start the contenders `against` ours, by default PyTorch, and let all make the first steps.
+        """Start the contenders `against` ours, by default PyTorch, and let them make the first steps, after `memory`.
 
         A contender that fails is left out with a sentence. If that is compiled PyTorch, because it failed or because
         its losses differ from ours, PyTorch eager takes its place.
         """
-        self._keep_first_steps(self.ours, self._first_steps(self.ours))
         names = list(against) or [REFERENCE[self.ours.facts["kind"]]]
         for name in names:
             try:
@@ -162,13 +171,14 @@ class Contest:
         if name == "mlx-nn":
             return self._with_mlx(MLX_NN, "train_mlx_nn.py", weights=self._weights)
         checkout = Path(name).resolve()
-        if not (checkout / "mlx_gpt/__init__.py").is_file():
+        other = facts.name_of_checkout(checkout)
+        if not other:
             raise click.ClickException(f"{name} is neither {', '.join(TORCH)}, mlx-nn nor a checkout of mlx-gpt.")
-        other = f"mlx-gpt {facts.commit(checkout) or checkout.name}"
         return self._with_mlx(other, "train_ours.py", checkout, weights=self._weights)
 
     def _with_mlx(self, name: str, program: str, checkout: Path | None = None, **more: str) -> Worker:
-        given = {"settings": self.settings, "windows": self._windows}
+        settings = of_a_step(self.settings) if checkout else self.settings
+        given = {"settings": settings, "windows": self._windows}
         where = {"device": self.options.device, "precision": self.options.precision}
         return Worker(name, [program], self.options.threads, {**given, **where, **more}, checkout)
 

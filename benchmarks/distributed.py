@@ -1,11 +1,13 @@
-"""Training on several ranks of one machine against one process.
+"""Measures training on several ranks of one machine, compared with one process.
 
     python benchmarks/distributed.py
 
-Both train as `mlx-gpt train` does, on the same windows with the same settings; validation and checkpoints are left out.
-The ranks are started by `mlx.launch` and share the windows of each step. Each process has one thread for its products,
-so that the one process uses one core and the ranks one each.
+Both train as `mlx-gpt train` does, on the same windows with the same settings. Validation and checkpoints are left out.
+`mlx.launch` starts the ranks, which share the windows of each step. Each process has one thread for its products, so
+the one process uses one core, and so does each rank.
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import contextlib
 import functools
@@ -18,40 +20,30 @@ import click
 
 import facts
 import report
-from harness import Worker, common_options, device_option, pairwise, summary, take_turns, turns_bar, write_json
+from harness import Worker, common_options, device_option, pairwise, summary, take_turns, turns_bar
 from loop import run_in
-from shapes import SHAPES, describe, settings_of
+from shapes import Found, by_shape, describe, preset_option, settings_of
 
 ONE = "one process"
-ON_CPU = ("tiny", "tiny-b64")  # the latter with as many windows a step as the larger presets have
-# How far a loss may be off, relatively: sums are made in another order, and Adam makes much of it near zero.
+# Largest relative difference of a loss. Ranks add up in another order, and Adam's update for a gradient near zero is
+# mostly rounding.
 TOLERANCE = 1e-4
 
 
 @click.command()
-@click.option("--preset", multiple=True, default=ON_CPU, show_default=True, type=click.Choice(list(SHAPES)))
+@preset_option("tiny", "tiny-b64")  # the second with as many windows per step as the larger presets have
 @click.option("--ranks", default=2, show_default=True, type=click.IntRange(2), help="Processes against the one.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(10), help="Steps per trial.")
 @device_option
 @functools.partial(common_options, threads=1)
-def main(
-    preset: Sequence[str], ranks: int, json_file: str | None, steps: int, trials: int, threads: int, device: str
-) -> None:
-    """Measure what several ranks gain on one machine."""
-    result = facts.gather("distributed", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
-    result |= {"shapes": {}, "rows": []}
-    for shape in preset:
-        result["shapes"][shape], rows = measure(shape, ranks, steps, trials, threads, device)
-        result["rows"] += [{"shape": shape, **row} for row in rows]
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+def main(preset: tuple[str, ...], json_file: str | None, **given: Any) -> None:
+    """Time training on several ranks and in one process."""
+    result = facts.begin("distributed", threads=given["threads"], trials=given["trials"])
+    result |= by_shape(preset, lambda shape: measure(shape, **given))
+    report.finish(result, json_file)
 
 
-def measure(
-    shape: str, ranks: int, steps: int, trials: int, threads: int, device: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(shape: str, ranks: int, steps: int, trials: int, threads: int, device: str) -> Found:
     """The facts of one shape, and a row for the one process and for the ranks."""
     settings = settings_of(shape)
     several = f"{ranks} ranks"
@@ -84,18 +76,18 @@ def measure(
     return {"sizes": describe(settings | workers[0].facts), "steps": steps}, rows
 
 
-def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How far, relative to its size, a logged loss of the ranks' first steps is from that of one process at most.
+def largest_difference(one: Sequence[float], several: Sequence[float]) -> float:
+    """The largest relative difference between the logged losses of one process and of several ranks.
 
     Raises:
         click.ClickException: it is more than rounding explains.
     """
     largest = 0.0
-    for i, (one, other) in enumerate(zip(ours, theirs, strict=True), 1):
-        difference = abs(other - one) / one
-        if not difference <= TOLERANCE:
+    for i, (alone, shared) in enumerate(zip(one, several, strict=True), 1):
+        difference = abs(shared - alone) / alone
+        if not difference <= TOLERANCE:  # so a NaN is refused too
             raise click.ClickException(
-                f"In line {i} of the log the ranks' loss is {other:.6f} and that of one process {one:.6f}."
+                f"In line {i} of the log the loss of the ranks is {shared:.6f} and that of one process {alone:.6f}."
             )
         largest = max(largest, difference)
     return largest

@@ -101,6 +101,13 @@ def commit(checkout: Path | None = None) -> str:
     return name + ("+" if changed else "")
 
 
+def name_of_checkout(folder: Path) -> str:
+    """The name in tables of another checkout of mlx-gpt; empty if the folder is not one."""
+    if not all((folder / file).is_file() for file in ("mlx_gpt/__init__.py", "benchmarks/harness.py")):
+        return ""
+    return f"mlx-gpt {commit(folder) or folder.name}"
+
+
 def version_of(package: str) -> str:
     """The package's version; empty if it is not installed."""
     try:

@@ -1,6 +1,6 @@
-"""Generation from one model directory with ours, mlx-lm or transformers: `generate_with.py ours|mlx-lm|transformers`.
+"""Generation from one model directory by one program: `generate_with.py ours|mlx-lm|transformers`.
 
-Each continues the same prompt B times, greedily, by a fixed number of tokens.
+Each program continues the same prompt B times, greedily, by a fixed number of tokens.
 """
 
 import sys
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from contender import resident_memory
-from harness import serve
+from contender import device_facts, open_device, resident_memory
+from harness import TORCH_DEVICES, serve
 
 
 class Generator(ABC):
-    """Reads a model directory."""
+    """Reads a model directory and generates from it."""
 
     def facts(self) -> dict[str, Any]:
-        """What there is to know of it."""
+        """Facts for the result."""
         return {}
 
     def run(self, prompt: list[int], batch_size: int, new_tokens: int) -> dict[str, Any]:
-        """Generate: seconds up to the first token, seconds for those after it, the tokens of the first text."""
+        """Generate B texts. Returns the first one's tokens, and the seconds until its first token and after it."""
         self.reset_peak_memory()
         started = time.perf_counter()
         tokens, times = [], []
@@ -39,31 +39,25 @@ class Generator(ABC):
 
     @abstractmethod
     def generate(self, prompt: list[int], batch_size: int, new_tokens: int) -> Iterator[int]:
-        """The tokens of the first of B texts, one by one as they are known."""
+        """Yield each token of the first of B texts as soon as it is known."""
 
     @abstractmethod
     def reset_peak_memory(self) -> None:
-        """Forget the peak."""
+        """Start to count the peak again."""
 
     @abstractmethod
     def peak_memory(self) -> int:
-        """Bytes that the library has held at once for arrays."""
+        """Most bytes that the library's arrays have held at once."""
 
 
 class MLXGenerator(Generator):
     """What ours and mlx-lm have in common: the device, and a tuned BLAS on a CPU."""
 
     def __init__(self, device: str) -> None:
-        from mlx_gpt import _blas, backend  # first, so that the BLAS is in place
-
-        import mlx.core as mx  # isort: skip
+        self.device = open_device(device)
+        import mlx.core as mx
 
         self.mx = mx
-        if device != "auto":
-            mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
-        self.device = backend.device()
-        backend.prepare(self.device)
-        self.blas = Path(_blas.live).name if self.device.kind == "cpu" else ""
 
     def reset_peak_memory(self) -> None:
         self.mx.clear_cache()
@@ -74,45 +68,58 @@ class MLXGenerator(Generator):
 
 
 class Ours(MLXGenerator):
-    """mlx_gpt.generation.engine."""
+    """mlx_gpt.generation.engine.
 
-    def __init__(self, folder: str, device: str, write: dict[str, Any]) -> None:
+    Args:
+        folder: a model directory.
+        device: "cpu", "gpu" or "auto".
+        write: settings of a run. If they are given, a model of that shape is written to the folder first.
+    """
+
+    def __init__(self, folder: str, device: str, write: dict[str, Any] | None = None) -> None:
         super().__init__(device)
-        import mlx_gpt
+        from mlx_gpt.api import load
 
-        write_model(Path(folder), write, self.device)
-        self._model, self._tokenizer = mlx_gpt.load(folder)
+        if write:
+            write_model(Path(folder), write, self.device)
+        self._model, self._tokenizer = load(folder)
 
     def facts(self) -> dict[str, Any]:
         from mlx.utils import tree_flatten
 
-        config, dtype = self._model.config, self._model.wte.weight.dtype
+        from mlx_gpt import models
+        from mlx_gpt.generation.engine import bytes_per_token
+
         weights = sum(weight.nbytes for _, weight in tree_flatten(self._model.parameters()))
-        return {
-            "kind": self.device.kind,
-            "device": self.device.name,
-            "blas": self.blas,
-            "dtype": str(dtype).removeprefix("mlx.core."),
-            "n_params": self._model.n_params(),
-            # Read for each token: every weight but the positions, of which one row is; keys and values per position.
+        return device_facts(self.device) | {
+            "dtype": str(self._model.wte.weight.dtype).removeprefix("mlx.core."),
+            "n_params": models.n_params(self._model),
+            # Decoding a token reads every weight except the positions, and the keys and values of each token so far.
             "weight_bytes": weights - self._model.wpe.weight.nbytes,
-            "cache_bytes": 2 * config.n_layer * config.n_embd * dtype.size,
+            "cache_bytes": bytes_per_token(self._model),
         }
 
     def run(self, prompt: list[int], batch_size: int, new_tokens: int) -> dict[str, Any]:
-        from mlx_gpt.generation import engine
-
         result = super().run(prompt, batch_size, new_tokens)
         if batch_size > 1:
-            # The engine reads a prompt that its texts share only once. The others read all, so time that.
-            ids_bt = self.mx.array([prompt] * batch_size)
-            started = time.perf_counter()
-            network = engine.in_parts(self._model, batch_size)
-            cache = engine.make_cache(network, batch_size, len(prompt) + new_tokens)
-            cache.rows.begin(batch_size)
-            self.mx.eval(engine.read(network, ids_bt, cache))
-            result["prefill"] = time.perf_counter() - started
+            # The engine reads a prompt that its texts share only once. The others read it for each text, so time that.
+            result["prefill"] = self._read(self.mx.array([prompt] * batch_size), len(prompt) + new_tokens)
         return result
+
+    def _read(self, ids_bt: Any, capacity: int) -> float:
+        """Seconds to read B prompts, up to the logits of their next tokens."""
+        from mlx_gpt import models
+        from mlx_gpt.generation.engine import make_cache
+
+        started = time.perf_counter()
+        B, T = ids_bt.shape
+        network = self.device.decoder(self._model, B)
+        cache = make_cache(network, B, capacity)
+        cache.rows.begin(B)
+        cache.rows.grow(T)
+        x_btc = models.hidden(network, ids_bt, cache.layers)
+        self.mx.eval(models.head(network, x_btc[:, -1]))
+        return time.perf_counter() - started
 
     def generate(self, prompt: list[int], batch_size: int, new_tokens: int) -> Iterator[int]:
         from mlx_gpt.config import GenerationConfig
@@ -153,19 +160,19 @@ class MLXLM(MLXGenerator):
 
 
 class Transformers:
-    """transformers' own `generate`, in PyTorch, which counts no peak of memory everywhere."""
+    """transformers' own `generate`. PyTorch doesn't count a peak of memory on every device, so there is none."""
 
     def __init__(self, folder: str, kind: str) -> None:
         import torch
         import transformers
 
-        self._torch, self._device = torch, {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}[kind]
+        self._torch, self._device = torch, TORCH_DEVICES[kind]
         # Its own types forbid what its documentation shows.
         self._model = cast(Any, transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
         self._model.to(self._device).eval()
 
     def facts(self) -> dict[str, Any]:
-        """What there is to know of it."""
+        """Facts for the result."""
         return {}
 
     def run(self, prompt: list[int], batch_size: int, new_tokens: int) -> dict[str, Any]:
@@ -173,7 +180,7 @@ class Transformers:
         times: list[float] = []
 
         class Clock:
-            """A streamer that notes when each token comes; the prompt comes first."""
+            """A streamer that notes when each token comes. The prompt comes first."""
 
             def put(self, tokens: Any) -> None:
                 times.append(time.perf_counter())
@@ -202,24 +209,22 @@ class Transformers:
 
 
 def write_model(folder: Path, settings: dict[str, Any], device: Any) -> None:
-    """Write a fresh model directory in the dtype that mlx-gpt computes in on this device, which all then read."""
-    from mlx_gpt.backend import compute_dtype
-    from mlx_gpt.model import GPT
+    """Write a model directory with random weights, in the dtype that mlx-gpt computes in on this device."""
+    from mlx.utils import tree_map
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers.models import BPE
+
+    from mlx_gpt import models
     from mlx_gpt.models.directory import save_model
     from mlx_gpt.settings import resolve
     from mlx_gpt.tokenizer import BYTE_OF, Tokenizer
 
-    from mlx.utils import tree_map  # isort: skip
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import models
-
-    dtype = compute_dtype("auto", device)
-    config = resolve(settings).model
-    model = GPT(config).init_weights(0)
+    config, dtype = resolve(settings).model, device.dtype("auto")
+    model = models.create(config).init_weights(0)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
-    # As many entries as the weights have, the end of the text among them: none may be barred from what is generated.
+    # As many entries as the weights have, including the end of the text, or mlx-gpt would never choose the others.
     entries = BYTE_OF | {f"<{i}>": i for i in range(len(BYTE_OF), config.vocab_size - 1)}
-    save_model(folder, model, Tokenizer(HFTokenizer(models.BPE(vocab=entries, merges=[]))))
+    save_model(folder, model, Tokenizer(HFTokenizer(BPE(vocab=entries, merges=[]))))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Measures how fast mlx-gpt generates, compared with mlx-lm and transformers on the same model directory.
 
     python benchmarks/generation.py
+    python benchmarks/generation.py --against ../other
 
 Random weights of GPT-2's smallest shape are written once and read by all. All texts of a batch have the same prompt,
 and decoding is greedy. In float32 all programs have to choose the same tokens, or they are not compared. Decoding a
 token reads every weight except the positions, and the keys and values so far. The table gives these bytes per second
 next to the speed of a large copy in the same run. On a CPU under Linux mlx-lm runs twice: with plain OpenBLAS, and with
-mlx-gpt's version of it, which has products of its own for few rows.
+mlx-gpt's version of it, which has products of its own for few rows. With --against the only other program is another
+checkout of mlx-gpt, which writes the model directory that both read.
 """
 
 import installed  # noqa: F401  # isort: skip
@@ -23,9 +25,10 @@ import facts
 import openblas
 import report
 from harness import Worker, common_options, device_option, leave_out, need, pairwise, summary, take_turns, turns_bar
-from shapes import SHAPES, settings_of
+from shapes import SHAPES, of_a_step, settings_of
 
 OURS = "mlx-gpt"
+PROGRAM = ("generate_with.py", "ours")
 BATCHES = (1, 8)
 
 
@@ -33,22 +36,30 @@ BATCHES = (1, 8)
 @click.option("--preset", default="gpt2", show_default=True, type=click.Choice(list(SHAPES)))
 @click.option("--prompt-tokens", default=128, show_default=True, type=click.IntRange(2))
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(3))
+@click.option("--against", metavar="FOLDER", help="Another checkout of mlx-gpt. [default: mlx-lm and transformers]")
 @device_option
 @common_options
 def main(
-    preset: str, prompt_tokens: int, new_tokens: int, device: str, trials: int, threads: int, json_file: str | None
+    preset: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    against: str | None,
+    device: str,
+    trials: int,
+    threads: int,
+    json_file: str | None,
 ) -> None:
-    """Time prefill and decoding of one text and of eight with mlx-gpt, mlx-lm and transformers."""
+    """Time prefill and decoding of one text and of eight with mlx-gpt and with others."""
     settings = settings_of(preset)
     if prompt_tokens + new_tokens > settings["n_positions"]:
         raise click.UsageError(f"{preset} has {settings['n_positions']} positions: ask for fewer tokens.")
     result = facts.begin("generation", threads=threads, trials=trials)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        ours = Worker(
-            OURS, ["generate_with.py", "ours"], threads, {"folder": folder, "device": device, "write": settings}
-        )
-        workers = [stack.enter_context(ours), *others(folder, device, ours.facts, threads, stack)]
+        given = {"folder": stack.enter_context(tempfile.TemporaryDirectory()), "device": device}
+        writes = given | {"write": of_a_step(settings)}
+        other = [stack.enter_context(checkout(against, threads, writes))] if against else []
+        ours = stack.enter_context(Worker(OURS, PROGRAM, threads, given if against else writes))
+        workers = [ours, *(other or others(given, ours.facts, threads, stack))]
         here = {name: ours.facts[name] for name in ("kind", "dtype")}
         limit = stack.enter_context(Worker("MLX", ["roofline.py", "mlx"], threads, here))
         prompt = np.random.default_rng(0).integers(settings["vocab_size"], size=prompt_tokens).tolist()
@@ -74,25 +85,38 @@ def main(
     report.finish(result, json_file)
 
 
-def others(folder: str, device: str, facts: dict[str, Any], threads: int, stack: contextlib.ExitStack) -> list[Worker]:
-    """Start the other programs. Those that are missing or fail are left out with a sentence."""
+def checkout(folder: str, threads: int, given: dict[str, Any]) -> Worker:
+    """Start another checkout of mlx-gpt.
+
+    Raises:
+        click.ClickException: the folder is not one, or its program fails.
+    """
+    path = Path(folder).resolve()
+    name = facts.name_of_checkout(path)
+    if not name:
+        raise click.ClickException(f"{folder} is not a checkout of mlx-gpt.")
+    return Worker(name, PROGRAM, threads, given, path)
+
+
+def others(given: dict[str, str], ours: dict[str, Any], threads: int, stack: contextlib.ExitStack) -> list[Worker]:
+    """Start mlx-lm and transformers. Those that are missing or fail are left out with a sentence."""
     started = []
 
     def start(name: str, package: str, settings: dict[str, str], variables: dict[str, str] | None = None) -> None:
         try:
             need(package)
-            program, settings = ["generate_with.py", package], {"folder": folder, **settings}
+            program = ["generate_with.py", package]
             started.append(stack.enter_context(Worker(name, program, threads, settings, variables=variables)))
         except click.ClickException as error:
             leave_out(package, error)
 
-    if facts["blas"].startswith("OpenBLAS"):
+    if ours["blas"].startswith("OpenBLAS"):
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        start("mlx-lm", "mlx-lm", {"device": device}, openblas.as_it_is(place))
-        start("mlx-lm, mlx-gpt's BLAS", "mlx-lm", {"device": device})
+        start("mlx-lm", "mlx-lm", given, openblas.as_it_is(place))
+        start("mlx-lm, mlx-gpt's BLAS", "mlx-lm", given)
     else:
-        start("mlx-lm", "mlx-lm", {"device": device})
-    start("transformers", "transformers", {"kind": facts["kind"]})
+        start("mlx-lm", "mlx-lm", given)
+    start("transformers", "transformers", {"folder": given["folder"], "kind": ours["kind"]})
     return started
 
 

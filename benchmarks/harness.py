@@ -40,10 +40,11 @@ class Worker:
 
     Args:
         name: the contender's name in tables and messages.
-        program: a file in this folder, and its arguments.
+        program: a file in benchmarks/, and its arguments.
         threads: how many threads its libraries may use.
         settings: the arguments of the program's `start`, whose result is kept in `facts`.
-        checkout: a folder to import mlx_gpt from, in place of the installed one.
+        checkout: another checkout of mlx-gpt. Its own program runs with its own mlx_gpt, because the program of this
+            folder knows only the mlx_gpt beside it. All speak the same protocol (`serve`).
         ranks: how many ranks `mlx.launch` starts. All receive each request, and the first one answers.
         variables: additional environment variables.
 
@@ -63,7 +64,8 @@ class Worker:
     ) -> None:
         self.name = name
         self._ranks = ranks
-        command = [sys.executable, str(HERE / program[0]), *program[1:]]
+        folder = checkout / "benchmarks" if checkout else HERE
+        command = [sys.executable, str(folder / program[0]), *program[1:]]
         if ranks > 1:
             launcher = str(Path(sys.executable).with_name("mlx.launch"))
             command = [launcher, "-n", str(ranks), "-p", str(free_ports(ranks)), "--", *command]

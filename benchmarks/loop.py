@@ -1,14 +1,15 @@
-"""Training as a whole against its bare step.
+"""Measures how much of its training step's speed `mlx-gpt train` keeps.
 
     python benchmarks/loop.py
 
-One process trains as `mlx-gpt train` does: it reads its windows from a tokenised text, logs, and writes its metrics;
-validation and checkpoints are left out. Another makes the very same compiled steps on windows that are in memory.
+One process trains as `mlx-gpt train` does: it reads its windows from a tokenised text, logs, and writes its metrics.
+Validation and checkpoints are left out. Another process makes the same steps on windows that are in memory.
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import click
 
 import facts
 import report
-from harness import Worker, common_options, device_option, pairwise, summary, take_turns, turns_bar, write_json
-from shapes import SHAPES, describe, settings_of, write_windows
+from harness import Worker, common_options, device_option, pairwise, summary, take_turns, turns_bar
+from shapes import Found, by_shape, describe, preset_option, settings_of, write_windows
 from words import write_text
 
 BARE, WHOLE = "bare step", "mlx-gpt train"
@@ -26,35 +27,25 @@ NEVER = 10**9
 
 
 @click.command()
-@click.option(
-    "--preset", multiple=True, default=["tiny", "small-t256"], show_default=True, type=click.Choice(list(SHAPES))
-)
+@preset_option("tiny", "small-t256")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps per trial.")
 @device_option
 @common_options
-def main(preset: Sequence[str], json_file: str | None, steps: int, trials: int, threads: int, device: str) -> None:
-    """Measure how much of its bare step's speed `mlx-gpt train` keeps."""
-    result = facts.gather("loop", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
-    result |= {"shapes": {}, "rows": []}
-    for shape in preset:
-        result["shapes"][shape], rows = measure(shape, steps, trials, threads, device)
-        result["rows"] += [{"shape": shape, **row} for row in rows]
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+def main(preset: tuple[str, ...], json_file: str | None, **given: Any) -> None:
+    """Time `mlx-gpt train` and its bare step."""
+    result = facts.begin("loop", threads=given["threads"], trials=given["trials"])
+    result |= by_shape(preset, lambda shape: measure(shape, **given))
+    report.finish(result, json_file)
 
 
-def measure(
-    shape: str, steps: int, trials: int, threads: int, device: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(shape: str, steps: int, trials: int, threads: int, device: str) -> Found:
     """The facts of one shape, and a row for each of the two."""
     settings = settings_of(shape)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         given = {"settings": settings | run_in(folder), "device": device}
         whole = stack.enter_context(Worker(WHOLE, ["train_loop.py"], threads, given))
-        settings["vocab_size"] = whole.facts["vocab_size"]  # that of the tokenizer which the text has given
+        settings["vocab_size"] = whole.facts["vocab_size"]  # of the tokenizer that was trained on the text
         windows = folder / "windows.npy"
         write_windows(windows, settings)
         given = {"settings": settings, "windows": str(windows), "device": device, "precision": "auto"}
@@ -83,7 +74,7 @@ def measure(
 
 
 def run_in(folder: Path) -> dict[str, Any]:
-    """The settings of a run in `folder`, on a text that is made there, which goes on until it is stopped."""
+    """Write a text into `folder`, and return the settings of a run on it that doesn't end by itself."""
     write_text(folder / "text.txt", TEXT_BYTES)
     return {
         "data": str(folder / "text.txt"),

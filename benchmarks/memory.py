@@ -1,16 +1,17 @@
-"""The peak memory of a training step, and what it costs in time.
+"""Measures the peak memory of a training step, and its time.
 
     python benchmarks/memory.py
 
-The same step is made in several ways, each in a process of its own, in turns: plainly, with the loss from all logits
-at once and every activation kept (`train_plain.py`); as `mlx-gpt train` makes it; and with --grad-checkpoint. The peak
-is MLX's own count of the bytes that its arrays have held at once.
+The same step is made in three ways, each in a process of its own, in turns: with a loss that needs all logits at once
+(`train_plain.py`); as `mlx-gpt train` makes it, which computes the logits in chunks; and so with --grad-checkpoint. The
+peak is the largest number of bytes that MLX's arrays held at once, by MLX's own count.
 """
+
+import installed  # noqa: F401  # isort: skip
 
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import click
 
 import facts
 import report
-from harness import Worker, common_options, device_option, pairwise, summary, take_turns, turns_bar, write_json
-from shapes import SHAPES, describe, settings_of, write_windows
+from harness import Worker, common_options, device_option, pairwise, summary, take_turns, turns_bar
+from shapes import Found, by_shape, describe, preset_option, settings_of, size_options, write_windows
 
 PLAIN = "plain"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,38 +31,25 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @click.command()
-@click.option("--preset", multiple=True, default=["gpt2"], show_default=True, type=click.Choice(list(SHAPES)))
-@click.option("--batch-size", type=click.IntRange(1), help="Windows per step. [default: the shape's]")
-@click.option("--seq-len", type=click.IntRange(1), help="Tokens per window. [default: the shape's]")
+@preset_option("gpt2")
+@size_options
 @click.option("--steps", default=1, show_default=True, type=click.IntRange(1), help="Steps per trial, after one more.")
 @device_option
 @common_options
 def main(
-    preset: Sequence[str],
-    batch_size: int | None,
-    seq_len: int | None,
-    json_file: str | None,
-    steps: int,
-    trials: int,
-    threads: int,
-    device: str,
+    preset: tuple[str, ...], batch_size: int | None, seq_len: int | None, json_file: str | None, **given: Any
 ) -> None:
-    """Measure the peak memory of a training step, and its time, plain and as mlx-gpt makes it."""
-    result = facts.gather("memory", threads=threads, trials=trials)
-    facts.warn_if_busy(result["machine"]["load_before"])
-    result |= {"shapes": {}, "rows": []}
-    for shape in preset:
-        settings = settings_of(shape, batch_size=batch_size, seq_len=seq_len)
-        result["shapes"][shape], rows = measure(shape, settings, steps, trials, threads, device)
-        result["rows"] += [{"shape": shape, **row} for row in rows]
-    if json_file:
-        write_json(json_file, result)
-    click.echo("\n".join(report.lines(result)))
+    """Measure peak memory and time of a training step with a plain loss and as mlx-gpt makes it."""
+    result = facts.begin("memory", threads=given["threads"], trials=given["trials"])
+
+    def measure_shape(shape: str) -> Found:
+        return measure(shape, settings_of(shape, batch_size=batch_size, seq_len=seq_len), **given)
+
+    result |= by_shape(preset, measure_shape)
+    report.finish(result, json_file)
 
 
-def measure(
-    shape: str, settings: dict[str, Any], steps: int, trials: int, threads: int, device: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(shape: str, settings: dict[str, Any], steps: int, trials: int, threads: int, device: str) -> Found:
     """The facts of one shape, and a row for each way."""
     with contextlib.ExitStack() as stack:
         windows = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "windows.npy"
@@ -83,7 +71,7 @@ def measure(
 
 
 def row(worker: Worker, answers: dict[str, list[dict[str, Any]]], steps: int) -> dict[str, Any]:
-    """What came out for one way."""
+    """The row of one way."""
     seconds = {name: [trial["seconds"] / steps for trial in trials] for name, trials in answers.items()}
     peaks = {name: statistics.median(trial["peak_memory"] for trial in trials) for name, trials in answers.items()}
     others = worker.name != PLAIN

@@ -66,7 +66,7 @@ class MLX(Roofline):
 
     def __init__(self, kind: str, dtype: str, smoke: bool = False) -> None:
         super().__init__(kind, dtype, smoke)
-        import mlx_gpt  # noqa: F401, I001 - first, so that a tuned BLAS serves mlx
+        import mlx_gpt.device  # noqa: F401, I001 - first, so that a tuned BLAS serves mlx
         import mlx.core as mx
 
         mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)

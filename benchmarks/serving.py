@@ -37,10 +37,10 @@ except ModuleNotFoundError:
 OURS, THEIRS = "mlx-gpt serve", "mlx_lm.server"
 CLIENTS = (1, 8, 64)
 ROUNDS = 2  # requests of each client in a turn
-# mlx-lm's server imports mlx_gpt first, so that both have the same BLAS.
+# mlx-lm's server imports mlx_gpt.device first, so that both have the same BLAS.
 START = {
     OURS: "import sys; from mlx_gpt.cli import run; sys.exit(run(['serve', *sys.argv[1:], '--max-queue', '64']))",
-    THEIRS: "import mlx_gpt; from mlx_lm.server import main; main()",
+    THEIRS: "import mlx_gpt.device; from mlx_lm.server import main; main()",
 }
 
 

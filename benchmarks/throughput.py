@@ -21,17 +21,14 @@ import click
 
 import facts
 import report
-from contest import CHECKED_STEPS, Contest, Found, Options
+from contest import CHECKED_STEPS, Contest, Options
 from harness import common_options, device_option
-from shapes import ON_CPU, ON_GPU, SHAPES, settings_of
+from shapes import ON_CPU, ON_GPU, Found, by_shape, preset_option, settings_of, size_options
 
 
 @click.command()
-@click.option(
-    "--preset", multiple=True, type=click.Choice(list(SHAPES)), help="A shape. [default: several for the device]"
-)
-@click.option("--batch-size", type=click.IntRange(1), help="Windows per step. [default: the shape's]")
-@click.option("--seq-len", type=click.IntRange(1), help="Tokens per window. [default: the shape's]")
+@preset_option()
+@size_options
 @click.option(
     "--precision",
     default="auto",
@@ -62,20 +59,19 @@ def main(
     if options.smoke:
         preset, options = ["smoke"], dataclasses.replace(options, steps=options.steps or 2, trials=2)
     result = facts.begin("throughput", threads=options.threads, trials=options.trials)
-    result |= {"shapes": {}, "rows": []}
-    for shape in preset or default_shapes(options.device):
-        settings = settings_of(shape, batch_size=batch_size, seq_len=seq_len)
-        if measured := measure(shape, settings, against, options):
-            result["shapes"][shape], rows = measured
-            result["rows"] += [{"shape": shape, **row} for row in rows]
+
+    def measure_shape(shape: str) -> Found | None:
+        return measure(shape, settings_of(shape, batch_size=batch_size, seq_len=seq_len), against, options)
+
+    result |= by_shape(preset or default_shapes(options.device), measure_shape)
     report.finish(result, json_file)
 
 
 def default_shapes(device: str) -> Sequence[str]:
     """The shapes for a GPU, or three that a CPU trains in minutes."""
-    from mlx_gpt import backend
+    from mlx_gpt.device import device as found
 
-    return ON_CPU if device == "cpu" or backend.device().kind == "cpu" else ON_GPU
+    return ON_CPU if device == "cpu" or found().kind == "cpu" else ON_GPU
 
 
 def measure(shape: str, settings: dict[str, Any], against: Sequence[str], options: Options) -> Found | None:
@@ -87,12 +83,10 @@ def measure(shape: str, settings: dict[str, Any], against: Sequence[str], option
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         contest = Contest(settings, options, folder, stack)
-        memory = contest.ours.ask("expected_memory")
-        if 2 * memory["needed"] > memory["usable"]:
-            gib = memory["needed"] / 2**30
-            click.echo(
-                f"{shape} is left out: two programs of about {gib:.1f} GiB each don't fit into memory.", err=True
-            )
+        needed, usable = contest.memory()
+        if 2 * needed > usable:
+            size = f"{needed / 2**30:.1f} GiB"
+            click.echo(f"{shape} is left out: two programs of at least {size} each don't fit into memory.", err=True)
             return None
         contest.admit(against)
         contest.check()

@@ -1,6 +1,6 @@
-"""Training as a whole, as `mlx-gpt train` does it: data, logging and all, but timed between two of its steps.
+"""Training as a whole: `mlx_gpt.training.loop.train`, timed between two of its steps.
 
-Of several ranks all are asked the same, and the first answers.
+If there are several ranks, all receive each request, and the first one answers.
 """
 
 import os
@@ -8,50 +8,55 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contender import resident_memory
+from contender import choose_device, resident_memory
 from harness import Requests
 
 
 def main() -> None:
-    """Answer `start` when the first validation is over, and then each `run`, with its losses, when it is done."""
-    from mlx_gpt.cli.terminal import Terminal  # mlx_gpt first, so that a tuned BLAS serves mlx
-    from mlx_gpt.training import loop
-    from mlx_gpt.training.setup import set_up
+    """Answer `start` after the first step, and each `run` after as many steps as it asks for, with their losses."""
+    answers = Requests()
+    requests = iter(answers)
+    _, arguments = next(requests)
+    choose_device(arguments["device"])
+    from mlx_gpt.cli.terminal import Terminal
+    from mlx_gpt.distributed import is_first
+    from mlx_gpt.models import vocab_size
+    from mlx_gpt.progress import Lines
+    from mlx_gpt.training.loop import train
+    from mlx_gpt.training.metrics import read_records
 
     import mlx.core as mx  # isort: skip
 
-    asked = Requests()
-    requests = iter(asked)
-    _, arguments = next(requests)
-    if arguments["device"] != "auto":
-        mx.set_default_device(mx.gpu if arguments["device"] == "gpu" else mx.cpu)
-    display = Terminal()
-    os.chdir(Path(arguments["settings"]["out"]).parent)  # where the text is prepared, too
+    folder = Path(arguments["settings"]["out"])
+    os.chdir(folder.parent)  # where the text is prepared as well
     facts: dict[str, Any] = {}
-    losses: list[float] = []
-    left, began = 1, time.perf_counter()
+    left, reported, began = 1, 0, time.perf_counter()
 
-    def between_steps() -> bool:
-        """Called by `loop.fit` after each step: goes on, or waits to be asked for more."""
-        nonlocal left, began, facts
+    def note_size(model: Any) -> Any:
+        facts["vocab_size"] = vocab_size(model)
+        return model
+
+    def wait_for_request() -> bool:
+        """Called after each step: once all have been made, answer and wait for the next request."""
+        nonlocal left, reported, began
         left -= 1
         if left:
             return False
         mx.synchronize()
-        answer: dict[str, Any] = {"seconds": time.perf_counter() - began, "resident_memory": resident_memory(), **facts}
+        seconds = time.perf_counter() - began
         mx.clear_cache()
-        if run.ranks.first:
-            asked.answer(answer | {"losses": losses.copy()})
-        losses.clear()
-        for _, more in requests:
-            left, began = more["steps"], time.perf_counter()
+        if is_first():
+            losses = [record["train_loss"] for record in read_records(folder) if "learning_rate" in record]
+            measured = {"seconds": seconds, "losses": losses[reported:], "resident_memory": resident_memory()}
+            answers.answer(facts | measured)
+            reported = len(losses)
+        for _, request in requests:
+            left, began = request["steps"], time.perf_counter()
             return False
-        raise SystemExit  # no more is asked, and nothing has to be saved
+        raise SystemExit  # there is no further request, and nothing to save
 
-    with set_up(arguments["settings"], display) as run:
-        facts = {"vocab_size": run.config.model.vocab_size}
-        run.monitor.listen(lambda record: losses.append(record["train_loss"]) if "train_loss" in record else None)
-        loop.fit(run, display, between_steps)
+    display = Terminal() if is_first() else Lines()
+    train(arguments["settings"], display, stop_requested=wait_for_request, network=note_size)
 
 
 if __name__ == "__main__":

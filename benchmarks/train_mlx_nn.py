@@ -1,7 +1,7 @@
-"""The same GPT-2 from what MLX itself offers, compiled: what a person has who writes the step without mlx-gpt.
+"""The same GPT-2 made of MLX's own parts and compiled, as a person writes it without mlx-gpt.
 
-`nn.TransformerEncoder`, `nn.losses.cross_entropy` on all logits, `mlx.optimizers.AdamW`, one `mx.compile`. Its
-attention gets the biases that GPT-2 has, so that weights and losses are the same.
+It has `nn.TransformerEncoder`, `nn.losses.cross_entropy` on all logits, `mlx.optimizers.AdamW` and one `mx.compile`.
+Its attention gets the biases that GPT-2 has, so that weights and losses are the same.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from harness import serve
 
 
 class MLXLayers(MLXContender):
-    """mlx.nn."""
+    """MLX's own layers, from the initial weights in `weights`. The other arguments are those of `Ours`."""
 
     def __init__(self, settings: dict[str, Any], weights: str, windows: str, device: str, precision: str) -> None:
         super().__init__(settings, device, precision)
@@ -78,7 +78,7 @@ class MLXLayers(MLXContender):
 
 
 def layers_weights(weights: dict[str, Any], n_layer: int) -> dict[str, Any]:
-    """The weights of `mlx_gpt.model.GPT` by the names of MLX's layers."""
+    """GPT-2's weights by the names of MLX's layers."""
     renamed = {name: weights[name] for name in ("wte.weight", "wpe.weight")}
     renamed |= {f"encoder.ln.{kind}": weights[f"ln_f.{kind}"] for kind in ("weight", "bias")}
     names = {"ln_1": "ln1", "ln_2": "ln2", "attn.c_proj": "attention.out_proj"}

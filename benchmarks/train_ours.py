@@ -1,4 +1,4 @@
-"""The step that `mlx-gpt train` makes: `mlx_gpt.training.step.TrainingStep`, built as `mlx_gpt.training.setup` does."""
+"""The step of `mlx-gpt train`: `mlx_gpt.training.loop.make_step`, given what `mlx_gpt.training.loop.train` gives it."""
 
 import math
 from pathlib import Path
@@ -11,66 +11,85 @@ from harness import serve
 
 
 class Ours(MLXContender):
-    """mlx-gpt, from `weights` or from its own."""
+    """mlx-gpt.
+
+    Args:
+        settings: every setting of a run by name.
+        windows: a file of `shapes.write_windows`.
+        device: "cpu", "gpu" or "auto".
+        precision: "float32", "bfloat16" or "auto".
+        weights: a safetensors file of initial weights; without one they are drawn.
+    """
 
     def __init__(
         self, settings: dict[str, Any], windows: str, device: str, precision: str, weights: str | None = None
     ) -> None:
         super().__init__(settings, device, precision)
-        from mlx_gpt.model import GPT
-        from mlx_gpt.training.step import StepResult, TrainingStep
+        from mlx_gpt import models
+        from mlx_gpt.optim import make_optimizer
+        from mlx_gpt.training.loop import StepResult, make_step
 
-        self.network = GPT(self.config).init_weights(self.training.seed)
+        self.model = self.device.accelerate(models.create(self.config).init_weights(self.training.seed))
         if weights:
-            self.network.load_weights(weights)
+            self.model.load_weights(weights)
         else:
-            self._raise_voices()
-        self.load_windows(windows)
-        self._step = TrainingStep(self.network, self.training, self.dtype)
+            self._enlarge_matrices()
+        objective = self.device.accelerate(self.objective())
+        self._step = make_step(self.model, make_optimizer(self.training), objective, self.training, self.device)
+        self._weights_bt = self.mx.ones((self.training.batch_size, self.training.seq_len))
         self._made = 0
         self._unread: StepResult | None = None
+        self.load_windows(windows)
 
-    def _raise_voices(self) -> None:
-        """Bring the matrices from a deviation of 0.02 to 1 / sqrt(n_embd).
+    def objective(self) -> Any:
+        """What the model is trained for."""
+        from mlx_gpt.objectives import OBJECTIVES
 
-        In fresh weights of a small network attention is hardly heard: its scale could be wrong and the loss the same.
+        return OBJECTIVES["text"]()
+
+    def _enlarge_matrices(self) -> None:
+        """Raise the deviation of the matrices from 0.02 to 1 / sqrt(n_embd).
+
+        Attention hardly influences the loss of a small network with fresh weights, so its scale could be wrong unseen.
         """
         from mlx.utils import tree_map
 
-        louder = 50 / math.sqrt(self.config.n_embd)
-        self.network.update(tree_map(lambda p: p * louder if p.ndim == 2 else p, self.network.parameters()))
+        factor = 50 / math.sqrt(self.config.n_embd)
+        self.model.update(tree_map(lambda p: p * factor if p.ndim == 2 else p, self.model.parameters()))
 
     def facts(self) -> dict[str, Any]:
+        from mlx_gpt import models
+
         sizes = {
-            "n_params": self.network.n_params(),
-            "flops_per_token": self.network.flops_per_token(self.training.seq_len),
+            "n_params": models.n_params(self.model),
+            "flops_per_token": models.flops_per_token(self.model, self.training.seq_len),
         }
         return super().facts() | sizes
 
     def save_weights(self, path: str) -> None:
-        """Write the initial weights, by `GPT`'s names, for the others to begin with."""
+        """Write the initial weights for the others, by the names of GPT-2 and in the orientation of nn.Linear."""
         from mlx.utils import tree_flatten
 
         from mlx_gpt.models.directory import save_arrays
 
-        save_arrays(Path(path), dict(tree_flatten(self.network.parameters())))
+        save_arrays(Path(path), dict(tree_flatten(self.model.parameters())))
 
     def rates(self, steps: int) -> list[float]:
-        """The learning rates of the first steps of a training ten times as long, which are its warm-up."""
-        from mlx_gpt.training.optimizer import learning_rate
+        """The learning rates of the first steps of a run that is ten times as long: its warm-up."""
+        from mlx_gpt.optim import make_schedule
 
-        return [learning_rate(step, 10 * steps, self.training) for step in range(steps)]
+        return [*map(make_schedule(self.training, 10 * steps), range(steps))]
 
-    def expected_memory(self) -> dict[str, int]:
-        """Bytes that a step should need, and that there are."""
-        from mlx_gpt.training.memory import estimate
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights, their gradients and AdamW's two means, all float32, and bytes that a run may take."""
+        from mlx_gpt import models
 
-        return {"needed": estimate(self.config, self.training, self.device).peak, "usable": self.device.usable}
+        return {"least": 16 * models.n_params(self.model), "usable": self.device.usable}
 
     def step(self, windows_bt: np.ndarray, rate: float) -> Any:
-        result = self._step(self._made, rate, [windows_bt])
+        result = self._step(self._made, rate, [(self.mx.array(windows_bt), self._weights_bt)])
         if self._unread:
-            self._unread.numbers()  # as `loop.fit` does, while the next step is computed
+            self._unread.numbers()  # as `loop.fit` does while the device computes the next step
         self._made, self._unread = self._made + 1, result
         return result.loss
 

@@ -33,6 +33,7 @@ def decoder(model: nn.Module, sequences: int) -> nn.Module:
     kept: tuple[nn.Module, int, list[mx.array]] | None = vars(model).get("_decoder")
     if kept and kept[1] == count and all(one is other for one, other in zip(kept[2], weights, strict=True)):
         return kept[0]
+    kept = vars(model)["_decoder"] = None  # or the copy would keep the decoder before it alive
     made, original = copy.copy(model), cast(Any, type(model))
     made.__class__ = _subclass(_InParts if in_parts else _OnAllCores, original)
     if in_parts:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,20 @@ def benchmark(tmp_path_factory):
         return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, result=result)
 
     return run
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout of mlx-gpt in which `text` is replaced by `other` in some files."""
+
+    def make(text, other, *files):
+        for folder in ("mlx_gpt", "benchmarks"):
+            shutil.copytree(ROOT / folder, tmp_path / "other" / folder)
+        for file in files:
+            path = tmp_path / "other" / file
+            changed = path.read_text().replace(text, other)
+            assert changed != path.read_text()
+            path.write_text(changed)
+        return tmp_path / "other"
+
+    return make

@@ -12,7 +12,10 @@ import harness
 from tests.benchmarks.conftest import ROOT
 
 MAC = {"benchmark": "throughput", "machine": {"chip": "Apple M1 Pro", "cores": 10, "gpu_cores": 16}}
-PROGRAMS = ["data.py", "generation.py", "report.py", "serving.py", "startup.py", "throughput.py"]
+PROGRAMS = [
+    *("data.py", "distributed.py", "generation.py", "loop.py", "memory.py"),
+    *("report.py", "serving.py", "startup.py", "throughput.py"),
+]
 
 
 def test_no_worker_uses_tf32_even_if_the_users_environment_does(monkeypatch):

@@ -25,6 +25,22 @@ def test_generation(benchmark):
     assert shape["cache_bytes"] == 2 * 4 * 2 * 32
 
 
+def test_generation_against_a_checkout(benchmark, checkout):
+    other = checkout("make_cache", "new_cache", "mlx_gpt/generation/engine.py", "benchmarks/generate_with.py")
+    arguments = ("--preset", "smoke", "--prompt-tokens", "4", "--new-tokens", "4", "--trials", "1")
+    done = benchmark("generation.py", *arguments, "--against", str(other))
+    programs = [(batch, program) for batch in (1, 8) for program in ("mlx-gpt", "mlx-gpt other")]
+    assert rows(done, "batch", "program") == programs
+
+
+def test_generation_against_no_checkout_is_refused(benchmark, tmp_path):
+    done = benchmark(
+        "generation.py", "--preset", "smoke", "--prompt-tokens", "4", "--new-tokens", "4", "--against", str(tmp_path)
+    )
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == f"Error: {tmp_path} is not a checkout of mlx-gpt."
+
+
 def test_memory(benchmark):
     done = benchmark("memory.py", "--preset", "smoke", "--trials", "1")
     peaks = dict(rows(done, "program", "peak_memory"))

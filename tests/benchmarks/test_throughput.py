@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import platform
-import shutil
 import statistics
 import tempfile
 from typing import ClassVar
@@ -15,6 +14,8 @@ import pytest
 import contest
 import harness
 import shapes
+import throughput
+from mlx_gpt.settings import resolve
 from tests.benchmarks.conftest import ROOT
 
 PROGRAMS = ["mlx-gpt", "PyTorch eager", "mlx.nn"]
@@ -77,16 +78,49 @@ def test_the_figures_follow_from_the_seconds(smoke):
     assert ours["peak_memory"] > 4 * 4 * shape["n_params"]  # weights, gradients, two means
 
 
-def test_it_refuses_to_compare_with_another_network(benchmark, tmp_path):
-    shutil.copytree(ROOT / "mlx_gpt", tmp_path / "mlx_gpt")
-    ops = tmp_path / "mlx_gpt/ops.py"
-    changed = ops.read_text().replace("1 / math.sqrt(q_bhtd.shape[3])", "1.0")
-    assert changed != ops.read_text()
-    ops.write_text(changed)
-    done = benchmark("throughput.py", "--smoke", "--against", str(tmp_path))
+def test_it_refuses_to_compare_with_another_network(benchmark, checkout):
+    other = checkout("head_dim**-0.5", "1.0", "mlx_gpt/models/base.py")
+    done = benchmark("throughput.py", "--smoke", "--against", str(other))
     assert done.code == 1
     assert "they don't train the same network, so they are not compared." in done.err
     assert not done.result
+
+
+def test_a_checkout_is_measured_by_its_own_program(benchmark, checkout):
+    other = checkout("make_step", "prepare_step", "mlx_gpt/training/loop.py", "benchmarks/train_ours.py")
+    done = benchmark("throughput.py", "--smoke", "--against", str(other))
+    assert done.code == 0, done.err
+    assert [row["program"] for row in done.result["rows"]] == ["mlx-gpt", "mlx-gpt other"]
+    assert done.result["shapes"]["smoke"]["loss_difference"] == 0
+
+
+def test_a_checkout_is_sent_only_what_a_step_depends_on():
+    settings = shapes.settings_of("smoke", learning_rate=0.5)
+    sent = shapes.of_a_step(settings)
+    assert (sent["learning_rate"], sent["n_embd"]) == (0.5, 32)
+    assert not sent.keys() & {"out", "report_to", "log_every", "save_every"}
+    assert resolve(sent).model == resolve(settings).model
+
+
+@pytest.mark.parametrize(("least", "peak", "requests"), [(6, 0, 0), (1, 6, 1)])
+def test_a_shape_that_does_not_fit_twice_is_left_out(monkeypatch, capsys, least, peak, requests):
+    answers = {
+        "memory": {"least": least * 2**30, "usable": 10 * 2**30},
+        "run": {"losses": [5.0], "seconds": 1.0, "peak_memory": peak * 2**30},
+    }
+    asked = []
+
+    def ask(worker, what, **arguments):
+        asked.append(what)
+        return answers.get(what)
+
+    monkeypatch.setattr(contest, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "ask", ask)
+    assert throughput.measure("smoke", shapes.settings_of("smoke"), (), OPTIONS) is None
+    assert capsys.readouterr().err == (
+        "smoke is left out: two programs of at least 6.0 GiB each don't fit into memory.\n"
+    )
+    assert asked.count("run") == requests
 
 
 def test_without_another_contender_ours_is_measured_alone(benchmark):
@@ -94,6 +128,9 @@ def test_without_another_contender_ours_is_measured_alone(benchmark):
     assert done.code == 0
     assert "Measured without nowhere." in done.err
     assert [row["program"] for row in done.result["rows"]] == ["mlx-gpt"]
+
+
+OPTIONS = contest.Options(device="gpu", precision="auto", steps=None, trials=1, threads=1, smoke=True)
 
 
 class FakeWorker:
@@ -111,8 +148,8 @@ class FakeWorker:
             losses = self.compiled if "compiled" in self.name else [5.0, 4.0]
             if not losses:
                 raise click.ClickException(f"{self.name}: it does not compile")
-            return {"losses": losses, "seconds": 1.0}
-        return None
+            return {"losses": losses, "seconds": 1.0, "peak_memory": 1}
+        return {"least": 1, "usable": 2} if what == "memory" else None
 
     def __enter__(self):
         return self
@@ -129,9 +166,9 @@ def admitted(monkeypatch, tmp_path):
         monkeypatch.setattr(contest, "Worker", FakeWorker)
         monkeypatch.setattr(FakeWorker, "compiled", compiled)
         monkeypatch.setattr(FakeWorker, "ended", [])
-        options = contest.Options(device="gpu", precision="auto", steps=None, trials=1, threads=1, smoke=True)
         with contextlib.ExitStack() as stack:
-            several = contest.Contest(shapes.settings_of("smoke"), options, tmp_path, stack)
+            several = contest.Contest(shapes.settings_of("smoke"), OPTIONS, tmp_path, stack)
+            several.memory()
             several.admit(against)
             assert several.check() == 0
             return [worker.name for worker in several.workers], FakeWorker.ended.copy()
