@@ -4,12 +4,14 @@ Each flag has the test that is named after it. The other settings come from `TIN
 of 0.01, each of two windows of 16 tokens, and one evaluation before and one after.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from mlx_gpt import cli
 from mlx_gpt.cli.generate import DEMO_PROMPTS, DIVIDER
+from mlx_gpt.device import device
 from mlx_gpt.models import base as base_layers
 
 from .conftest import TINY
@@ -100,6 +102,15 @@ def test_train_overwrite(mlx_gpt, train, corpus):
     train("--seed", "1")
     assert mlx_gpt("train", "--data", corpus, "--out", "run").code == 2
     assert train("--overwrite", "--max-steps", "1").steps("train_loss") == [1]
+
+
+def test_train_ignore_memory(mlx_gpt, corpus, monkeypatch):
+    found = device()
+    monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: dataclasses.replace(found, usable=16 * 10_000))
+    refused = mlx_gpt("train", "--data", corpus, *TINY, "--out", "run")
+    assert refused.code == 2
+    assert "--ignore-memory" in refused.err
+    assert mlx_gpt("train", "--data", corpus, *TINY, "--out", "run", "--ignore-memory").code == 0
 
 
 def test_train_n_layer(train):
