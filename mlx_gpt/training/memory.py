@@ -30,7 +30,7 @@ HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent to
 SHORTEST = 128  # windows that a suggestion cuts no shorter
 CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_batch_size")
 STEPS = 4  # of a trial, the first of which compiles
-BUDGET = 4.0  # seconds that further trials may take, after the two that make a line
+BUDGET = 6.0  # seconds that further trials may take, after the two that make a line
 PATIENCE = 2.0  # seconds; a step that takes longer is timed once
 
 
@@ -69,9 +69,9 @@ class Line:
             ratio = windows / last.windows
             return Estimate(math.ceil(last.peak * max(1.0, ratio)), last.step_seconds * ratio)
         beyond = (windows - first.windows) / (last.windows - first.windows)
-        peak = first.peak + beyond * (last.peak - first.peak)
+        peak = first.peak + beyond * max(0, last.peak - first.peak)
         seconds = first.step_seconds + beyond * max(0.0, last.step_seconds - first.step_seconds)
-        return Estimate(math.ceil(max(peak, first.peak if windows < first.windows else 0)), seconds)
+        return Estimate(math.ceil(peak), seconds)
 
 
 def plan_run(
@@ -197,8 +197,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     ids = draw.integers(models.vocab_size(run.model), size=(windows, training.seq_len + 1), dtype=np.int32)
     batch = mx.array(ids), mx.ones((windows, training.seq_len))
     mx.eval(batch, run.model.parameters())
-    mx.clear_cache()
-    mx.reset_peak_memory()
+    _free()
     optimizer = make_optimizer(training)
     step = make_step(run.model, optimizer, run.objective, training, run.device)
     seconds: list[float] = []
@@ -214,10 +213,15 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     if run.ranks.size > 1:
         peak += 8 * models.n_params(run.model)  # gradients joined to be sent, and their sum
     del optimizer, step, evaluate
+    _free()
+    return Trial(windows, peak, statistics.median(seconds[1:]))
+
+
+def _free() -> None:
+    """Free what earlier trials have left, and begin to count the peak anew."""
     gc.collect()  # an optimizer that is spread over streams refers to itself
     mx.clear_cache()
     mx.reset_peak_memory()
-    return Trial(windows, peak, statistics.median(seconds[1:]))
 
 
 def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
