@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import mlx_gpt.device  # noqa: F401, I001 - before mlx, so that a tuned BLAS can take its place
-
 import mlx.core as mx
 import numpy as np
 import pytest

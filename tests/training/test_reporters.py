@@ -18,7 +18,7 @@ EACH_STEP = {"log_every": 1, "save_every": 1, "eval_every": 2, "report_to": ["te
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, eager):
+def elsewhere(tmp_path, monkeypatch, eager, unmeasured):
     """An empty folder, where nothing is compiled."""
     monkeypatch.chdir(tmp_path)
 
@@ -112,7 +112,7 @@ def test_one_that_fails_on_the_way_is_warned_about_once(train, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_told_before_anything_is_touched(train, monkeypatch, name):
+def test_a_missing_package_is_reported_before_anything_is_touched(train, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
     sentence = rf"^--report-to {name} takes a package: pip install 'mlx-gpt\[{name}\]'\.$"

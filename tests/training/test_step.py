@@ -4,8 +4,6 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-import mlx_gpt.device  # noqa: F401, I001 - before mlx, so that a tuned BLAS can take its place
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -218,7 +216,8 @@ def test_only_gradients_above_the_limit_are_shortened(make_model, windows, eager
 def test_recomputed_activations_change_no_number(make_model, windows, eager):
     """The dropout of the second computation is that of the first."""
     kept, recomputed = (
-        Trainer(make_model(dropout=0.1), dataclasses.replace(TRAINING, grad_checkpoint=on), PLAIN) for on in (False, True)
+        Trainer(make_model(dropout=0.1), dataclasses.replace(TRAINING, grad_checkpoint=on), PLAIN)
+        for on in (False, True)
     )
     assert recomputed.train(windows[:2]) == pytest.approx(kept.train(windows[:2]), rel=1e-6)
     assert_close(recomputed.mean_gradients(), kept.mean_gradients(), atol=1e-7)
