@@ -93,7 +93,7 @@ def train(corpus):
         Args:
             resume: a run or a checkpoint.
             stop_after: ask for a stop after so many steps, as Ctrl-C does.
-            tick: called after each step, before anything is saved.
+            tick: called after each step, before anything is saved; asks for a stop if it returns true.
             options: arguments of `loop.train`, and settings that differ.
         """
         display, made = Silent(), 0
@@ -101,9 +101,7 @@ def train(corpus):
         def stop_requested():
             nonlocal made
             made += 1
-            if tick:
-                tick()
-            return made == stop_after
+            return bool(tick and tick()) or made == stop_after
 
         settings = only if only is not None else {"data": str(corpus), "out": str(out), **TINY}
         arguments = {name: options.pop(name) for name in ARGUMENTS & options.keys()}

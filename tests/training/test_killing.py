@@ -1,4 +1,4 @@
-"""A run that is killed anywhere ends as if it had not been. `killing.py` does this at length."""
+"""A run that is killed anywhere ends as if it had not been. `killing.py` tries it more often."""
 
 from .killing import compare
 

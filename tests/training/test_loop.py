@@ -185,9 +185,7 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(train, tmp_path, e
 # ---- before it begins -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"precision": "bfloat16", "grad_checkpoint": True}], ids=["", "other layers"]
-)
+@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16", "grad_checkpoint": True}], ids=["", "other layers"])
 def test_measuring_changes_no_number_of_a_run(train, monkeypatch, eager, changes):
     train("unmeasured", max_steps=2, **changes)
     monkeypatch.setattr(memory, "measure", MEASURE)
