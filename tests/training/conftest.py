@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from mlx_gpt.training import loop, memory
 # Arguments of `loop.train`, which are no settings.
 ARGUMENTS = {"file", "overwrite", "ignore_memory", "dry_run", "around", "network"}
 # The sizes and constants of test_step.py, so that nothing more has to be compiled. 128 tokens make a step.
-TINY = {
+TINY: dict[str, Any] = {
     "tokenizer": "bytes",
     "n_layer": 2,
     "n_head": 2,

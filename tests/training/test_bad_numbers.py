@@ -129,8 +129,9 @@ def test_a_bad_step_does_not_shift_the_schedule(fit, poisoned):
 
 def test_training_with_bad_steps_reaches_nearly_the_same_quality(fit, poisoned):
     """It is compared with a network to which the poison is a character like any other."""
-    ill = fit(poisoned, Poisoned, max_steps=40, max_bad_steps=3, **SELDOM)
-    well = fit(poisoned, gpt2.Model, out="well", max_steps=40, **SELDOM)
+    settings = SELDOM | {"max_steps": 40, "max_bad_steps": 3, "batch_size": 8, "gradient_accumulation_steps": 1}
+    ill = fit(poisoned, Poisoned, **settings)
+    well = fit(poisoned, gpt2.Model, out="well", **settings)
     assert len(steps_with("skipped")) > 3  # not in a row
     assert steps_with("skipped", "well") == []
     assert well.best_loss < well.records[0]["val_loss"] - 2

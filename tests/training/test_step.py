@@ -291,7 +291,8 @@ def test_a_rank_with_one_core_sends_the_sums_of_one_with_two(make_model, windows
     for count in (1, 2):
         monkeypatch.setattr(streams, "stream_count", lambda count=count: count)
         found.append(sums_of(make_model(), windows[:2], weights[:2]))
-    assert_close(*found, atol=1e-4)
+    one, two = found
+    assert_close(one, two, atol=1e-4)
 
 
 # ---- what must not break it -----------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_a_full_disk_pauses_saving_and_nothing_else(train, disk, size):
 
 @pytest.mark.parametrize("eval_every", [99, 1], ids=["", "while the best model can still be saved"])
 def test_the_third_failure_in_a_row_ends_the_run(train, disk, eval_every):
-    settings = EACH_STEP | {"eval_every": eval_every, "max_steps": 9}
+    settings = EACH_STEP | {"eval_every": eval_every, "max_steps": 5}
     with pytest.raises(RunError, match="the checkpoint of step 4 could not be saved") as caught:
         train("run", **settings, tick=after({2: lambda: disk.fills_up(200_000)}))
     sentence = str(caught.value)
@@ -149,7 +149,7 @@ def test_the_third_failure_in_a_row_ends_the_run(train, disk, eval_every):
     assert steps_saved() == [1]
     assert not unfinished()
     disk.has_room()
-    assert train("run", resume="run", **settings).step == 9
+    assert train("run", resume="run", **settings).step == 5
 
 
 def test_the_program_says_so_and_ends_with_1(corpus, disk, capsys):
