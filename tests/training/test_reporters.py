@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases show what metrics.jsonl has, across resumes, and never cost a run."""
+"""TensorBoard and Weights & Biases show the numbers of metrics.jsonl, across resumes, and never end a run."""
 
 import json
 import shutil
@@ -173,7 +173,7 @@ def test_without_a_key_wandb_is_refused_without_a_prompt(wandb, train):
     assert not Path("run").exists()
 
 
-def test_wandb_has_the_metrics_and_goes_on_with_the_same_run(wandb, train, monkeypatch):
+def test_wandb_has_the_metrics_and_a_resume_continues_the_same_run(wandb, train, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = EACH_STEP | {"report_to": ["wandb"]}
