@@ -103,7 +103,11 @@ class TrainingConfig:
     warmup_steps: int | None = setting(
         None, "Steps in which the rate rises to its highest. [default: a tenth of all, 100 at most]", at_least=0
     )
-    schedule: str = setting("cosine", "How the rate falls after the warm-up.", choices=("cosine", "linear", "constant"))
+    schedule: str = setting(
+        "cosine",
+        "How the rate falls after the warm-up; wsd keeps it high for four fifths of the steps.",
+        choices=("cosine", "linear", "constant", "wsd"),
+    )
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", at_least=0, below=1)
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only.", at_least=0)

@@ -1,6 +1,5 @@
 """The optimizer and the learning rate of a run, put together from `mlx.optimizers`."""
 
-import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -49,6 +48,6 @@ def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
 
 def _stable_then_linear(highest: float, lowest: float, steps: int) -> Callable[[mx.array], mx.array]:
     """The highest rate for four fifths of the steps, then linear (Hu et al. 2024, MiniCPM, arXiv:2404.06395)."""
-    stable = math.ceil(0.8 * steps)
-    down = optim.linear_schedule(highest, lowest, max(1, steps - stable))
+    stable = 4 * steps // 5
+    down = optim.linear_schedule(highest, lowest, steps - stable)
     return optim.join_schedules([lambda step: mx.array(highest), down], [stable])

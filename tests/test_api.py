@@ -21,6 +21,7 @@ TINY: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "max_steps": 2,
     "log_every": 1,
+    "eval_windows": 8,
 }
 
 
@@ -50,7 +51,7 @@ def text_of(pieces, sample=0):
     return "".join(piece.text for piece in pieces if piece.sample == sample)
 
 
-def test_train_load_and_generate_are_all_one_needs(data, capsys):
+def test_train_load_and_generate_are_enough(data, capsys):
     run = mlx_gpt.train(data=data, out="weights/ducks", **TINY)
     assert run == Path("weights/ducks")
     assert "Step 2, Epoch 0, Loss: " in capsys.readouterr().out
@@ -64,17 +65,17 @@ def test_train_takes_a_file_of_settings_resumes_and_overwrites(data, tmp_path):
     (tmp_path / "my.toml").write_text("n_layer = 2\nseed = 3\n")
     settings = {name: value for name, value in TINY.items() if name != "n_layer"}
     run = mlx_gpt.train(config="my.toml", data=data, out="run", echo=None, **settings)
-    assert mlx_gpt.load(run)[0].config.n_layer == 2
+    assert mlx_gpt.load(run)[0].args.n_layer == 2
     assert mlx_gpt.train(resume="run", max_steps=3, echo=None).name == "run"
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 3
     with pytest.raises(mlx_gpt.UserError, match="--overwrite"):
         mlx_gpt.train(data=data, out="run", echo=None, **TINY)
     mlx_gpt.train(data=data, out="run", overwrite=True, echo=None, **TINY)
-    assert mlx_gpt.load(run)[0].config.n_layer == 1
+    assert mlx_gpt.load(run)[0].args.n_layer == 1
 
 
-def test_train_tells_its_lines_to_whom_one_likes(data, capsys):
+def test_train_shows_its_lines_where_the_caller_wants_them(data, capsys):
     lines: list[str] = []
     mlx_gpt.train(data=data, out="loud", echo=lines.append, **TINY)
     assert any(line.startswith("Validation Loss: ") for line in lines)
@@ -116,15 +117,15 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_mistake_is_a_value_error_that_says_what_to_do(directory, case):
-    settings, prompt, told = REFUSALS[case]
+    settings, prompt, words = REFUSALS[case]
     model, tokenizer = mlx_gpt.load(directory)
     with pytest.raises(mlx_gpt.UserError) as refusal:
         mlx_gpt.generate(model, tokenizer, prompt, **settings)
     assert isinstance(refusal.value, ValueError)
-    assert told in str(refusal.value)
+    assert words in str(refusal.value)
 
 
-def test_all_wrong_settings_are_told_at_once(data):
+def test_all_wrong_settings_are_reported_at_once(data):
     with pytest.raises(mlx_gpt.UserError) as refusal:
         mlx_gpt.train(data=data, out="run", n_layr=2, seq_len=0, dropout=2)
     assert len(str(refusal.value).splitlines()) == 3
@@ -138,7 +139,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         mlx_gpt.load(tmp_path)
 
 
-def test_what_is_not_offered_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="goose"):
         mlx_gpt.goose  # noqa: B018
     assert all(getattr(mlx_gpt, name) for name in mlx_gpt.__all__)

@@ -1,4 +1,4 @@
-"""Losses are what one computes by hand, and to look at them changes nothing."""
+"""Losses are those computed by hand, and evaluating changes nothing."""
 
 import math
 
@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from mlx_gpt.config import TrainingConfig
+from mlx_gpt.device import device
 from mlx_gpt.evaluation import Evaluation, Evaluator
-from mlx_gpt.training.step import TrainingStep
+from mlx_gpt.objectives.text import Text
+from mlx_gpt.optim import make_optimizer
+from mlx_gpt.training.loop import make_step
 
 SEQ_LEN = 16
 
@@ -26,6 +29,13 @@ def evaluator(text, byte_tokenizer):
         return Evaluator(model, text, byte_tokenizer.byte_lengths(), seq_len=SEQ_LEN, batch_size=4, **options)
 
     return make
+
+
+def trainer(model, ids):
+    """A function that makes step `i` on a batch of `ids`."""
+    training = TrainingConfig()
+    step = make_step(model, make_optimizer(training), device().accelerate(Text()), training, device())
+    return lambda i: step(i, 1e-3, [(mx.array(ids), mx.ones((4, 16)))])
 
 
 def losses_by_hand(model, text):
@@ -64,7 +74,7 @@ def test_progress_counts_the_windows(model, evaluator):
     assert seen == [4, 4, 4, 1]
 
 
-def test_in_bfloat16_it_is_nearly_the_same_and_leaves_the_weights_in_float32(make_model, evaluator, weights_of, eager):
+def test_bfloat16_gives_nearly_the_same_and_leaves_the_weights_in_float32(make_model, evaluator, weights_of, eager):
     model = make_model()
     before = weights_of(model)
     exact, rough = evaluator(model)(), evaluator(model, dtype=mx.bfloat16)()
@@ -80,22 +90,22 @@ def test_dropout_is_off(make_model, model, evaluator):
 
 def test_evaluates_the_model_as_it_is_now(make_model, evaluator, ids):
     model = make_model()
-    evaluate, step = evaluator(model), TrainingStep(model, TrainingConfig())
+    evaluate, step = evaluator(model), trainer(model, ids)
     before = evaluate()
-    step(0, 1e-3, [ids])
+    step(0)
     after = evaluate()
     assert after != before
     assert after == evaluator(model)()
 
 
-def test_how_often_one_looks_never_changes_training(make_model, evaluator, ids, weights_of):
+def test_how_often_a_model_is_evaluated_never_changes_training(make_model, evaluator, ids, weights_of):
     def trained(every):
         model = make_model(dropout=0.1)
-        evaluate, step = evaluator(model), TrainingStep(model, TrainingConfig())
+        evaluate, step = evaluator(model), trainer(model, ids)
         for i in range(4):
             if i % every == 0:
                 evaluate()
-            step(i, 1e-3, [ids])
+            step(i)
         return weights_of(model)
 
     always, once = trained(every=1), trained(every=4)

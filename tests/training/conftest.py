@@ -4,13 +4,16 @@ import contextlib
 import json
 import resource
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from mlx_gpt.training import loop
+from mlx_gpt.training import loop, memory
 
+# Arguments of `loop.train`, which are no settings.
+ARGUMENTS = {"file", "overwrite", "ignore_memory", "dry_run", "around", "network"}
 # The sizes and constants of test_step.py, so that nothing more has to be compiled. 128 tokens make a step.
-TINY = {
+TINY: dict[str, Any] = {
     "tokenizer": "bytes",
     "n_layer": 2,
     "n_head": 2,
@@ -40,6 +43,13 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Steps are not measured before a run, which takes longer than many a run here."""
+    line = memory.Line((memory.Trial(1, 2**20, 0.01), memory.Trial(2, 2**21, 0.01)))
+    monkeypatch.setattr(memory, "measure", lambda run, make_step, training: line)
 
 
 class Silent:
@@ -76,27 +86,32 @@ def corpus(tmp_path_factory, sentences):
 
 @pytest.fixture(scope="session")
 def train(corpus):
-    """Train in the current folder: the outcome, with the lines that were shown."""
+    """Train in the current folder; the outcome, with the lines that were shown."""
 
-    def train(out, *, file=None, resume=None, overwrite=False, stop_after=None, tick=None, only=None, **changes):
-        """`only` is what is set instead of `TINY`; `stop_after` so many steps a stop is asked for, as by Ctrl-C."""
+    def train(out, *, resume=None, stop_after=None, tick=None, only=None, **options):
+        """Train with `TINY`, or with the settings `only`.
+
+        Args:
+            resume: a run or a checkpoint.
+            stop_after: ask for a stop after so many steps, as Ctrl-C does.
+            tick: called after each step, before anything is saved; asks for a stop if it returns true.
+            options: arguments of `loop.train`, and settings that differ.
+        """
         display, made = Silent(), 0
 
         def stop_requested():
             nonlocal made
             made += 1
-            if tick:
-                tick()
-            return made == stop_after
+            return bool(tick and tick()) or made == stop_after
 
         settings = only if only is not None else {"data": str(corpus), "out": str(out), **TINY}
+        arguments = {name: options.pop(name) for name in ARGUMENTS & options.keys()}
         outcome = loop.train(
-            {**settings, **changes},
+            {**settings, **options},
             display,
-            file=file,
             resume=str(resume) if resume else None,
-            overwrite=overwrite,
             stop_requested=stop_requested,
+            **arguments,
         )
         return SimpleNamespace(**vars(outcome), lines=display.lines)
 

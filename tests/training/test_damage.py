@@ -1,4 +1,4 @@
-"""Checkpoints that the disk has damaged: seen, passed over or refused, and never trained on."""
+"""Damaged checkpoints are noticed, passed over or refused, and never trained on."""
 
 import contextlib
 import random
@@ -8,8 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.training import checkpoint, setup
-from tests.training.conftest import Silent
+from mlx_gpt.training import checkpoint
 
 FILES = [
     "config.json",
@@ -35,7 +34,7 @@ def trained(train, tmp_path_factory):
 
 
 @pytest.fixture
-def run(trained, tmp_path, monkeypatch):
+def run(trained, tmp_path, monkeypatch, unmeasured):
     """A copy of it to damage."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, tmp_path / "run")
@@ -43,7 +42,7 @@ def run(trained, tmp_path, monkeypatch):
 
 
 def damaged(whole, draw):
-    """Cut off at 20 places, empty, and with one bit turned at 100 places."""
+    """The file empty, cut off at 20 places, and with one bit flipped at 100 places."""
     yield b""
     for length in draw.sample(range(1, len(whole)), 20):
         yield whole[:length]
@@ -51,7 +50,7 @@ def damaged(whole, draw):
         yield whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :]
 
 
-def test_these_are_all_the_files_there_are(trained):
+def test_no_file_is_left_out(trained):
     assert [path.name for path in sorted((trained / "checkpoints" / NEWEST).iterdir())] == FILES
 
 
@@ -71,7 +70,7 @@ def test_any_damage_is_noticed(run, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_of_a_damaged_checkpoint_the_one_before_is_taken(run, name):
+def test_the_checkpoint_before_a_damaged_one_is_taken(run, name):
     draw = random.Random(name)
     content = draw.choice(list(damaged((run / "checkpoints" / NEWEST / name).read_bytes(), draw)))
     (run / "checkpoints" / NEWEST / name).write_bytes(content)
@@ -86,30 +85,30 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(run, name):
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "tokenizer.json", "training.json"])
-def test_a_run_goes_on_from_the_one_before_to_the_same_end(train, trained, run, eager, name):
+def test_a_run_resumes_from_the_one_before_and_ends_in_the_same_bytes(train, trained, run, eager, name):
     file = run / "checkpoints" / NEWEST / name
     file.write_bytes(file.read_bytes()[:-1])
     outcome = train(run, resume=run, max_steps=2)
     assert any(f"{name} is not as it was written. It is set aside" in line for line in outcome.lines)
-    assert any(f"Going on from {run}/checkpoints/{BEFORE}" in line for line in outcome.lines)
+    assert any(f"Resuming from {run}/checkpoints/{BEFORE}" in line for line in outcome.lines)
     for path in ("final/model.safetensors", f"checkpoints/{NEWEST}/optimizer.safetensors"):
         assert (run / path).read_bytes() == (trained / path).read_bytes()
 
 
-def test_a_dry_run_leaves_a_damaged_checkpoint_where_it_is(run):
+def test_a_dry_run_leaves_a_damaged_checkpoint_where_it_is(train, run):
     (run / "checkpoints" / NEWEST / "model.safetensors").write_bytes(b"")
     before = sorted(run.rglob("*"))
-    setup.dry_run({}, Silent(), resume=str(run))
-    assert sorted(path for path in run.rglob("*") if path.name != ".lock") == [p for p in before if p.name != ".lock"]
+    assert train(run, resume=run, dry_run=True, only={}).step == 1
+    assert sorted(run.rglob("*")) == before
 
 
-def test_a_damaged_checkpoint_that_is_asked_for_is_refused(train, run):
+def test_a_damaged_checkpoint_that_is_named_is_refused(train, run):
     (run / "checkpoints" / NEWEST / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.safetensors is not as it was written\.$"):
         train(run, resume=run / "checkpoints" / NEWEST)
 
 
-def test_with_no_sound_one_left_the_run_is_refused(train, run):
+def test_without_a_sound_checkpoint_the_run_is_refused(train, run):
     for name in (NEWEST, BEFORE):
         (run / "checkpoints" / name / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"No checkpoint in .* is sound: --overwrite starts again\.$"):

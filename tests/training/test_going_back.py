@@ -1,4 +1,4 @@
-"""A run goes back to an earlier checkpoint only when it is told to drop what came after it."""
+"""A run goes back to an earlier checkpoint only when the user agrees to drop the steps after it."""
 
 import contextlib
 import shutil
@@ -28,7 +28,7 @@ def trained(train, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def run(trained, tmp_path, monkeypatch, eager):
+def run(trained, tmp_path, monkeypatch, eager, unmeasured):
     """A copy of it in the current folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "run")
@@ -39,7 +39,7 @@ def contents(folder):
 
 
 def test_it_is_refused_without_overwrite(train, trained):
-    with pytest.raises(UserError, match=r"^run goes on to step 5: --overwrite drops what came after step 2; to keep"):
+    with pytest.raises(UserError, match=r"^run reaches step 5: --overwrite drops everything after step 2; to keep"):
         train("run", resume=BACK, **BRANCH)
     assert contents("run").keys() - {Path(".lock")} == contents(trained).keys() - {Path(".lock")}
 
@@ -47,13 +47,13 @@ def test_it_is_refused_without_overwrite(train, trained):
 def test_a_copy_goes_back_and_leaves_the_original(train, trained):
     shutil.copytree("run", "copy")
     outcome = train("copy", resume="copy/checkpoints/step-00000002", overwrite=True, **BRANCH)
-    assert any("Going on from copy/checkpoints/step-00000002" in line for line in outcome.lines)
+    assert any("Resuming from copy/checkpoints/step-00000002" in line for line in outcome.lines)
     for name in ("best", "final", "checkpoints"):
         assert contents(f"run/{name}") == contents(trained / name)
 
 
-def test_what_came_after_goes_before_the_first_step(train):
-    """`final` too, and `best`, which is of the last step; metrics.jsonl forgets them."""
+def test_later_steps_are_dropped_before_the_first_step(train):
+    """With `final`, with `best`, which is the last step here, and with their records in metrics.jsonl."""
     seen = []
 
     def tick():
@@ -66,8 +66,8 @@ def test_what_came_after_goes_before_the_first_step(train):
     assert not improved_after(Path("run"), 4, None)
 
 
-def test_the_best_of_the_steps_before_stays(train):
-    """After step 3 the rate ruins the model, which is why one goes back; the best is from before."""
+def test_the_best_model_stays_if_it_is_from_before(train):
+    """A rate ruins the model after step 3, a reason to go back; the best model is from before."""
     train("ruined", **(EACH_STEP | {"max_steps": 3}))
     best = contents("ruined/best")
     train("ruined", resume="ruined", **(EACH_STEP | {"learning_rate": 50.0}))
@@ -79,7 +79,7 @@ def test_the_best_of_the_steps_before_stays(train):
     assert contents("ruined/final")[Path("model.safetensors")] == contents(back)[Path("model.safetensors")]
 
 
-def test_only_a_checkpoint_can_be_gone_back_to(train):
+def test_going_back_takes_the_name_of_a_checkpoint(train):
     with pytest.raises(UserError, match="only where --resume names a checkpoint"):
         train("run", resume="run", overwrite=True)
 
@@ -95,7 +95,7 @@ def test_the_same_way_again_ends_in_the_same_bytes(train, trained):
 
 
 @pytest.mark.parametrize("moves", [0, 1, 3])
-def test_a_crash_while_it_goes_back_leaves_a_run_to_go_on_with(train, trained, monkeypatch, moves):
+def test_a_crash_while_it_goes_back_leaves_a_run_that_resumes(train, trained, monkeypatch, moves):
     def rename(self, target):
         nonlocal moves
         if ".removed" in Path(target).name:

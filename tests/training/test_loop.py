@@ -1,17 +1,22 @@
-"""Training from settings to weights: what it leaves, where it ends, how it goes on, and what it refuses."""
+"""Training from settings to weights: what it leaves, where it ends, how it resumes, and what it refuses."""
 
+import dataclasses
 import errno
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from mlx_gpt.api import load
+from mlx_gpt.device import Device, device
 from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.settings import resolve
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training import memory
 
+MEASURE = memory.measure  # the real one: the tests here are `unmeasured`
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
 MODEL_DIRECTORY = {
     "config.json",
@@ -23,14 +28,14 @@ MODEL_DIRECTORY = {
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, unmeasured):
     """No run finds what another left in data/ or weights/."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when it is told to."""
+    """Time that a test lets pass."""
 
     class Clock:
         now = 0.0
@@ -44,7 +49,7 @@ def clock(monkeypatch):
 
 
 def records(run, *, timeless=False):
-    """The lines of metrics.jsonl, `timeless` without what the clock decides."""
+    """The lines of metrics.jsonl, without the fields that depend on the clock if `timeless`."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     without = WALL_CLOCK if timeless else set()
     return [{name: value for name, value in json.loads(line).items() if name not in without} for line in lines]
@@ -103,7 +108,7 @@ def test_the_folder_holds_what_the_design_says_and_nothing_else(whole):
 def test_every_folder_of_weights_opens(whole):
     for part in ("", "best", "final", "checkpoints/step-00000003"):
         model, tokenizer = load(whole.folder / part)
-        assert model.config.n_layer == 2
+        assert model.args.n_layer == 2
         assert tokenizer.is_bytes
 
 
@@ -128,7 +133,7 @@ def test_the_log_has_the_lines_that_scripts_read(whole):
     assert losses == [f"{loss:.4f}" for loss in column(whole.folder, "val_loss")]
 
 
-def test_before_it_starts_it_says_what_it_will_do(whole):
+def test_before_it_starts_it_shows_its_plan(whole):
     log = (whole.folder / "training.log").read_text()
     plan = log[: log.index("Validation Loss")]
     for words in (
@@ -137,12 +142,13 @@ def test_before_it_starts_it_says_what_it_will_do(whole):
         "tokens to train on",
         "8, each of 128 tokens",
         "tokens per parameter",
-        "Memory",
+        "Memory       about ",
+        "Time         about ",
     ):
         assert words in plan
 
 
-def test_each_record_has_what_it_measured(whole):
+def test_each_record_has_the_fields_that_were_measured(whole):
     common = {"step", "epoch", "tokens", "seconds", "started"}
     trained = common | {"train_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb"}
     validated = common | {"val_loss", "val_bits_per_byte"}
@@ -176,6 +182,62 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(train, tmp_path, e
     assert "best so far" not in (run / "training.log").read_text().split("Step 2")[1]
 
 
+# ---- before it begins -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16", "grad_checkpoint": True}], ids=["", "other layers"])
+def test_measuring_changes_no_number_of_a_run(train, monkeypatch, eager, changes):
+    train("unmeasured", max_steps=2, **changes)
+    monkeypatch.setattr(memory, "measure", MEASURE)
+    train("measured", max_steps=2, **changes)
+    for name in ("final/model.safetensors", "checkpoints/step-00000002/optimizer.safetensors"):
+        assert Path("measured", name).read_bytes() == Path("unmeasured", name).read_bytes()
+    assert records(Path("measured"), timeless=True) == records(Path("unmeasured"), timeless=True)
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    """Say how many bytes of memory a run may take, without holding MLX to it."""
+
+    def tight(usable):
+        here = dataclasses.replace(device(), usable=usable)
+        monkeypatch.setattr(Device, "prepare", lambda self: None)
+        monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: here)
+
+    return tight
+
+
+@pytest.mark.parametrize(
+    ("usable", "takes"), [(2**21, "about 4 MiB at its peak"), (10_000, "more memory than it is safe to try")]
+)
+def test_a_run_that_needs_too_much_memory_starts_only_on_request(train, tight, monkeypatch, eager, usable, takes):
+    if usable < 2**20:
+        monkeypatch.setattr(memory, "measure", MEASURE)  # which sees this by itself
+    tight(usable)
+    sentence = refusal(lambda: train("deep/run", max_steps=1, batch_size=4, gradient_accumulation_steps=1))
+    assert sentence.startswith(f"Training would take {takes}, and ")
+    assert sentence.endswith(" --ignore-memory starts it all the same.")
+    assert not Path("deep").exists()
+    outcome = train("deep/run", max_steps=1, batch_size=4, gradient_accumulation_steps=1, ignore_memory=True)
+    assert outcome.finished
+    assert any(re.fullmatch(r"Memory .* of \d+ MiB usable", line) for line in outcome.lines)
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_no_folder(train, eager):
+    outcome = train("deep/run", dry_run=True)
+    assert (outcome.finished, outcome.step) == (False, 0)
+    assert {"Run", "Steps", "Memory", "Time"} <= {line.split(maxsplit=1)[0] for line in outcome.lines}
+    assert not Path("deep").exists()
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": "run", "max_steps": 20}])
+def test_a_dry_run_leaves_the_run_that_is_there(train, whole, tmp_path, options):
+    run = copy_of(whole.folder, tmp_path / "run")
+    before = contents(run)
+    train("run", dry_run=True, **options)
+    assert contents(run) == before
+
+
 # ---- where it ends --------------------------------------------------------------------------------------------------
 
 
@@ -197,14 +259,14 @@ def test_it_ends_at_the_limit_that_comes_first(train, tmp_path, clock, eager, li
     assert max(column(tmp_path / "run", "step")) == steps
 
 
-def test_time_goes_on_counting_after_a_resume(train, tmp_path, clock, eager):
+def test_minutes_count_across_a_resume(train, tmp_path, clock, eager):
     limits = {"max_minutes": 5.0, "max_steps": 20}
     assert train("run", **limits, tick=clock.pass_a_minute, stop_after=3).step == 3
     outcome = train("run", **limits, resume="run", tick=clock.pass_a_minute)
     assert (outcome.finished, outcome.step) == (True, 6)  # three minutes, then two between 4, 5 and 6
 
 
-# ---- how it goes on -------------------------------------------------------------------------------------------------
+# ---- how it resumes -------------------------------------------------------------------------------------------------
 
 
 def test_two_half_runs_are_one_whole_run(train, whole, tmp_path):
@@ -230,7 +292,7 @@ def test_going_back_to_an_earlier_checkpoint_makes_the_same_steps_again(train, w
     assert records(run, timeless=True) == records(whole.folder, timeless=True)
 
 
-def test_a_finished_run_goes_on_when_it_may_make_more_steps(train, whole, tmp_path):
+def test_a_finished_run_continues_when_it_is_given_more_steps(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     outcome = train(run, resume=run, max_steps=10)
     assert (outcome.finished, outcome.step) == (True, 10)
@@ -238,21 +300,22 @@ def test_a_finished_run_goes_on_when_it_may_make_more_steps(train, whole, tmp_pa
     assert weights(run / "final") != weights(whole.folder / "final")
 
 
-def test_a_finished_run_that_may_not_make_more_steps_stays_as_it_is(train, whole, tmp_path):
+def test_a_finished_run_without_more_steps_stays_as_it_is(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     assert train(run, resume=run).step == 8
     assert weights(run / "final") == weights(whole.folder / "final")
     assert records(run) == records(whole.folder)
 
 
-def test_how_often_one_looks_saves_or_logs_never_changes_what_is_learnt(train, whole, tmp_path):
+def test_how_often_a_run_evaluates_saves_or_logs_never_changes_what_it_learns(train, whole, tmp_path):
     run = tmp_path / "run"
     train(run, log_every=1, eval_every=1, eval_windows=3, save_every=1, keep_checkpoints=1)
     assert len(column(run, "val_loss")) == 9
+    assert column(run, "train_loss")[1::2] == column(whole.folder, "train_loss")
     assert weights(run / "final") == weights(whole.folder / "final")
 
 
-def test_the_newest_run_is_the_one_to_go_on_with(train, tmp_path, eager):
+def test_newest_continues_the_run_that_was_worked_on_last(train, tmp_path, eager):
     train("weights/one", max_steps=2)
     train("weights/two", max_steps=2)
     outcome = train(None, resume="newest", only={"max_steps": 3})
@@ -268,8 +331,8 @@ def test_the_flags_or_the_file_that_began_a_run_name_it_again(train, tmp_path, e
     assert (str(by_flag.folder), by_flag.step) == ("weights/two", 2)
 
 
-def test_the_same_settings_that_began_a_run_go_on_with_it(train, tmp_path, eager):
-    """Also where the text was too small for all the entries that were asked for."""
+def test_the_settings_that_began_a_run_continue_it(train, tmp_path, eager):
+    """Also where the text is too small for a vocabulary of the size that was asked for."""
     wanted = {"tokenizer": "bpe", "vocab_size": 5000, "max_steps": 2}
     train("run", **wanted)
     assert load("run")[1].vocab_size < 1000
@@ -277,7 +340,7 @@ def test_the_same_settings_that_began_a_run_go_on_with_it(train, tmp_path, eager
     assert train("run", resume="run", **(wanted | {"max_steps": 3})).step == 3
 
 
-# ---- what it refuses to go on with ----------------------------------------------------------------------------------
+# ---- what it refuses to resume --------------------------------------------------------------------------------------
 
 
 def test_a_run_cannot_become_another_one(train, whole, tmp_path):
@@ -311,11 +374,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train, whole, tm
     path.write_bytes(damaged)
     outcome = train(run, resume=run)
     assert any("step-00000008 is damaged" in line for line in outcome.lines)
-    assert any("Going on from" in line and "step-00000006" in line for line in outcome.lines)
+    assert any("Resuming from" in line and "step-00000006" in line for line in outcome.lines)
     assert weights(run / "final") == weights(whole.folder / "final")
 
 
-def test_a_changed_step_is_not_believed(train, whole, tmp_path):
+def test_an_edited_step_number_is_noticed(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     marker = run / "checkpoints/step-00000008/training.json"
     marker.write_text(marker.read_text().replace('"step": 8', '"step": 2'))
@@ -323,7 +386,7 @@ def test_a_changed_step_is_not_believed(train, whole, tmp_path):
 
 
 def test_going_back_leaves_the_later_checkpoints_behind(train, whole, tmp_path):
-    """Or the next resume would go on with the branch that was given up."""
+    """Or the next resume would continue the branch that was given up."""
     run = copy_of(whole.folder, tmp_path / "run")
     back = run / "checkpoints/step-00000003"
     train(run, resume=back, overwrite=True, learning_rate=0.001, keep_checkpoints=1, stop_after=1)
@@ -340,7 +403,7 @@ def test_the_rate_and_its_lowest_change_together(train, whole, tmp_path):
     assert min(column(run, "learning_rate")) == pytest.approx(1e-5)
 
 
-def test_a_display_that_is_gone_costs_nothing(train, whole, tmp_path, monkeypatch):
+def test_a_closed_terminal_does_not_end_the_run(train, whole, tmp_path, monkeypatch):
     def gone(self, text):
         raise BrokenPipeError
 
@@ -361,7 +424,7 @@ def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eag
         train(tmp_path / "stopped", max_steps=5, stop_after=1)
 
 
-def test_to_go_on_and_to_overwrite_go_together_only_to_go_back(train, whole, tmp_path):
+def test_resume_and_overwrite_go_together_only_to_go_back(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     before = contents(run)
     assert "only where --resume names a checkpoint" in refusal(lambda: train(run, resume=run, overwrite=True))
@@ -394,14 +457,14 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, w
 # ---- a run is never lost --------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_not_overwritten_unless_one_says_so(train, whole, tmp_path):
+def test_a_run_is_overwritten_only_on_request(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     before = contents(run)
     assert "--overwrite" in refusal(lambda: train(run))
     assert contents(run) == before
 
 
-def test_overwriting_replaces_the_run_and_leaves_what_is_none_of_it(train, whole, tmp_path, eager):
+def test_overwriting_replaces_the_run_and_leaves_other_files(train, whole, tmp_path, eager):
     run = copy_of(whole.folder, tmp_path / "run")
     (run / "notes.txt").write_text("mine")
     train(run, overwrite=True, max_steps=1)
@@ -457,19 +520,19 @@ def test_a_tokenizer_is_trained_once_and_then_loaded(train, tmp_path, eager):
     bpe = {"tokenizer": "bpe", "vocab_size": 310, "max_steps": 1}
     assert is_trained(train("one", **bpe))
     assert not is_trained(train("two", **bpe))
-    assert load("two")[1].vocab_size == load("one")[0].config.vocab_size == 310
+    assert load("two")[1].vocab_size == load("one")[0].args.vocab_size == 310
     assert any("311" in line for line in train("three", **(bpe | {"vocab_size": 311})).lines)
 
 
-def test_a_tokenizer_from_elsewhere_brings_its_own_entries(train, tmp_path, foreign, eager):
+def test_a_tokenizer_from_elsewhere_brings_its_own_vocabulary(train, tmp_path, foreign, eager):
     (tmp_path / "their.json").write_text(foreign.to_json(), encoding="utf-8")
     train("run", tokenizer="their.json", max_steps=1)
     model, tokenizer = load("run")
-    assert model.config.vocab_size == tokenizer.vocab_size == foreign.vocab_size
+    assert model.args.vocab_size == tokenizer.vocab_size == foreign.vocab_size
     assert tokenizer.to_json() == Tokenizer.load("their.json").to_json()
 
 
-def test_the_tokenizer_is_the_run_s_own_from_then_on(train, tmp_path, foreign, eager):
+def test_a_run_keeps_its_tokenizer(train, tmp_path, foreign, eager):
     (tmp_path / "their.json").write_text(foreign.to_json(), encoding="utf-8")
     train("run", tokenizer="their.json", max_steps=1)
     (tmp_path / "their.json").unlink()

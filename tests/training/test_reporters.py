@@ -18,7 +18,7 @@ EACH_STEP = {"log_every": 1, "save_every": 1, "eval_every": 2, "report_to": ["te
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, eager):
+def elsewhere(tmp_path, monkeypatch, eager, unmeasured):
     """Run in an empty folder, without compiling anything."""
     monkeypatch.chdir(tmp_path)
 

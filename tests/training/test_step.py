@@ -1,6 +1,8 @@
-"""A step of training: the same numbers as PyTorch's, and nothing but what it was given decides them."""
+"""A step makes the numbers that PyTorch makes, and only its arguments decide them."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -8,38 +10,64 @@ import pytest
 import torch
 import transformers
 from mlx.utils import tree_flatten
-from mlx_gpt.training.step import TrainingStep
 
-from mlx_gpt import backend
 from mlx_gpt.config import TrainingConfig
-from mlx_gpt.distributed import ALONE, Ranks
-from mlx_gpt.models.directory import CONV1D, save_model
+from mlx_gpt.cpu import streams
+from mlx_gpt.device import device
+from mlx_gpt.distributed import ALONE
+from mlx_gpt.models import gpt2
+from mlx_gpt.models.directory import save_model
+from mlx_gpt.objectives.text import Text
+from mlx_gpt.optim import make_optimizer
+from mlx_gpt.training.loop import make_step
 
 RATE = 1e-3
 # Clips for certain: the gradients of the models here have norms of 1 to 3.
 TRAINING = TrainingConfig(max_grad_norm=0.5, seed=1)
+# What a GPU computes with, and what a CPU computes with.
+PLAIN, ACCELERATED = dataclasses.replace(device(), accelerated=False), dataclasses.replace(device(), accelerated=True)
 
 
 @pytest.fixture(scope="module")
-def batches(bpe):
-    """Five batches of 4 windows of 16 tokens and their successors."""
+def windows(bpe):
+    """Five arrays of 4 windows of 16 tokens and their successors."""
     draw = np.random.default_rng(5)
     return [draw.integers(0, bpe.vocab_size, (4, 17)).astype(np.int32) for _ in range(5)]
 
 
-def train(model, batches, training=TRAINING, dtype=mx.float32):
-    """Make one step of each batch; the `TrainingStep` and the losses."""
-    step = TrainingStep(model, training, dtype)
-    losses = [step(i, RATE, [batch]).loss.item() for i, batch in enumerate(batches)]
-    return step, losses
+@pytest.fixture(scope="module")
+def weights():
+    """Weights for the same windows, a third of them 0, and other sums for each array."""
+    draw = np.random.default_rng(6)
+    return [(draw.random((4, 16)) > share).astype(np.float32) for share in (0.1, 0.2, 0.4, 0.6, 0.4)]
 
 
-def mean_gradients(step):
-    return {name: np.array(m) for name, m in tree_flatten(step.optimizer_state["m"])}
+class Trainer:
+    """A model with its optimizer and its compiled step."""
 
+    def __init__(self, model, training=TRAINING, on=None, ranks: Any = ALONE):
+        on = on or device()
+        self.model, self.optimizer = model, make_optimizer(training)
+        self._step = make_step(model, self.optimizer, on.accelerate(Text()), training, on, ranks)
 
-def state_of(step):
-    return {name: np.array(array) for name, array in tree_flatten(step.optimizer_state)}
+    def __call__(self, number, windows, weights=None, rate=RATE):
+        """Make a step of micro-batches whose tokens weigh 1 where no weights are given."""
+        weights = weights or [np.ones((len(batch), batch.shape[1] - 1), np.float32) for batch in windows]
+        batches = [(mx.array(tokens), mx.array(w)) for tokens, w in zip(windows, weights, strict=True)]
+        return self._step(number, rate, batches)
+
+    def train(self, windows, start=0):
+        """Make a step of each array of windows; the losses."""
+        return [self(number, [batch]).loss.item() for number, batch in enumerate(windows, start)]
+
+    def state(self):
+        """The optimizer's state as a copy in numpy."""
+        return {name: np.array(array) for name, array in tree_flatten(self.optimizer.state)}
+
+    def mean_gradients(self):
+        """The first moments of all parameters: those of the matrices and those of the vectors."""
+        matrices, vectors = (tree_flatten(state) for state in self.optimizer.state["states"])
+        return {name[:-2]: np.array(m) for name, m in matrices + vectors if name.endswith(".m")}
 
 
 def assert_same(once, again):
@@ -78,10 +106,14 @@ class Reference:
         betas = (TRAINING.beta1, TRAINING.beta2)
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=betas, eps=1e-8)
 
-    def __call__(self, windows):
+    def __call__(self, windows, weights=None):
+        """Make a step of windows (B, 17); targets whose weight is 0 are ignored."""
         windows = torch.tensor(windows, dtype=torch.long)
+        targets = windows[:, 1:]
+        if weights is not None:
+            targets = targets.masked_fill(torch.tensor(weights) == 0, -100)
         logits = self.model(windows[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), TRAINING.max_grad_norm)
@@ -96,76 +128,109 @@ class Reference:
 
     def _by_our_names(self, get):
         named = {name.removeprefix("transformer."): get(p) for name, p in self.model.named_parameters()}
-        return {name: (t.T if name.endswith(CONV1D) else t).detach().numpy() for name, t in named.items()}
+        return {name: (t.T if name.endswith(gpt2.CONV1D) else t).detach().numpy() for name, t in named.items()}
+
+
+@pytest.fixture
+def reference(make_model, bpe, tmp_path):
+    save_model(tmp_path, make_model(), bpe)
+    return Reference(tmp_path)
+
+
+def assert_agrees(result, expected):
+    loss, norm = expected
+    assert result.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert result.grad_norm.item() == pytest.approx(norm, rel=1e-4)
+    assert norm > TRAINING.max_grad_norm
+
+
+@pytest.fixture(params=[PLAIN, ACCELERATED], ids=["plain", "accelerated"])
+def trainer(request, make_model):
+    """The model on the path of a GPU and on that of a CPU."""
+    model = gpt2.Model(make_model().args)
+    model.update(make_model().parameters())
+    return Trainer(request.param.accelerate(model), on=request.param)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_steps_are_those_of_pytorch(make_model, weights_of, bpe, batches, tmp_path, steps):
-    model = make_model()
-    save_model(tmp_path, model, bpe)
-    reference, step = Reference(tmp_path), TrainingStep(model, TRAINING)
-    for i, batch in enumerate(batches[:steps]):
-        loss, norm = reference(batch)
-        result = step(i, RATE, [batch])
-        assert result.loss.item() == pytest.approx(loss, rel=1e-5)
-        assert result.grad_norm.item() == pytest.approx(norm, rel=1e-4)
-        assert norm > TRAINING.max_grad_norm
-    assert_close(mean_gradients(step), reference.mean_gradients(), atol=1e-7)  # the largest are 1e-3 to 1e-2
-    assert_weights_agree(weights_of(model), reference.weights())
+def test_steps_are_those_of_pytorch(trainer, reference, weights_of, windows, steps):
+    for number, batch in enumerate(windows[:steps]):
+        assert_agrees(trainer(number, [batch]), reference(batch))
+    assert_close(trainer.mean_gradients(), reference.mean_gradients(), atol=1e-7)  # the largest are 1e-3 to 1e-2
+    assert_weights_agree(weights_of(trainer.model), reference.weights())
+
+
+@pytest.mark.parametrize("micro_steps", [1, 4])
+def test_a_token_of_weight_0_does_not_count(trainer, reference, weights_of, windows, weights, micro_steps):
+    """Every other token weighs the same, however few of them its micro-batch has."""
+    tokens, kept = np.concatenate(windows[:4]), np.concatenate(weights[:4])
+    result = trainer(0, np.split(tokens, micro_steps), np.split(kept, micro_steps))
+    assert_agrees(result, reference(tokens, kept))
+    assert_close(trainer.mean_gradients(), reference.mean_gradients(), atol=1e-7)
+    assert_weights_agree(weights_of(trainer.model), reference.weights())
 
 
 # ---- however it is computed -----------------------------------------------------------------------------------------
 
 
-def test_four_micro_batches_of_four_are_a_batch_of_sixteen(make_model, weights_of, batches):
-    whole, parts = make_model(), make_model()
-    whole_step, parts_step = TrainingStep(whole, TRAINING), TrainingStep(parts, TRAINING)
-    for i in range(2):
-        at_once = whole_step(i, RATE, [np.concatenate(batches[:4])])
-        in_parts = parts_step(i, RATE, batches[:4])
+def test_four_micro_batches_of_four_are_a_batch_of_sixteen(make_model, weights_of, windows):
+    whole, parts = Trainer(make_model()), Trainer(make_model())
+    for number in range(2):
+        at_once = whole(number, [np.concatenate(windows[:4])])
+        in_parts = parts(number, windows[:4])
         assert in_parts.loss.item() == pytest.approx(at_once.loss.item(), rel=1e-5)
         assert in_parts.grad_norm.item() == pytest.approx(at_once.grad_norm.item(), rel=1e-5)
-    assert_close(mean_gradients(parts_step), mean_gradients(whole_step), atol=1e-7)
-    assert_weights_agree(weights_of(parts), weights_of(whole))
+    assert_close(parts.mean_gradients(), whole.mean_gradients(), atol=1e-7)
+    assert_weights_agree(weights_of(parts.model), weights_of(whole.model))
 
 
-def test_compiled_steps_are_the_eager_ones(make_model, weights_of, batches, eager):
-    slow, fast = make_model(), make_model()
-    slow_step, slow_losses = train(slow, batches)
+def test_compiled_steps_are_the_eager_ones(make_model, weights_of, windows, eager):
+    slow, fast = Trainer(make_model()), Trainer(make_model())
+    slow_losses = slow.train(windows)
     mx.enable_compile()
-    fast_step, fast_losses = train(fast, batches)
+    fast_losses = fast.train(windows)
     assert fast_losses == pytest.approx(slow_losses, rel=1e-6)
-    assert_close(mean_gradients(fast_step), mean_gradients(slow_step), atol=1e-7)
-    assert_weights_agree(weights_of(fast), weights_of(slow))
+    assert_close(fast.mean_gradients(), slow.mean_gradients(), atol=1e-7)
+    assert_weights_agree(weights_of(fast.model), weights_of(slow.model))
 
 
-def test_bfloat16_is_for_computing_only(make_model, batches, eager):
-    _, expected = train(make_model(), batches)
-    model = make_model()
-    step, losses = train(model, batches, dtype=mx.bfloat16)
-    stored = [array for _, array in tree_flatten([model.parameters(), step.optimizer_state])]
+def test_bfloat16_is_for_computing_only(make_model, windows, eager):
+    expected = Trainer(make_model()).train(windows)
+    trainer = Trainer(make_model(), dataclasses.replace(TRAINING, precision="bfloat16"))
+    losses = trainer.train(windows)
+    stored = [array for _, array in tree_flatten([trainer.model.parameters(), trainer.optimizer.state])]
     assert {array.dtype for array in stored if array.ndim} == {mx.float32}
     assert losses != expected
     assert losses == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(("limit", "shortened"), [(0.5, True), (1e6, False), (0.0, False)])
-def test_only_gradients_above_the_limit_are_shortened(make_model, batches, eager, limit, shortened):
-    step = TrainingStep(make_model(), dataclasses.replace(TRAINING, max_grad_norm=limit))
-    norm = step(0, RATE, batches[:1]).grad_norm.item()
-    used = np.sqrt(sum((m**2).sum() for m in mean_gradients(step).values())) / (1 - TRAINING.beta1)
+def test_only_gradients_above_the_limit_are_shortened(make_model, windows, eager, limit, shortened):
+    trainer = Trainer(make_model(), dataclasses.replace(TRAINING, max_grad_norm=limit))
+    norm = trainer(0, windows[:1]).grad_norm.item()
+    used = np.sqrt(sum((m**2).sum() for m in trainer.mean_gradients().values())) / (1 - TRAINING.beta1)
     assert norm > 0.6
     assert used == pytest.approx(limit if shortened else norm, rel=1e-4)
+
+
+def test_recomputed_activations_change_no_number(make_model, windows, eager):
+    """The dropout of the second computation is that of the first."""
+    kept, recomputed = (
+        Trainer(make_model(dropout=0.1), dataclasses.replace(TRAINING, grad_checkpoint=on), PLAIN)
+        for on in (False, True)
+    )
+    assert recomputed.train(windows[:2]) == pytest.approx(kept.train(windows[:2]), rel=1e-6)
+    assert_close(recomputed.mean_gradients(), kept.mean_gradients(), atol=1e-7)
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_is_a_function_of_the_seed_and_the_step(make_model, weights_of, batches):
+def test_dropout_is_a_function_of_the_seed_and_the_step(make_model, weights_of, windows):
     def trained(training, elsewhere):
         mx.random.seed(elsewhere)
         model = make_model(dropout=0.1)
-        train(model, batches[:2], training)
+        Trainer(model, training).train(windows[:2])
         return weights_of(model)
 
     once, again = trained(TRAINING, elsewhere=1), trained(TRAINING, elsewhere=2)
@@ -174,76 +239,94 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(make_model, weights_of, 
     assert not np.array_equal(once["wte.weight"], other["wte.weight"])
 
 
-def test_two_halves_of_a_training_are_the_whole(make_model, weights_of, batches):
-    whole, halves = make_model(dropout=0.1), make_model(dropout=0.1)
-    train(whole, batches[:4])
-    before, _ = train(halves, batches[:2])
-    after = TrainingStep(halves, TRAINING)
-    after.optimizer_state = before.optimizer_state
-    for i in (2, 3):
-        after(i, RATE, [batches[i]])
-    assert_same(weights_of(whole), weights_of(halves))
+def test_two_halves_of_a_training_are_the_whole(make_model, weights_of, windows):
+    whole, half = Trainer(make_model(dropout=0.1)), Trainer(make_model(dropout=0.1))
+    whole.train(windows[:4])
+    half.train(windows[:2])
+    other_half = Trainer(half.model)
+    other_half.optimizer.state = half.optimizer.state
+    other_half.train(windows[2:4], start=2)
+    assert_same(weights_of(whole.model), weights_of(half.model))
+    assert_same(whole.state(), other_half.state())
 
 
-def test_each_step_and_each_micro_step_drops_out_other_numbers(make_model, batches):
-    step = TrainingStep(make_model(dropout=0.1), TRAINING)
-    batch = batches[0]
-    losses = [step(i, 0.0, [batch]).loss.item() for i in (0, 1, 0)]  # a rate of 0 leaves the weights
+def test_each_step_and_each_micro_step_drops_other_activations(make_model, windows):
+    trainer = Trainer(make_model(dropout=0.1))
+    batch = windows[0]
+    losses = [trainer(number, [batch], rate=0.0).loss.item() for number in (0, 1, 0)]  # a rate of 0 leaves the weights
     assert losses[0] == losses[2] != losses[1]
-    assert step(0, 0.0, [batch, batch]).loss.item() != losses[0]
+    assert trainer(0, [batch, batch], rate=0.0).loss.item() != losses[0]
 
 
-def test_each_rank_drops_out_other_numbers(make_model, batches, eager):
-    class Second(Ranks):
-        rank, size = 1, 2
+# ---- several ranks --------------------------------------------------------------------------------------------------
 
-    first, second = (TrainingStep(make_model(dropout=0.1), TRAINING, ranks=ranks) for ranks in (ALONE, Second()))
-    losses = [step(0, 0.0, batches[:1]).loss.item() for step in (first, first, second)]
+
+def test_each_rank_drops_other_activations(make_model, windows, eager):
+    second = SimpleNamespace(rank=1, size=2, sum=lambda sums: sums)
+    trainers = Trainer(make_model(dropout=0.1)), Trainer(make_model(dropout=0.1), ranks=second)
+    losses = [trainers[i](0, windows[:1], rate=0.0).loss.item() for i in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_ranks_that_split_their_batches_otherwise_weigh_alike(make_model, batches, monkeypatch, eager):
-    """One may have a core to itself and another two, with a stream each."""
-    sent = []
+def sums_of(model, windows, weights):
+    """What a rank sends to the others: its loss, its weights and its gradients, summed over its tokens."""
+    sent: list[Any] = []
 
-    class Recording(Ranks):
-        rank, size = 0, 2
+    def record(sums):
+        sent.append(sums)
+        return sums
 
-        def sum(self, arrays):
-            sent.append(arrays)
-            return arrays
+    Trainer(model, ranks=SimpleNamespace(rank=0, size=2, sum=record))(0, windows, weights)
+    return {name: np.array(array) for name, array in tree_flatten(sent[0])}
 
-    results = []
+
+def test_the_sums_of_two_ranks_are_those_of_one_that_has_both_batches(make_model, windows, weights, eager):
+    both, *each = (sums_of(make_model(), windows[p], weights[p]) for p in (slice(0, 2), slice(0, 1), slice(1, 2)))
+    for name, total in both.items():
+        np.testing.assert_allclose(each[0][name] + each[1][name], total, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_rank_with_one_core_sends_the_sums_of_one_with_two(make_model, windows, weights, monkeypatch, eager):
+    found = []
     for count in (1, 2):
-        monkeypatch.setattr(backend, "share_count", lambda batch_size, on_gpu, saving, count=count: count)
-        step = TrainingStep(make_model(), TRAINING, ranks=Recording())
-        results.append(step(0, RATE, batches[:2]).numbers())
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
-    (_, one), (_, other) = sent
-    np.testing.assert_allclose(one["wpe"]["weight"], other["wpe"]["weight"], atol=1e-6)
+        monkeypatch.setattr(streams, "stream_count", lambda count=count: count)
+        found.append(sums_of(make_model(), windows[:2], weights[:2]))
+    one, two = found
+    assert_close(one, two, atol=1e-4)
 
 
 # ---- what must not break it -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(make_model, weights_of, batches, poison):
-    straight, poisoned = make_model(), make_model()
-    train(straight, batches[:2])
-    step, _ = train(poisoned, batches[:1])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(make_model, weights_of, windows, poison):
+    straight, poisoned = Trainer(make_model()), Trainer(make_model())
+    straight.train(windows[:2])
+    poisoned.train(windows[:1])
 
-    sound = poisoned.wpe.weight
-    poisoned.wpe.weight = mx.where(mx.arange(32)[:, None] == 3, poison, sound)
-    weights, state = weights_of(poisoned), state_of(step)
-    assert not np.isfinite(step(1, RATE, batches[1:2]).loss.item())
-    assert_same(weights_of(poisoned), weights)
-    assert_same(state_of(step), state)
+    model = poisoned.model
+    sound = model.wpe.weight
+    model.wpe.weight = mx.where(mx.arange(32)[:, None] == 3, poison, sound)
+    parameters, state = weights_of(model), poisoned.state()
+    assert not np.isfinite(poisoned(1, windows[1:2]).loss.item())
+    assert_same(weights_of(model), parameters)
+    assert_same(poisoned.state(), state)
 
-    poisoned.wpe.weight = sound
-    step(1, RATE, batches[1:2])
-    assert_same(weights_of(poisoned), weights_of(straight))
+    model.wpe.weight = sound
+    poisoned(1, windows[1:2])
+    assert_same(weights_of(model), weights_of(straight.model))
+    assert_same(poisoned.state(), straight.state())
 
 
-def test_training_lowers_the_loss_on_what_it_sees(make_model, batches):
-    _, losses = train(make_model(), batches[:1] * 20)
+def test_a_step_without_a_token_that_counts_changes_nothing(make_model, weights_of, windows, eager):
+    trainer = Trainer(make_model())
+    trainer.train(windows[:1])
+    parameters, state = weights_of(trainer.model), trainer.state()
+    assert not np.isfinite(trainer(1, windows[:1], [np.zeros((4, 16), np.float32)]).grad_norm.item())
+    assert_same(weights_of(trainer.model), parameters)
+    assert_same(trainer.state(), state)
+
+
+def test_training_lowers_the_loss_on_what_it_sees(make_model, windows):
+    losses = Trainer(make_model()).train(windows[:1] * 20)
     assert losses[-1] < losses[0] - 0.3

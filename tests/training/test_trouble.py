@@ -1,4 +1,4 @@
-"""What a run meets while its owner sleeps: full disks, folders taken away, a second trainer, signals."""
+"""Trouble during a long run: full disks, folders that are taken away, a second trainer, signals."""
 
 import contextlib
 import errno
@@ -18,15 +18,15 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from mlx_gpt import cli
+from mlx_gpt import cli, models
 from mlx_gpt.api import load
 from mlx_gpt.cli.train import StopSignals
 from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.models.directory import save_arrays
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint, loop
+from mlx_gpt.training import checkpoint, run_folder, setup
 
-from .conftest import TINY, Silent
+from .conftest import TINY
 
 COMMAND = [sys.executable, "-c", "import sys; from mlx_gpt.cli import run; sys.exit(run(sys.argv[1:]))", "train"]
 ENVIRONMENT = {**os.environ, "MLX_DISABLE_COMPILE": "1", "HOME": "/nonexistent"}
@@ -34,14 +34,14 @@ EACH_STEP = {"save_every": 1, "eval_every": 99, "log_every": 1}
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, eager):
+def elsewhere(tmp_path, monkeypatch, eager, unmeasured):
     """An empty folder, where nothing is compiled."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def disk():
-    """A disk that takes no more than so many bytes of a file, so that a writer meets what it meets on a full one."""
+    """A disk that takes no more than so many bytes of a file: writing fails as on a full one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fills_up(size):
@@ -115,7 +115,7 @@ def flags(corpus, **changes):
 @pytest.mark.parametrize("floats", [3, 2_000, 100_000])
 def test_a_short_write_of_arrays_is_an_error(disk, tmp_path, floats):
     disk.fills_up(4 * floats)  # all but the header
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what is looked at
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - its number is checked below
         save_arrays(tmp_path / "a.safetensors", {"a": mx.ones((floats,))})
     assert caught.value.errno == errno.EIO
 
@@ -139,17 +139,17 @@ def test_a_full_disk_pauses_saving_and_nothing_else(train, disk, size):
 
 @pytest.mark.parametrize("eval_every", [99, 1], ids=["", "while the best model can still be saved"])
 def test_the_third_failure_in_a_row_ends_the_run(train, disk, eval_every):
-    settings = EACH_STEP | {"eval_every": eval_every, "max_steps": 9}
+    settings = EACH_STEP | {"eval_every": eval_every, "max_steps": 5}
     with pytest.raises(RunError, match="the checkpoint of step 4 could not be saved") as caught:
         train("run", **settings, tick=after({2: lambda: disk.fills_up(200_000)}))
-    told = str(caught.value)
-    assert "the newest checkpoint is run/checkpoints/step-00000001." in told
-    assert told.endswith("go on with: mlx-gpt train --resume run")
-    assert "\n" not in told
+    sentence = str(caught.value)
+    assert "the newest checkpoint is run/checkpoints/step-00000001." in sentence
+    assert sentence.endswith("continue with: mlx-gpt train --resume run")
+    assert "\n" not in sentence
     assert steps_saved() == [1]
     assert not unfinished()
     disk.has_room()
-    assert train("run", resume="run", **settings).step == 9
+    assert train("run", resume="run", **settings).step == 5
 
 
 def test_the_program_says_so_and_ends_with_1(corpus, disk, capsys):
@@ -164,7 +164,7 @@ def test_the_program_says_so_and_ends_with_1(corpus, disk, capsys):
 
 
 @pytest.mark.parametrize("stop_after", [None, 3], ids=["at the end", "when it is stopped"])
-def test_what_could_not_be_saved_last_is_no_success(train, disk, stop_after):
+def test_a_last_checkpoint_that_could_not_be_saved_is_no_success(train, disk, stop_after):
     full = after({3: lambda: disk.fills_up(200_000)})
     with pytest.raises(RunError, match=r"of step 3 .* newest checkpoint is run/checkpoints/step-00000002\. Make room"):
         train("run", **EACH_STEP, max_steps=3, stop_after=stop_after, tick=full)
@@ -178,16 +178,16 @@ def test_a_final_model_that_could_not_be_saved_is_no_success(train):
     load("run/final")
 
 
-def test_the_room_is_looked_at_before_each_save(train, free):
+def test_room_on_the_disk_is_checked_before_each_save(train, free):
     outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: lambda: free(10_000), 3: lambda: free(10**9)}))
     assert len(warnings(outcome)) == 1
     assert "it takes 0 MB and the disk has 0 MB left" in warnings(outcome)[0]
     assert steps_saved() == [1, 3, 4]
 
 
-def test_the_room_is_looked_at_before_the_run(train, free):
+def test_room_on_the_disk_is_checked_before_the_run(train, free):
     train("first", max_steps=1)
-    needed = 20 * load("first")[0].n_params()
+    needed = 20 * models.n_params(load("first")[0])
     free(needed - 1)
     with pytest.raises(UserError, match=r"take 1 MB and the disk of run/deep has 1 MB left: make room") as caught:
         train("run/deep", max_steps=1)
@@ -208,7 +208,7 @@ def test_a_log_that_can_t_be_written_is_warned_about(train):
     assert set(warnings(outcome)) == {"WARNING: run/training.log could not be written: No space left on device."}
 
 
-# ---- what others do to its folders ----------------------------------------------------------------------------------
+# ---- changed folders ------------------------------------------------------------------------------------------------
 
 
 def put_a_file_in_its_place():
@@ -232,7 +232,7 @@ def give_it_back():
         ),
     ],
 )
-def test_a_folder_that_can_t_be_written_to_any_more(train, take, give):
+def test_a_folder_that_can_no_longer_be_written_to(train, take, give):
     outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: take, 3: give}))
     assert len(warnings(outcome)) == 1
     assert steps_saved() == [1, 3, 4]
@@ -242,7 +242,7 @@ def test_a_folder_that_can_t_be_written_to_any_more(train, take, give):
     assert steps_saved() == [3, 4, 5]
 
 
-def test_the_leavings_of_a_killed_save_go(train):
+def test_files_that_a_killed_save_left_are_removed(train):
     train("run", **EACH_STEP, max_steps=1)
     for name in ("checkpoints/.step-00000007.part", "checkpoints/.step-00000001.removed.part", ".best.removed.part"):
         (Path("run") / name / "half").mkdir(parents=True)
@@ -252,14 +252,14 @@ def test_the_leavings_of_a_killed_save_go(train):
     assert not unfinished()
 
 
-def test_a_checkpoint_that_a_kill_left_too_many_goes(train):
+def test_a_checkpoint_too_many_after_a_kill_is_removed(train):
     train("run", **EACH_STEP, max_steps=3, keep_checkpoints=9)
     shutil.copytree("run", "killed")
     train("killed", resume="killed", **EACH_STEP, max_steps=3, keep_checkpoints=2)
     assert sorted(path.name for path in Path("killed/checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
 
 
-def test_a_run_that_was_killed_before_its_settings_stood_can_begin_again(train):
+def test_a_run_that_was_killed_before_it_wrote_its_settings_can_begin_again(train):
     Path("run").mkdir()
     for name in (".lock", ".run.1-1.part.toml"):
         (Path("run") / name).touch()
@@ -279,6 +279,19 @@ def test_only_one_process_trains_into_a_run(start, corpus, capsys):
     last = steps_saved()[-1]
     assert cli.run(["train", "--resume", "run", "--max-steps", str(last + 1)]) == 0
     assert steps_saved()[-1] == last + 1
+
+
+def test_a_run_s_folder_is_taken_before_the_text_is_prepared(train, monkeypatch):
+    """Preparing can take long, and a second process must not begin the same run meanwhile."""
+
+    def prepare(config, display):
+        with pytest.raises(UserError, match=rf"^Process {os.getpid()} is training into run: "):
+            run_folder.claim(Path("run"), overwrite=True)
+        return original(config, display)
+
+    original = setup.open_data
+    monkeypatch.setattr(setup, "open_data", prepare)
+    assert train("run", max_steps=1).finished
 
 
 @pytest.mark.parametrize("side", ["train", "val"])
@@ -305,10 +318,10 @@ def test_a_hang_up_counts_as_sigterm(start, corpus):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert err.strip() == "Stopping after this step, and saving. Ctrl-C again leaves at once."
-    assert out.endswith(f"Stopped after step {steps_saved()[-1]:,}. Go on with: mlx-gpt train --resume run\n")
+    assert out.endswith(f"Stopped after step {steps_saved()[-1]:,}. Continue with: mlx-gpt train --resume run\n")
 
 
-def test_a_run_outlives_its_terminal_as_long_as_it_takes_to_save(start, corpus):
+def test_a_run_whose_terminal_closes_is_saved(start, corpus):
     ours, theirs = pty.openpty()
     process = start(
         *flags(corpus, max_steps=10**6, max_epochs=1e6, save_every=10**6),
@@ -326,7 +339,7 @@ def test_a_run_outlives_its_terminal_as_long_as_it_takes_to_save(start, corpus):
     assert step >= 2
 
 
-def test_a_run_outlives_who_read_its_lines(start, corpus):
+def test_a_run_outlives_the_program_that_reads_its_lines(start, corpus):
     process = start(*flags(corpus, max_steps=20))
     process.stdout.readline()
     process.stdout.close()
@@ -334,7 +347,7 @@ def test_a_run_outlives_who_read_its_lines(start, corpus):
     assert steps_saved()[-1] == 20
 
 
-def test_under_nohup_a_hang_up_is_nothing():
+def test_under_nohup_a_hang_up_is_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as stop:
@@ -344,31 +357,30 @@ def test_under_nohup_a_hang_up_is_nothing():
         signal.signal(signal.SIGHUP, before)
 
 
-class CtrlC(Tokenizer):
-    """Is there when Ctrl-C is pressed in the middle of a save."""
-
-    pressed = False
-
-    def to_json(self):
-        if self.pressed:
-            signal.raise_signal(signal.SIGINT)
-        return super().to_json()
-
-
 @pytest.mark.parametrize("in_a_save", [False, True])
-def test_a_second_ctrl_c_leaves_at_once(train, corpus, in_a_save):
-    run = loop.set_up({**TINY, **EACH_STEP, "data": str(corpus), "out": "run"}, Silent())
-    run.tokenizer = tokenizer = CtrlC(run.tokenizer.backend)
+def test_a_second_ctrl_c_leaves_at_once(train, monkeypatch, in_a_save):
+    stop, to_json = StopSignals(), Tokenizer.to_json
+    presses = 0
 
     def press():
+        nonlocal presses
+        presses += 1
         signal.raise_signal(signal.SIGINT)
-        tokenizer.pressed = True
-        if not in_a_save:
-            signal.raise_signal(signal.SIGINT)
 
-    tick = after({2: press})
-    with run, StopSignals() as stop, pytest.raises(KeyboardInterrupt):
-        loop.fit(run, Silent(), lambda: [tick(), stop.requested()][1])
+    def press_in_a_save(tokenizer):
+        if presses == 1:
+            press()
+        return to_json(tokenizer)
+
+    def press_after_step_2():
+        act()
+        return stop.requested()
+
+    act = after({2: press if in_a_save else lambda: [press(), press()]})
+    monkeypatch.setattr(Tokenizer, "to_json", press_in_a_save)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", **EACH_STEP, tick=press_after_step_2, around=stop)
+    assert presses == 2
     assert steps_saved() == [1]
     assert train("run", resume="run").finished
     assert not unfinished()
