@@ -23,10 +23,9 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Display
 from mlx_gpt.training import run_folder
-from mlx_gpt.training.plan import in_words, make_plan
+from mlx_gpt.training.plan import HEADROOM, in_words, make_plan
 from mlx_gpt.training.setup import Run
 
-HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 SHORTEST = 128  # windows that a suggestion cuts no shorter
 CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_batch_size")
 STEPS = 4  # of a trial, the first of which compiles

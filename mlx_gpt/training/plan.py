@@ -9,6 +9,7 @@ from mlx_gpt.config import Config
 from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.device import GIB, Device
 
+HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 FEW_STEPS = 300
 LONG_HOURS = 24
 
@@ -71,6 +72,8 @@ class Plan:
             f"{each}, activations {'computed twice' if training.grad_checkpoint else 'kept'}",
             f"Memory       {self._memory(each)}",
         ]
+        if self.peak is None or self.peak > HEADROOM * self.device.usable:
+            lines.append("WARNING      That is more than can safely be spared.")
         if self.step_seconds:
             lines.append(f"Time         {self._time()}")
         if self.total_steps < FEW_STEPS and not training.max_steps:

@@ -1,129 +1,104 @@
-"""Compare the memory that training is expected to hold with what MLX says that it held.
+"""Compare the memory that a run is expected to take with the peak of its real steps.
 
-Run as a script, it does so over a grid of shapes, each in a process of its own:  python -m tests.training.peaks
+Run as a script, it does so over a grid of shapes:  python -m tests.training.peaks
 """
 
-import argparse  # noqa: I001 - mlx_gpt stands before mlx, so that a tuned BLAS serves it
+import contextlib  # noqa: I001 - mlx_gpt.device stands before mlx, so that a tuned BLAS can take its place
 import gc
 import itertools
-import json
-import subprocess
-import sys
-from typing import NamedTuple
+from typing import Any
 
-import mlx_gpt  # noqa: F401
+import mlx_gpt.device  # noqa: F401
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_gpt.backend import Device
-from mlx_gpt.config import ModelConfig, TrainingConfig
-from mlx_gpt.model import GPT
-from mlx_gpt.training.memory import estimate
-from mlx_gpt.training.step import TrainingStep
+from mlx_gpt.data.tokens import Tokens
+from mlx_gpt.device import Device, device
+from mlx_gpt.models import create
+from mlx_gpt.objectives import OBJECTIVES
+from mlx_gpt.optim import make_optimizer
+from mlx_gpt.settings import resolve
+from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training import memory
+from mlx_gpt.training.checkpoint import Progress
+from mlx_gpt.training.loop import make_step
+from mlx_gpt.training.setup import Run
 
-ANY_CPU = Device("cpu", "any", 2**40, 2**40)
-
-
-class Shape(NamedTuple):
-    """Layers, heads, width; tokens per window, windows; vocabulary."""
-
-    L: int
-    H: int
-    C: int
-    T: int
-    B: int
-    V: int
-
-
-# Narrow and wide, shallow and deep; few tokens and many; where attention, the logits or the weights are the most. The
-# coefficients of memory.py for the CPU were fitted to these.
-GRID = [
-    Shape(4, 4, 128, 128, 16, 2048),
-    Shape(4, 4, 128, 64, 12, 65),
-    Shape(6, 8, 256, 128, 8, 4096),
-    Shape(2, 4, 256, 256, 8, 1024),
-    Shape(8, 4, 128, 256, 4, 512),
-    Shape(12, 12, 384, 128, 2, 1024),
-    Shape(4, 2, 128, 512, 4, 256),
-    Shape(4, 8, 512, 64, 2, 8192),
-    Shape(2, 2, 64, 128, 32, 16384),
-    Shape(6, 6, 384, 256, 4, 2048),
-    Shape(4, 16, 256, 256, 4, 1000),
-    Shape(2, 12, 768, 128, 2, 30000),
-    Shape(3, 4, 64, 64, 64, 512),
-    Shape(2, 8, 512, 512, 2, 8192),
-    Shape(16, 4, 128, 32, 8, 256),
-    Shape(5, 5, 320, 96, 6, 3000),
-    Shape(12, 6, 192, 192, 4, 10000),
-    Shape(6, 8, 512, 256, 4, 8192),
-    Shape(3, 3, 96, 384, 6, 700),
-    Shape(3, 8, 128, 128, 4, 1000),
-    Shape(4, 4, 128, 64, 4, 3000),
-    Shape(2, 4, 64, 256, 4, 300),
-    Shape(24, 8, 128, 128, 8, 10000),
-    Shape(24, 8, 256, 256, 2, 2048),
-    Shape(24, 4, 64, 128, 8, 300),
-    Shape(36, 4, 64, 64, 8, 500),
-    Shape(6, 4, 128, 128, 8, 20000),
-    Shape(24, 16, 512, 256, 2, 8192),
-    Shape(8, 6, 192, 128, 12, 6000),
-    Shape(12, 12, 768, 256, 2, 16384),
-    Shape(2, 2, 64, 128, 8, 6000),
-    Shape(3, 2, 96, 96, 6, 5000),
-    Shape(3, 4, 80, 112, 10, 3500),
-    Shape(6, 3, 72, 80, 12, 1500),
+# Small and large micro-batches; where attention, the logits or the weights are the most.
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"batch_size": 7, "seq_len": 160, "n_embd": 96, "n_layer": 5, "vocab_size": 2500},
+    {"batch_size": 8, "seq_len": 64, "n_embd": 64, "n_layer": 12, "vocab_size": 400},
+    {"batch_size": 8, "seq_len": 256, "n_embd": 256, "n_layer": 3, "vocab_size": 8000},
+]
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"gradient_accumulation_steps": 2},
+    {"grad_checkpoint": True},
+    {"grad_checkpoint": True, "gradient_accumulation_steps": 2},
 ]
 
 
-def peak(shape: Shape, training: TrainingConfig, dropout: float) -> tuple[int, int]:
-    """Bytes that two steps hold at their peak: expected, measured."""
-    config = ModelConfig(shape.V, shape.L, shape.H, shape.C, shape.T, dropout)
-    gc.collect()  # a compiled step and its model hold each other
-    before = mx.get_active_memory()
-    step = TrainingStep(GPT(config).init_weights(0), training)
-    windows = np.random.default_rng(0).integers(0, shape.V, (shape.B, shape.T + 1), dtype=np.int32)
-    micro_batches = [windows] * training.gradient_accumulation_steps
-    step(0, 1e-3, micro_batches).numbers()  # the first also makes the weights
+class OneByteTokens(Tokenizer):
+    """Any number of entries of one byte each."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.ones(self.vocab_size, np.int64)
+
+
+def make_run(on: Device | None = None, **settings: Any) -> Run:
+    """A run of the preset tiny with other settings, on random tokens, without a folder."""
+    config, on = resolve({"data": "builtin", "preset": "tiny", **settings}), on or device()
+    windows = 3 * config.training.windows_per_step
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, windows * config.training.seq_len)
+    tokens = ids.astype(np.uint32)
+    return Run(
+        settings=config,
+        config=config,
+        device=on,
+        tokenizer=OneByteTokens(config.model.vocab_size),
+        tokens=Tokens(tokens, tokens[: 2 * config.training.batch_size * config.training.seq_len + 1], ""),
+        model=on.accelerate(create(config.model).init_weights(0)),
+        objective=on.accelerate(OBJECTIVES["text"]()),
+        progress=Progress(),
+        source=None,
+        damaged={},
+        resumes=False,
+        resources=contextlib.ExitStack(),
+    )
+
+
+def measured(run: Run) -> int:
+    """Bytes at the peak of three steps between two evaluations, as `fit` makes them."""
+    gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    step(1, 1e-3, micro_batches)
-    step(2, 1e-3, micro_batches).numbers()
-    return estimate(config, training, ANY_CPU).peak, mx.get_peak_memory() - before
+    optimizer = make_optimizer(run.training)
+    step = make_step(run.model, optimizer, run.objective, run.training, run.device)
+    batches, evaluate, unread = run.batches(), run.evaluator(), None
+    evaluate()
+    for number in range(3):
+        result = step(number, 1e-3, itertools.islice(batches, run.training.micro_steps))
+        if unread:
+            unread.numbers()
+        unread = result
+    evaluate()
+    return mx.get_peak_memory()
 
 
-def variants(shape: Shape) -> list[tuple[TrainingConfig, float]]:
-    """The shape with and without recomputed activations, accumulated gradients and dropout."""
-    return [
-        (TrainingConfig(shape.T, shape.B, gradient_accumulation_steps=count, grad_checkpoint=recompute), dropout)
-        for recompute, count, dropout in itertools.product((False, True), (1, 2), (0.0, 0.1))
-    ]
-
-
-def main() -> None:
-    """Measure the grid, and print each case and the largest deviation."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", nargs=2, type=int, help=argparse.SUPPRESS)
-    case = parser.parse_args().case
-    if case:
-        shape = GRID[case[0]]
-        print(json.dumps(peak(shape, *variants(shape)[case[1]])))
-        return
-    largest = 0.0
-    for i, shape in enumerate(GRID):
-        for j, (training, dropout) in enumerate(variants(shape)):
-            command = [sys.executable, "-m", "tests.training.peaks", "--case", str(i), str(j)]
-            expected, measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-            deviation = expected / measured - 1
-            largest = max(largest, abs(deviation))
-            kind = "recomputed" if training.grad_checkpoint else "kept"
-            print(
-                f"{shape} {kind:10} x{training.gradient_accumulation_steps} dropout {dropout}: expected "
-                f"{expected / 1e6:7,.0f} MB, measured {measured / 1e6:7,.0f} MB, {deviation:+.1%}",
-                flush=True,
-            )
-    print(f"The largest deviation is {largest:.1%}.")
+def expected(run: Run) -> int:
+    """Bytes that the run is expected to take at its peak."""
+    line = memory.measure(run, make_step, run.training)
+    assert line is not None
+    return line.at(run.training.micro_batch_size).peak
 
 
 if __name__ == "__main__":
-    main()
+    for shape, variant in itertools.product(SHAPES, VARIANTS):
+        run = make_run(**shape, **variant)
+        told, took = expected(run), measured(run)
+        print(f"{told / took - 1:+6.1%}  {told / 2**20:6.0f} of {took / 2**20:6.0f} MiB  {shape | variant}", flush=True)
