@@ -167,7 +167,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_touched(
 def test_a_dry_run_shows_the_plan_of_what_does_not_fit(corpus, tmp_path, monkeypatch, eager, little_room):
     monkeypatch.chdir(tmp_path)
     display = Silent()
-    with pytest.raises(UserError, match="^Training would take"):
+    with pytest.raises(UserError, match=r"^Training would take"):
         loop.train({"data": str(corpus), "out": "run", **TINY}, display, dry_run=True)
     assert any(line.startswith("Memory ") for line in display.lines)
     assert not Path("run").exists()
