@@ -4,9 +4,9 @@ import contextlib
 import io
 import shlex
 import sys
+from typing import Any
 
 import click
-import mlx.nn as nn
 
 from mlx_gpt.cli.generate import show
 from mlx_gpt.config import GenerationConfig
@@ -21,7 +21,7 @@ Ctrl-C stops an answer, Ctrl-D leaves, the arrow keys bring back earlier lines.
 /NAME VALUE    change a setting, such as /temperature 0.9; the names are:"""
 
 
-def chat(model: nn.Module, tokenizer: Tokenizer, config: GenerationConfig) -> None:
+def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
     """Ask for prompts and continue them until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing and history

@@ -11,8 +11,6 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.settings import build
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-
     from mlx_gpt.tokenizer import Tokenizer
 
 DEMO_PROMPTS = ("The", "In this", "If you", "There is")
@@ -49,7 +47,7 @@ def command(model: str | None, prompt: str | None, interactive: bool, **settings
 
 
 def show(
-    model: "nn.Module", tokenizer: "Tokenizer", prompt: str, config: GenerationConfig, *, with_prompt: bool = True
+    model: Any, tokenizer: "Tokenizer", prompt: str, config: GenerationConfig, *, with_prompt: bool = True
 ) -> None:
     """Print a prompt and its continuations: the first as it is made, further ones after it."""
     from mlx_gpt.generation.stream import Stats, check_prompt, stream

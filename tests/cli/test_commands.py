@@ -1,6 +1,7 @@
 """What each command does when all is well."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pty
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_gpt import device
 from mlx_gpt.cli import COMMANDS, doctor
 from mlx_gpt.cli.generate import DIVIDER
+from mlx_gpt.cpu import kernels
+from mlx_gpt.mac import Mac
 from mlx_gpt.presets import PRESETS
 
 
@@ -134,24 +138,106 @@ def test_without_a_command_it_shows_the_help(mlx_gpt):
     assert "Error" not in answer.err
 
 
-def test_doctor_shows_the_machine(mlx_gpt, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Let doctor measure something small."""
     monkeypatch.setattr(doctor, "PRODUCT", 64)
     monkeypatch.setattr(doctor, "SLOW_GFLOPS", 0)
     for name, size in {"n_layer": 1, "n_embd": 16, "vocab_size": 300, "seq_len": 16, "batch_size": 2}.items():
         monkeypatch.setitem(PRESETS["tiny"], name, size)
+
+
+def test_doctor_shows_the_machine(mlx_gpt, small):
     answer = mlx_gpt("doctor")
     for row in ("Python", "mlx", "kaggle", "Device", "Usable memory", "Precision", "Matrix product", "BLAS", "Kaggle"):
         assert re.search(rf"^{row} +\S", answer.out, re.MULTILINE)
     assert value(answer.out, "Training") > 0
+    assert re.search(r"^Fast path +one step in float32 differs by loss \de-\d\d, gradients \de-\d\d", answer.out, re.M)
     assert (answer.code, answer.out.splitlines()[-1]) == (0, "Ready.")
 
 
-def test_doctor_says_what_is_wrong(mlx_gpt, monkeypatch):
-    monkeypatch.setattr(doctor, "product_gflops", lambda: 1.0)
-    monkeypatch.setattr(doctor, "training_speed", lambda: 1.0)
+def test_doctor_says_when_no_blas_is_in_place(mlx_gpt, small, monkeypatch):
+    monkeypatch.setattr(doctor, "SLOW_GFLOPS", 1e9)
     answer = mlx_gpt("doctor")
     assert answer.code == 1
     assert "Problem: No tuned BLAS" in answer.out
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_doctor_finds_a_device_that_computes_something_else(mlx_gpt, small, monkeypatch, factor):
+    gelu = kernels.gelu
+    monkeypatch.setattr(kernels, "gelu", lambda x: gelu(x) * factor)
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: A training step in float32 gives other numbers than plain operations on the CPU" in answer.out
+
+
+def test_doctor_names_what_is_wrong_and_goes_on(mlx_gpt, small, monkeypatch):
+    def fails(here):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(doctor, "training_speed", fails)
+    monkeypatch.setattr(doctor, "PACKAGES", ("mlx", "mlx-nonsense"))
+    monkeypatch.setattr(doctor.packages, "backend_conflict", lambda: "mlx-cpu and mlx-cuda-13 both install it.")
+    answer = mlx_gpt("doctor")
+    assert (answer.code, answer.err.count("Traceback")) == (1, 0)
+    problems = re.findall(r"^Problem: (.*)$", answer.out, re.MULTILINE)
+    assert [problem.split()[0] for problem in problems] == ["mlx-nonsense", "mlx-cpu", "A"]
+    assert "no kernel" in problems[-1]
+
+
+def test_doctor_without_the_device_that_was_asked_for(mlx_gpt, monkeypatch):
+    monkeypatch.setattr(device, "WANTED", "tpu")
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: MLX_GPT_DEVICE=tpu is no device" in answer.out
+
+
+M3 = Mac("Apple M3 Max", 40, (14, 6, 1), 0)
+M5 = Mac("Apple M5", 10, (26, 2), 24576)
+
+
+def metal_rows(machine):
+    """What doctor says of a Mac with a GPU, by row."""
+    return dict(doctor.device_rows(device.Device("metal", machine.chip, 32 * 2**30, 24 * 2**30), machine))
+
+
+def test_doctor_describes_a_mac():
+    old, new = metal_rows(M3), metal_rows(M5)
+    assert (old["Chip"], old["macOS"]) == ("Apple M3 Max, 40 GPU cores", "14.6.1")
+    assert (old["Device"], old["Usable memory"]) == ("Apple M3 Max (metal, 32 GiB)", "24.0 GiB")
+    assert old["Precision"].startswith("bfloat16")
+    assert "needs macOS 15" in old["Wired memory"]
+    assert "24,576 MiB at most; `sudo sysctl iogpu.wired_limit_mb=N`" in new["Wired memory"]
+    newer = dataclasses.replace(M3, macos=(15,))
+    assert "default" in metal_rows(newer)["Wired memory"]
+    unanswered = metal_rows(Mac("", None, (), None))
+    assert (unanswered["Chip"], unanswered["macOS"]) == ("unknown, GPU cores unknown", "unknown")
+
+
+def test_doctor_says_when_float32_is_rounded(monkeypatch):
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    assert metal_rows(M5)["Matrix units"] == "used"
+    assert "TF32" in metal_rows(M5)["float32"]
+    early = dataclasses.replace(M5, macos=(26, 1))
+    assert metal_rows(early)["Matrix units"] == "not used: MLX needs macOS 26.2 for them"
+    for machine in (M3, early):
+        assert metal_rows(machine)["float32"] == "products keep all bits"
+    assert "Matrix units" not in metal_rows(M3)
+    assert "TF32" in dict(doctor.device_rows(device.Device("cuda", "NVIDIA", 1, 1), None))["float32"]
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert metal_rows(M5)["float32"] == "products keep all bits"
+
+
+def test_doctor_on_a_mac_without_a_gpu(mlx_gpt, small, monkeypatch):
+    """On a virtual machine, say: MLX computes on the CPU although nobody asked for it."""
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(doctor.mac, "look", lambda: M3)
+    monkeypatch.delenv("MLX_GPT_DEVICE")
+    answer = mlx_gpt("doctor")
+    assert re.search(r"^Chip +Apple M3 Max, 40 GPU cores$", answer.out, re.MULTILINE)
+    assert "Wired memory" not in answer.out
+    assert (answer.code, answer.out.count("Problem: MLX finds no GPU on this Mac")) == (1, 1)
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
