@@ -30,7 +30,7 @@ class Mac:
     def has_matrix_units(self) -> bool:
         """Whether the GPU has units for matrix products ("neural accelerators"), as from the M5 on."""
         found = re.match(r"Apple M(\d+)\b", self.chip)
-        return bool(found) and int(found[1]) >= MATRIX_UNITS
+        return found is not None and int(found[1]) >= MATRIX_UNITS
 
     @property
     def uses_matrix_units(self) -> bool:
