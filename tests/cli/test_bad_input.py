@@ -139,9 +139,9 @@ MISTAKES = [
     ("download --dataset a/b --from-file ducks.txt", ["--dataset and --from-file"]),
     # A folder that is somebody's
     ("train --data ducks.txt --preset tiny --out weights/ducks", ["weights/ducks", "--resume", "--overwrite", "--out"]),
-    ("train --data ducks.txt --preset tiny --out model", ["model is there and is no run"]),
-    ("train --data ducks.txt --preset tiny --out model --overwrite", ["model is there and is no run"]),
-    ("train --data ducks.txt --preset tiny --out ducks.txt", ["ducks.txt is there and is no run"]),
+    ("train --data ducks.txt --preset tiny --out model", ["model exists and is no run"]),
+    ("train --data ducks.txt --preset tiny --out model --overwrite", ["model exists and is no run"]),
+    ("train --data ducks.txt --preset tiny --out ducks.txt", ["ducks.txt exists and is no run"]),
     ("prepare two.csv --column answer --out mine", ["mine", "by hand"]),
     # A mistake together with --overwrite
     ("train --data none.csv --out weights/ducks --overwrite", ["none.csv"]),
@@ -222,7 +222,7 @@ def use_more_entries(folder):
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "JSON"]),
-    "no GPT-2": (lambda folder: change_config(folder, model_type="llama"), ["llama", "GPT-2"]),
+    "no GPT-2": (lambda folder: change_config(folder, model_type="llama"), ["config.json lacks `hidden_size`"]),
     "another activation": (lambda folder: change_config(folder, activation_function="relu"), ["activation_function"]),
     "width no number": (lambda folder: change_config(folder, n_embd="wide"), ["n_embd", "'wide'"]),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
@@ -318,7 +318,7 @@ def test_a_signal_while_training_saves_first(start, mlx_gpt, corpus, number, cod
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert err.split("\n")[1:] == ["Stopping after this step, and saving. Ctrl-C again leaves at once.", ""]
-    told = r"^Stopped after step ([\d,]+)\. Go on with: mlx-gpt (train --resume run)$"
+    told = r"^Stopped after step ([\d,]+)\. Continue with: mlx-gpt (train --resume run)$"
     ((stopped, go_on),) = re.findall(told, out, re.MULTILINE)
     step = int(stopped.replace(",", ""))
     assert Path(f"run/checkpoints/step-{step:08d}/training.json").exists()

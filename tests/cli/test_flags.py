@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gpt import cli, ops
+from mlx_gpt import cli
 from mlx_gpt.cli.generate import DEMO_PROMPTS, DIVIDER
+from mlx_gpt.models import base as layers
 
 from .conftest import TINY
 
@@ -235,14 +236,22 @@ def test_train_dry_run(mlx_gpt, corpus):
     assert not Path("planned").exists()
 
 
+def test_train_ignore_memory(mlx_gpt, train, corpus, monkeypatch):
+    monkeypatch.setattr("mlx_gpt.training.memory.HEADROOM", 1e-9)  # of this machine's memory, so that nothing fits
+    answer = mlx_gpt("train", "--data", corpus, *TINY, "--out", "run")
+    assert answer.code == 2
+    assert "--ignore-memory starts it all the same" in answer.err
+    assert train("--ignore-memory").steps("train_loss") == [1, 2]
+
+
 def test_train_grad_checkpoint(train, base, monkeypatch):
-    recomputed, original = [], ops.recompute
+    recomputed, original = [], layers._recomputed
 
     def recompute(*call):
         recomputed.append(call)
         return original(*call)
 
-    monkeypatch.setattr(ops, "recompute", recompute)
+    monkeypatch.setattr(layers, "_recomputed", recompute)
     run = train("--grad-checkpoint", out="recomputed")
     assert recomputed
     # In one share instead of two, which add up in another order.
