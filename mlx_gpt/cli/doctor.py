@@ -32,7 +32,7 @@ FLOAT32, TF32, BFLOAT16 = 1e-4, 1e-2, 5e-2
 
 @click.command("doctor")
 def command() -> int:
-    """Check this machine: versions, device, speed, credentials."""
+    """Check that this machine is ready: versions, device, speed, credentials."""
     problems = list(check())
     for problem in problems:
         click.echo(f"Problem: {problem}")

@@ -1,4 +1,4 @@
-"""What each command does when all is well."""
+"""What each command does when nothing goes wrong."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def value(text, name):
 
 
 def test_from_a_table_to_a_model_that_talks(mlx_gpt, sentences, tmp_path):
-    """In an empty folder, with nothing but the commands that the README names."""
+    """In an empty folder, with only the commands that the README names."""
     rows = [*sentences[:200], "", sentences[0]]  # one empty, one repeated
     Path("essays.csv").write_text("id,text\n" + "".join(f'{i},"{row}"\n' for i, row in enumerate(rows)))
     prepared = mlx_gpt("prepare", "essays.csv")
@@ -68,7 +68,7 @@ def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
     loss = base.column("val_loss")[-1]
     assert value(measured.out, "Loss") == pytest.approx(loss, abs=1e-4)
     assert value(measured.out, "Bits per byte") == pytest.approx(base.column("val_bits_per_byte")[-1], abs=1e-4)
-    tokens = len((corpus / "val.txt").read_bytes())  # each line's end is a document's end instead
+    tokens = len((corpus / "val.txt").read_bytes())  # each end of a line becomes the end of a document
     assert value(measured.out, "Tokens") == tokens - 1
     by_file = mlx_gpt("eval", corpus / "val.txt", "--model", model / "final")
     assert value(by_file.out, "Loss") == pytest.approx(loss, abs=1e-4)
@@ -88,7 +88,7 @@ def test_eval_flags_change_what_is_measured(mlx_gpt, trained, corpus, tmp_path):
     assert measure(val, "--documents", "file") != measure(val, "--documents", "line")
 
 
-def test_download_takes_a_file_that_was_fetched_by_hand(mlx_gpt, text, tmp_path):
+def test_download_takes_a_file_that_was_downloaded_by_hand(mlx_gpt, text, tmp_path):
     with zipfile.ZipFile("ducks.zip", "w") as archive:
         archive.write(text, "ducks.txt")
     answer = mlx_gpt("download", "--from-file", "ducks.zip", "--documents", "line", "--raw", "raw", "--out", "ducks")
@@ -163,6 +163,15 @@ def test_doctor_says_when_no_blas_is_in_place(mlx_gpt, small, monkeypatch):
     assert "Problem: No tuned BLAS" in answer.out
 
 
+def test_doctor_without_a_compiler_says_what_to_install(mlx_gpt, small, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: There is no g++" in answer.out
+    assert not re.search("^Training", answer.out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_doctor_finds_a_device_that_computes_something_else(mlx_gpt, small, monkeypatch, factor):
     gelu = kernels.gelu
@@ -229,6 +238,15 @@ def test_doctor_says_when_float32_is_rounded(monkeypatch):
     assert metal_rows(M5)["float32"] == "products keep all bits"
 
 
+def test_doctor_compares_both_precisions_of_a_gpu(small, capsys):
+    """The CPU stands in for the GPU, without what makes a CPU quick."""
+    gpu = device.Device("metal", "Apple M5", 32 * 2**30, 24 * 2**30)
+    assert list(doctor.measure(gpu, M5)) == []
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU and CPU")]
+    assert ["one step in float32" in rows[0], "one step in bfloat16" in rows[1]] == [True, True]
+    assert (rows[0].endswith("at most 1e-02 is fine"), rows[1].endswith("at most 5e-02 is fine")) == (True, True)
+
+
 def test_doctor_on_a_mac_without_a_gpu(mlx_gpt, small, monkeypatch):
     """On a virtual machine, say: MLX computes on the CPU although nobody asked for it."""
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
@@ -265,7 +283,7 @@ def test_a_model_directory_a_run_and_the_newest_run_are_found(mlx_gpt, trained, 
 
 @pytest.fixture
 def talk(mlx_gpt, models):
-    """Say these lines: what comes back on stdout and on stderr."""
+    """Type these lines into the dialogue and return what it prints."""
 
     def talk(*lines, flags=("--seed", "1", "--max-tokens", "4")):
         model = ("--model", models / "one", "--interactive")
@@ -283,7 +301,7 @@ def test_a_dialogue_answers_each_line(talk):
     assert talk("The duck", "", "Geese").out == f"{one}> {two}> \n"
 
 
-def test_settings_change_in_flight(talk):
+def test_settings_can_be_changed_during_a_dialogue(talk):
     greedy = talk("The duck", flags=("--temperature", "0", "--max-tokens", "6"))
     changed = talk("/temperature 0", "/max-tokens 6", "The duck")
     assert "temperature is now 0.0." in changed.err
@@ -299,14 +317,14 @@ def test_a_stop_string_may_have_spaces(talk):
 
 
 def test_the_dialogue_explains_itself(talk):
-    told = talk("/help", "/settings", "/temperature 0.5", "/settings").err
+    printed = talk("/help", "/settings", "/temperature 0.5", "/settings").err
     for name in ("temperature", "top_k", "max_tokens", "stop", "Ctrl-D", "Ctrl-C"):
-        assert name in told
-    assert re.findall(r"^temperature +([\d.]+)$", told, re.MULTILINE) == ["0.8", "0.5"]
+        assert name in printed
+    assert re.findall(r"^temperature +([\d.]+)$", printed, re.MULTILINE) == ["0.8", "0.5"]
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("/temperature -1", "`temperature` must be at least 0"),
         ("/temperature hot", "`temperature` must be a number, not 'hot'"),
@@ -318,19 +336,19 @@ def test_the_dialogue_explains_itself(talk):
         ("duck " * 40, "more than the model's context of 32"),
     ],
 )
-def test_a_mistake_in_the_dialogue_changes_nothing_and_goes_on(talk, line, told):
+def test_a_mistake_in_the_dialogue_changes_nothing_and_ends_nothing(talk, line, message):
     answer = talk(line, "The duck")
-    assert told in answer.err
+    assert message in answer.err
     assert "Traceback" not in answer.err
     assert answer.out == "> " + talk("The duck").out
 
 
-def test_a_word_that_is_no_setting_leads_to_the_help(talk):
+def test_an_unknown_command_says_that_there_is_no_such_setting(talk):
     for line in ("/quit", "/exit now"):
         assert "There is no setting" in talk(line).err
 
 
-def test_bytes_that_are_no_text_do_not_end_the_dialogue(start, models):
+def test_bytes_that_are_not_text_do_not_end_the_dialogue(start, models):
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most languages, though not in C
     talk = ("generate", "--model", models / "one", "--interactive", "--max-tokens", "2")
     process = start(*talk, stdin=subprocess.PIPE, text=False, env=strict)
@@ -342,7 +360,7 @@ def test_bytes_that_are_no_text_do_not_end_the_dialogue(start, models):
 
 
 class Terminal:
-    """A terminal with the program in it."""
+    """A terminal in which the program runs."""
 
     def __init__(self, start, *arguments):
         self._ours, theirs = pty.openpty()
@@ -361,7 +379,7 @@ class Terminal:
         os.write(self._ours, text.encode())
 
     def insist(self, key, text):
-        """Type a key again and again until the text comes."""
+        """Type a key again and again until the text appears."""
         for _ in range(20):
             self.type(key)
             with contextlib.suppress(TimeoutError):
@@ -370,7 +388,7 @@ class Terminal:
         raise TimeoutError(f"{text!r} did not come")
 
     def see(self, text, seconds=20):
-        """Wait for it, and forget what stands before it."""
+        """Wait for a text, and forget everything before it."""
         until = time.monotonic() + seconds
         while text not in self.screen:
             readable, _, _ = select.select([self._ours], [], [], max(0, until - time.monotonic()))
@@ -378,7 +396,7 @@ class Terminal:
                 raise TimeoutError(f"{text!r} did not come after {self.screen[-200:]!r}")
             try:
                 self.screen += os.read(self._ours, 4096).decode(errors="replace")
-            except OSError as error:  # Linux says so when the program has left
+            except OSError as error:  # Linux raises this when the program has ended
                 raise AssertionError(f"it ended without {text!r}, after {self.screen!r}") from error
         self.screen = self.screen.split(text, 1)[1]
 
@@ -406,12 +424,12 @@ def test_a_dialogue_in_a_terminal(terminal, trained):
     window = terminal("generate", "--model", trained / "weights/ducks", "--interactive", *endless)
     window.see("Ctrl-D leaves")
     window.see("> ")
-    # Python forgets a Ctrl-C that comes between the prompt and its waiting for a key.
+    # Python loses a Ctrl-C that comes after the prompt and before it waits for a key.
     window.insist("\x03", "Ctrl-D leaves")
     window.see("> ")
     window.type("The duck\n")
     window.see("The duck\r\n")
-    window.see(" ")  # its answer has begun: a Ctrl-C before that is one at the prompt
+    window.see(" ")  # the answer has begun; before that, Ctrl-C would act on the prompt
     window.type("\x03")
     window.see("(stopped)")
     window.see("> ")
