@@ -162,9 +162,9 @@ def _as_mlx_lm_has_it(
         found = {**{name: value for name, value in rope.items() if name in known}, **found}
         if rope.get("rope_type", "default") != "default":
             found.setdefault("rope_scaling", rope)
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in found:
-            raise UserError(f"{folder}/config.json lacks `{name}`: fetch the directory again.")
+    needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    if missing := [f"`{name}`" for name in needed if name not in found]:
+        raise UserError(f"{folder}/config.json lacks {shown(', '.join(missing), 200)}: fetch the directory again.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""A person's mistakes: one sentence, exit code 2, nothing written or lost. And Ctrl-C at any moment."""
+"""A user's mistake ends in one sentence and exit code 2, and changes no file. Ctrl-C works at any moment."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from mlx_gpt.cli.train import StopSignals
 
 
 def contents(folder):
-    """Every file with its bytes. What was prepared on the way is left out: it is found again the next time."""
+    """Return every file with its bytes, except for the cache of prepared corpora, which a mistake may fill."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(folder / "data/cache")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture
 def refused(mlx_gpt, tmp_path):
-    """Run the program on a mistake: the sentences that it ends with."""
+    """Run the program with a mistake and return the sentences that it ends with."""
 
     def refused(*arguments, stdin=""):
         before = contents(tmp_path)
@@ -42,7 +42,7 @@ def refused(mlx_gpt, tmp_path):
 
 @pytest.fixture
 def here(tmp_path, trained, models, sentences):
-    """A folder with a run in weights/ducks, a model in `model`, and files that hold no text to learn from."""
+    """A folder with a run in weights/ducks, a model in `model`, and files that cannot be trained on."""
     shutil.copytree(trained / "weights", "weights")
     shutil.copytree(models / "one", "model")
     Path("empty.txt").touch()
@@ -59,7 +59,7 @@ def here(tmp_path, trained, models, sentences):
 
 TRAIN = "train --data ducks.txt --tokenizer bytes --preset tiny --seq-len 16 --max-steps 1 --out weights/new "
 
-# A command and what its sentence has to name.
+# A command, and words that its sentence must have.
 MISTAKES = [
     # No such file or run
     ("train --data none.csv --out weights/new", ["none.csv"]),
@@ -71,7 +71,7 @@ MISTAKES = [
     ("eval none.txt", ["none.txt"]),
     ("prepare none.txt", ["none.txt"]),
     ("download --from-file none.zip", ["none.zip"]),
-    # A file or folder of something else
+    # A file or folder of another kind
     ("generate --model ducks.txt --prompt Geese", ["ducks.txt"]),
     ("generate --model weights --prompt Geese", ["weights is no run and no model directory"]),
     ("eval --model model", ["model is no run", "FILE"]),
@@ -83,7 +83,7 @@ MISTAKES = [
     ("download --from-file broken.zip", ["broken.zip"]),
     ("download --from-file photos.zip", ["photos.zip"]),
     ("download --from-file weights", ["weights is a folder"]),
-    # No text in it
+    # A file without text
     ("train --data empty.txt --out weights/new", ["empty.txt is empty"]),
     ("train --data blank.txt --out weights/new", ["Nothing is left", "empty"]),
     ("prepare empty.txt", ["empty.txt is empty"]),
@@ -96,12 +96,12 @@ MISTAKES = [
     ("prepare latin.csv", ["latin.csv, row 2", "UTF-8"]),
     # A text shorter than one window
     ("train --data short.txt --tokenizer bytes --preset tiny --out weights/new", ["has 16 tokens", "--seq-len 15"]),
-    # A column that is not there, or not plain which
+    # A column that does not exist, or that is not clear
     ("train --data two.csv --column text --out weights/new", ["no column 'text'", "question, answer"]),
     ("prepare two.csv --column text", ["no column 'text'", "question, answer"]),
     ("eval two.csv --column text", ["no column 'text'", "question, answer"]),
     ("prepare two.csv", ["--column", "question, answer"]),
-    # Settings out of their bounds
+    # Settings outside their bounds
     (TRAIN + "--n-layer 0", ["`n_layer` must be at least 1, not 0"]),
     (TRAIN + "--learning-rate nan", ["`learning_rate`", "nan"]),
     (TRAIN + "--dropout 1", ["`dropout`", "below 1"]),
@@ -137,7 +137,7 @@ MISTAKES = [
     ("generat", ["generat"]),
     ("download --dataset nonsense", ["nonsense", "owner/name"]),
     ("download --dataset a/b --from-file ducks.txt", ["--dataset and --from-file"]),
-    # A folder that is somebody's
+    # A folder with somebody's work
     ("train --data ducks.txt --preset tiny --out weights/ducks", ["weights/ducks", "--resume", "--overwrite", "--out"]),
     ("train --data ducks.txt --preset tiny --out model", ["model exists and is no run"]),
     ("train --data ducks.txt --preset tiny --out model --overwrite", ["model exists and is no run"]),
@@ -164,25 +164,25 @@ def test_a_mistake_ends_in_one_sentence(refused, here, command, named):
             archive.writestr("duck.jpg", b"\xff\xd8\xff")
     if "ducks.pdf" in command:
         Path("ducks.pdf").write_bytes(b"%PDF-1.7")
-    told = refused(command)
-    assert len(told.splitlines()) == len(named) if "was 1" in told else len(told.splitlines()) == 1
+    message = refused(command)
+    assert len(message.splitlines()) == (len(named) if "was 1" in message else 1)
     for words in named:
-        assert words in told
+        assert words in message
 
 
-def test_all_mistakes_in_the_settings_are_told_at_once(refused, here):
-    told = refused("train --config wrong.toml --n-embd 0 --batch-size -1")
-    assert len(told.splitlines()) == 5
+def test_all_mistakes_in_the_settings_are_reported_at_once(refused, here):
+    message = refused("train --config wrong.toml --n-embd 0 --batch-size -1")
+    assert len(message.splitlines()) == 5
     for words in ("`n_layr`: did you mean `n_layer`?", "`n_head`", "did you mean cosine?", "`n_embd`", "`batch_size`"):
-        assert words in told
+        assert words in message
 
 
 @pytest.mark.parametrize("command", ["generate --prompt Geese", "eval", "train --resume"])
-def test_without_any_run_there_is_none_to_take(refused, command):
+def test_a_missing_run_is_reported(refused, command):
     assert "There is no run in weights" in refused(command)
 
 
-def test_a_prompt_that_is_no_unicode_is_refused(refused, here):
+def test_a_prompt_that_is_not_unicode_is_refused(refused, here):
     assert "not valid Unicode" in refused("generate", "--prompt", "\udcff")
 
 
@@ -222,7 +222,7 @@ def use_more_entries(folder):
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "JSON"]),
-    "no GPT-2": (lambda folder: change_config(folder, model_type="llama"), ["config.json lacks `hidden_size`"]),
+    "no GPT-2": (lambda folder: change_config(folder, model_type="llama"), ["config.json", "layers"]),
     "another activation": (lambda folder: change_config(folder, activation_function="relu"), ["activation_function"]),
     "width no number": (lambda folder: change_config(folder, n_embd="wide"), ["n_embd", "'wide'"]),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
@@ -247,18 +247,18 @@ DAMAGES = {
 def test_a_damaged_model_directory_is_refused(refused, here, damage):
     spoil, named = DAMAGES[damage]
     spoil(here / "model")
-    told = refused("generate --model model --prompt Geese")
-    assert len(told.splitlines()) == 1
-    assert "model" in told
+    message = refused("generate --model model --prompt Geese")
+    assert len(message.splitlines()) == 1
+    assert "model" in message
     for words in named:
-        assert words in told
-    assert refused("eval ducks.txt --model model") == told
+        assert words in message
+    assert refused("eval ducks.txt --model model") == message
 
 
-# ---- where one may not write ----------------------------------------------------------------------------------------
+# ---- folders that cannot be written to ------------------------------------------------------------------------------
 
 
-def test_below_a_file_no_folder_can_be_made(refused, here):
+def test_a_folder_below_a_file_is_refused(refused, here):
     for command in (
         "train --data ducks.txt --preset tiny --tokenizer bytes --seq-len 16 --max-steps 1 --out ducks.txt/run",
         "prepare two.csv --column answer --out ducks.txt/corpus",
@@ -269,7 +269,7 @@ def test_below_a_file_no_folder_can_be_made(refused, here):
         assert "ducks.txt" in refused(command)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root has every permission")
 def test_a_folder_without_permission_is_named(refused, here):
     Path("weights/ducks").rename("ducks")
     Path("weights").chmod(0o555)
@@ -279,8 +279,8 @@ def test_a_folder_without_permission_is_named(refused, here):
         Path("weights").chmod(0o755)
 
 
-def test_a_refused_permission_is_a_sentence(refused, here, monkeypatch):
-    """As above, also for root."""
+def test_a_missing_permission_is_a_sentence(refused, here, monkeypatch):
+    """The same test for root, who has every permission."""
 
     make = Path.mkdir
 
@@ -293,17 +293,17 @@ def test_a_refused_permission_is_a_sentence(refused, here, monkeypatch):
     assert "weights/new" in refused(TRAIN)
 
 
-# ---- Ctrl-C and its like --------------------------------------------------------------------------------------------
+# ---- Ctrl-C and other signals ---------------------------------------------------------------------------------------
 
 
 def endless(corpus):
-    """Training that logs each step and does not end."""
+    """Return the arguments of a training run that logs each step and does not end."""
     small = "--tokenizer bytes --n-layer 1 --n-head 2 --n-embd 16 --n-positions 32 --seq-len 16 --batch-size 2"
     return ["train", "--data", corpus, *small.split(), "--max-steps", "1000000", "--max-epochs", "1e6", "--log-every=1"]
 
 
 def read_until(stream, beginning):
-    """Read lines up to one that begins so."""
+    """Read lines until one has this beginning, and return that line."""
     for line in stream:
         if line.startswith(beginning):
             return line
@@ -327,7 +327,7 @@ def test_a_signal_while_training_saves_first(start, mlx_gpt, corpus, number, cod
     assert f"after step {step}." in answer.out
 
 
-def test_ctrl_c_before_training_leaves_nothing_half_written(start, tmp_path):
+def test_ctrl_c_before_training_leaves_no_half_written_file(start, tmp_path):
     process = start("train", "--data", "builtin", "--vocab-size", "8000", "--preset", "tiny")
     read_until(process.stdout, "Training a tokenizer")
     process.send_signal(signal.SIGINT)
@@ -348,7 +348,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_any_command_is_no_traceback(mlx_gpt, here, monkeypatch):
+def test_ctrl_c_in_any_command_shows_no_traceback(mlx_gpt, here, monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -358,8 +358,8 @@ def test_ctrl_c_in_any_command_is_no_traceback(mlx_gpt, here, monkeypatch):
         assert (answer.code, answer.out, answer.err.strip()) == (130, "", "Interrupted.")
 
 
-def test_a_reader_that_leaves_is_no_error_to_show(start, trained):
-    # The likeliest token is always the same, so the text has no end.
+def test_a_reader_that_closes_the_pipe_causes_no_error_message(start, trained):
+    # The likeliest token is always the same one, so the output has no end.
     likeliest = ["--temperature", "0", "--repetition-penalty", "1", "--max-tokens", "1000000"]
     process = start("generate", "--model", trained / "weights/ducks", "--prompt", "The duck", *likeliest)
     assert process.stdout.read(20).startswith("The duck")
@@ -372,10 +372,10 @@ def test_a_reader_that_leaves_is_no_error_to_show(start, trained):
     assert "Exception" not in err
 
 
-# ---- what nobody foresaw --------------------------------------------------------------------------------------------
+# ---- bugs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_bug_is_a_sentence_too_unless_one_asks_for_the_traceback(mlx_gpt, here, monkeypatch):
+def test_a_bug_is_a_sentence_too_unless_the_user_asks_for_the_traceback(mlx_gpt, here, monkeypatch):
     def fail(*arguments, **options):
         raise ZeroDivisionError("duck")
 
