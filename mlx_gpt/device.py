@@ -78,7 +78,8 @@ class Device:
         # MLX starts operations ahead of the one that runs; near this limit it waits for those before.
         mx.set_memory_limit(self.usable)
         if self.kind == "metal":
-            # Memory that stays wired is not paged out between two steps (from macOS 15 on).
+            # Wired memory is not paged out between two steps. It takes residency sets, so before macOS 15 this does
+            # nothing.
             mx.set_wired_limit(self.usable)
         if self.accelerated:
             streams.prepare()

@@ -52,7 +52,7 @@ def flat(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             values |= flat(value)
         elif f.metadata and value is not None:
-            values[f.name] = value
+            values[f.name] = "auto" if f.metadata["auto"] and getattr(config, f.metadata["auto"]) else value
     return values
 
 

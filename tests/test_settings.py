@@ -264,5 +264,8 @@ def test_every_preset_trains_without_dropout(preset):
 def test_flat_and_build_are_inverse():
     config = resolve({"preset": "small", "data": "x.csv", "max_steps": 5})
     assert build(Config, flat(config)) == config
+    chosen_later = resolve({"batch_size": "auto"})
+    assert chosen_later.training.auto_batch_size
+    assert build(Config, flat(chosen_later)) == chosen_later
     model = dataclasses.replace(ModelConfig(), n_layer=3)
     assert build(ModelConfig, flat(model)) == model

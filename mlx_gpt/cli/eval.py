@@ -15,13 +15,15 @@ from mlx_gpt.settings import build
 @click.command("eval", cls=SettingsCommand)
 @click.argument("file", required=False)
 @click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
-@click.option("--seq-len", type=int, metavar="N", help="Tokens per window.  [default: as trained, or all positions]")
+@click.option(
+    "--seq-len", type=int, metavar="N", help="Tokens per window.  [default: as in training, else the context]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
 @settings_options(DataConfig, only=("documents", "column"))
 def command(file: str | None, model: str | None, seq_len: int | None, batch_size: int, **settings: str) -> None:
-    """Loss, perplexity and bits per byte of a model on FILE, or on the whole validation text of its run.
+    """Measure loss, perplexity and bits per byte on FILE, or on the whole validation text of the model's run.
 
-    The text is read in windows that do not overlap; each document ends with the end-of-text token, which counts.
+    The windows do not overlap. The end-of-text token after each document counts as a token.
     """
     from mlx_gpt import models
     from mlx_gpt.api import load
@@ -38,7 +40,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     if seq_len is None:
         seq_len = config.training.seq_len if config else positions
     if not 1 <= seq_len <= positions:
-        raise UserError(f"--seq-len must be from 1 to the model's {positions} positions, not {seq_len}.")
+        raise UserError(f"--seq-len must be between 1 and the model's context of {positions} tokens, not {seq_len}.")
     with TemporaryDirectory() as folder:
         if file:
             data = build(DataConfig, given(settings))
@@ -46,10 +48,10 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
         elif config:
             both = tokenize(open_data(config, display), tokenizer, display.progress("Encoding"))
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
-                raise UserError(f"The text in {config.data.data} is not what {path} was trained on: name a FILE.")
+                raise UserError(f"{path} was trained on another text than {config.data.data} holds now: name a FILE.")
             tokens = both.val
         else:
-            raise UserError(f"{path} is no run, so it has no validation text: name a FILE to evaluate on.")
+            raise UserError(f"{path} is no run, so it has no validation text: name a FILE.")
         evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
         bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)

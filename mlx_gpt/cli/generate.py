@@ -19,16 +19,17 @@ DIVIDER = "-" * 20
 
 @click.command("generate", cls=SettingsCommand)
 @click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
-@click.option("--prompt", metavar="TEXT", help="The text to go on from.")
-@click.option("--interactive", is_flag=True, help="Ask for prompts until Ctrl-D; /help there tells more.")
+@click.option("--prompt", metavar="TEXT", help="The beginning of the text.")
+@click.option("--interactive", is_flag=True, help="Ask for prompts until Ctrl-D. /help there lists the commands.")
 @settings_options(GenerationConfig)
 def command(model: str | None, prompt: str | None, interactive: bool, **settings: Any) -> None:
-    """Continue a prompt, or talk to a model. With neither --prompt nor --interactive, continue a few as a demo.
+    """Continue a prompt, or talk to a model.
 
-    Only text goes to stdout; speed and memory go to stderr.
+    Without --prompt and --interactive, it continues a few sample prompts. Only text goes to stdout; speed and memory go
+    to stderr.
     """
     if prompt is not None and interactive:
-        raise UserError("--prompt and --interactive exclude each other: give one of them.")
+        raise UserError("--prompt and --interactive can't go together: give one of them.")
     config: GenerationConfig = build(GenerationConfig, given(settings))
 
     from mlx_gpt.api import load
@@ -49,7 +50,7 @@ def command(model: str | None, prompt: str | None, interactive: bool, **settings
 def show(
     model: Any, tokenizer: "Tokenizer", prompt: str, config: GenerationConfig, *, with_prompt: bool = True
 ) -> None:
-    """Print a prompt and its continuations: the first as it is made, further ones after it."""
+    """Print a prompt and its continuations: the first while it is generated, the others after it."""
     from mlx_gpt.generation.stream import Stats, check_prompt, stream
 
     check_prompt(model, tokenizer, prompt)

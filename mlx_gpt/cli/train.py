@@ -20,23 +20,23 @@ from mlx_gpt.config import Config
     is_flag=False,
     flag_value="newest",
     metavar="[PATH]",
-    help="Go on with the run that the flags name, with the newest, or with the run or checkpoint at PATH.",
+    help="Continue the run or checkpoint at PATH; without PATH, the run that the flags name, else the newest run.",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace the run in --out; with --resume CHECKPOINT, what came after it."
+    "--overwrite",
+    is_flag=True,
+    help="Delete the run in --out and begin again; with --resume CHECKPOINT, delete what came after the checkpoint.",
 )
-@click.option("--dry-run", is_flag=True, help="Check everything, measure a few steps, show the plan, and stop.")
-@click.option(
-    "--ignore-memory", is_flag=True, help="Start even if the run is expected to need more memory than there is."
-)
+@click.option("--dry-run", is_flag=True, help="Check the settings, measure a few steps, show the plan and stop.")
+@click.option("--ignore-memory", is_flag=True, help="Start even if the run may need more memory than this machine has.")
 @settings_options(Config)
 def command(
     file: str | None, resume: str | None, overwrite: bool, dry_run: bool, ignore_memory: bool, **settings: Any
 ) -> int:
     """Train a model, or continue a run.
 
-    A value comes from the flag, else from the --config file, else from the preset. With no data prepared it trains the
-    preset tiny on the text that is built in.
+    A flag overrides the --config file, which overrides the preset. Without prepared data, this trains the preset tiny
+    on a built-in text.
     """
     from mlx_gpt.distributed import is_first
     from mlx_gpt.progress import Lines
@@ -60,29 +60,32 @@ def command(
     if not outcome.finished:
         words = f"Stopped after step {outcome.step:,}. Continue with: mlx-gpt train --resume {outcome.folder}"
     if is_first():
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
+        with contextlib.suppress(OSError):  # the terminal may have closed
             click.echo(words)
     return 0 if outcome.finished else 128 + (stop.received or signal.SIGTERM)  # a signal may reach another rank only
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP, so that training can stop between two steps; a second SIGINT stops at once.
+    """Catch SIGINT, SIGTERM and SIGHUP, so that training stops between two steps. A second SIGINT stops at once.
+
+    Attributes:
+        received: the signal that came, or 0.
 
     Args:
-        tells: whether it says so on the terminal.
+        speaks: whether to answer a signal on the terminal.
     """
 
-    def __init__(self, tells: bool = True) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.received = 0
-        self._tells = tells
+        self._speaks = speaks
 
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal has come."""
         return self.received != 0
 
     def __enter__(self) -> "StopSignals":
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
@@ -97,8 +100,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        # Not through Python's buffers, which a signal may find in the middle of something.
-        if self._tells:
+        # The signal may interrupt a write to sys.stderr, so this bypasses Python's buffers.
+        if self._speaks:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nStopping after this step, and saving. Ctrl-C again leaves at once.\n")
         # A closed terminal counts as SIGTERM.

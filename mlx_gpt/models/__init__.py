@@ -7,6 +7,7 @@ and `sanitize`. Ours have more: `hidden` and `head` apart, `head_weight`, `init_
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,7 @@ def architecture(model_type: str) -> ModuleType:
     from mlx_lm.utils import MODEL_REMAPPING
 
     name = MODEL_REMAPPING.get(model_type, model_type)
-    if not name.isidentifier() or importlib.util.find_spec(f"mlx_lm.models.{name}") is None:
+    if not re.fullmatch(r"[\w-]+", name) or importlib.util.find_spec(f"mlx_lm.models.{name}") is None:
         raise UserError(f"Neither mlx-gpt nor mlx-lm has a model of type {shown(model_type)}.")
     module = importlib.import_module(f"mlx_lm.models.{name}")
     if not (hasattr(module, "Model") and hasattr(module, "ModelArgs")):

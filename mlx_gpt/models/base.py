@@ -239,8 +239,8 @@ def recompute_in_backward(layers: Sequence[nn.Module], on: bool = True) -> None:
 def _recomputing(layer_class: Any) -> Any:
     """Return a subclass whose calls are recomputed in the backward pass."""
 
-    def call(self: nn.Module, x: mx.array, *args: Any) -> mx.array:
-        return _recomputed(self, lambda x: layer_class.__call__(self, x, *args))(x)
+    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return _recomputed(self, lambda x: layer_class.__call__(self, x, *args, **kwargs))(x)
 
     return type(layer_class.__name__, (layer_class,), {"__call__": call, "plain": layer_class})
 

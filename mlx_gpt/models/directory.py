@@ -6,7 +6,9 @@ orientation that transformers uses, and the tokenizer's files.
 
 import dataclasses
 import errno
+import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from mlx_gpt import models
+from mlx_gpt.device import GIB, device
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.models import gpt2
@@ -25,6 +28,7 @@ from mlx_gpt.tokenizer import Tokenizer
 
 # Decoding on a CPU takes some of the outputs of these at a time, which should lie in one piece.
 SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
+PREFIX = "transformer."  # that transformers writes before the names of a GPT-2's tensors
 # Causal masks that old files store as if they were weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
 FLOATS = ("F32", "F16", "BF16")
@@ -94,6 +98,7 @@ def _load_gpt2(folder: Path, config: dict[str, Any]) -> nn.Module:
     args, path = gpt2_args(folder / "config.json", config), folder / "model.safetensors"
     stored = _header(path)
     _check_dimensions(path, args, stored)
+    _check_memory(path, stored)
     expected = _shapes(args)
     _check_shapes(path, stored, expected)
     if surplus := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
@@ -109,33 +114,58 @@ def _load_gpt2(folder: Path, config: dict[str, Any]) -> nn.Module:
 
 
 def _load_other(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """A network of mlx-lm. Only its own code builds it; the directory brings numbers."""
+    """A network of mlx-lm. Only mlx-lm's own code builds it; the directory brings numbers."""
     architecture = models.architecture(config["model_type"])
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no model.safetensors: mlx-gpt reads weights from safetensors only.")
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        stored |= _header(path, prefix="")
+    _check_sizes(folder / "config.json", config, stored)
+    _check_memory(folder, stored)
     arrays: dict[str, mx.array] = {}
     for path in paths:
-        _header(path)
-        arrays |= _arrays(path)
-    layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or not 0 < layers <= len(arrays):
-        raise UserError(f"{folder}: config.json says {shown(layers)} layers, and there are {len(arrays)} tensors.")
+        arrays |= _arrays(path, prefix="")
     try:
-        model: nn.Module = architecture.Model(architecture.ModelArgs.from_dict(config))
+        args = architecture.ModelArgs.from_dict(_as_mlx_lm_has_it(folder, config, architecture.ModelArgs, stored))
+        model: nn.Module = architecture.Model(args)
         weights = model.sanitize(arrays) if hasattr(model, "sanitize") else arrays
-        _check_shapes(
-            paths[0],
-            {name: tuple(array.shape) for name, array in weights.items()},
-            {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())},
-        )
+        expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+        _check_shapes(folder, {name: tuple(array.shape) for name, array in weights.items()}, expected)
+        if surplus := sorted(weights.keys() - expected.keys()):
+            raise UserError(f"{folder} has a tensor {shown(surplus[0])}, which config.json has no place for.")
         model.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()])
     except UserError:
         raise
-    except Exception as error:  # another's code met numbers that it did not expect
-        raise UserError(f"{folder} can't be read as {shown(config['model_type'])}: {shown(error, 200)}.") from None
+    except Exception as error:  # mlx-lm's code met numbers that it did not expect
+        why = shown(" ".join(str(error).split()) or type(error).__name__, 200).rstrip(".")
+        raise UserError(f"{folder} can't be read as {shown(config['model_type'])}: {why}.") from None
     model.config = MappingProxyType(config)
     return model
+
+
+def _as_mlx_lm_has_it(
+    folder: Path, config: Mapping[str, Any], args: type, stored: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The keys of `config.json` as `args` reads them.
+
+    transformers 5 writes the base and the scaling of rotary positions into `rope_parameters`, and what it leaves out
+    has defaults that differ from mlx-lm's. mlx-lm ignores keys that it does not know, so the logits would be others.
+    """
+    known = inspect.signature(args).parameters
+    found = {"tie_word_embeddings": "lm_head.weight" not in stored, **config}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_parameters" not in known:
+        if "rope_theta" not in rope and "rope_theta" not in config:
+            raise UserError(f"{folder}/config.json: mlx-lm does not read `rope_parameters` for each kind of layer.")
+        found = {**{name: value for name, value in rope.items() if name in known}, **found}
+        if rope.get("rope_type", "default") != "default":
+            found.setdefault("rope_scaling", rope)
+    needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    if missing := [f"`{name}`" for name in needed if name not in found]:
+        raise UserError(f"{folder}/config.json lacks {shown(', '.join(missing), 200)}: fetch the directory again.")
+    return found
 
 
 def load_tokenizer(folder: str | Path, model: nn.Module) -> Tokenizer:
@@ -229,14 +259,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a safetensors file, by plain name. The library checks sizes, offsets and overlaps."""
+def _header(path: Path, prefix: str = PREFIX) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in a safetensors file, by name without the prefix. The library checks sizes and overlaps."""
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         with path.open("rb") as start:
             size = int.from_bytes(start.read(8), "little")
         if MAX_HEADER < size < path.stat().st_size:
-            raise UserError(f"{path} has a header of {size:,} bytes, which no GPT-2 needs: do not use it.")
+            raise UserError(f"{path} has a header of {size:,} bytes, more than any model needs: do not use it.")
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if name.endswith(MASKS):
@@ -245,9 +275,9 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                 if tensor.get_dtype() not in FLOATS:
                     kind = f"{shown(name)} is {tensor.get_dtype()}"
                     raise UserError(f"{path}: tensor {kind}; weights are one of {FLOATS}.")
-                if _plain(name) in shapes:
+                if name.removeprefix(prefix) in shapes:
                     raise UserError(f"{path} has tensor {shown(name)} with the prefix and without: fetch it again.")
-                shapes[_plain(name)] = tuple(tensor.get_shape())
+                shapes[name.removeprefix(prefix)] = tuple(tensor.get_shape())
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: mlx-gpt reads weights from safetensors only.") from None
     except OSError as error:
@@ -270,10 +300,10 @@ def _shapes(args: gpt2.ModelArgs) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if name not in blocks} | blocks
 
 
-def _arrays(path: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file by plain name, not read yet."""
+def _arrays(path: Path, prefix: str = PREFIX) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by name without the prefix, not read yet."""
     try:
-        return {_plain(name): array for name, array in mx.load(str(path)).items()}
+        return {name.removeprefix(prefix): array for name, array in mx.load(str(path)).items()}
     except RuntimeError as error:  # of a mask, for only masks may be of any kind
         raise UserError(f"{path} can't be read ({shown(error, 200)}): fetch it again.") from None
 
@@ -287,6 +317,29 @@ def _check_dimensions(path: Path, args: gpt2.ModelArgs, stored: Mapping[str, tup
         raise UserError(f"{path} holds {len(stored)} tensors, too few for the {layers} layers of config.json.")
 
 
+def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a config with sizes that no tensor has or counts that they can't fill, before anything is made of them."""
+    dimensions = [size for shape in stored.values() for size in shape]
+    for name in ("vocab_size", "hidden_size"):
+        if (name == "vocab_size" or name in config) and config.get(name) not in dimensions:
+            raise UserError(f"{path}: no tensor has the `{name}`, {shown(repr(config.get(name)))}.")
+    for name, value in config.items():
+        counts_layers = name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        most = len(stored) if counts_layers else max(len(stored), *dimensions)
+        is_count = name.startswith(("num_", "n_")) or any(word in name for word in ("layer", "head", "expert"))
+        if is_count and isinstance(value, int) and value > most:
+            asked = f"`{shown(name)}` {shown(value)}"
+            raise UserError(f"{path}: {asked} asks for more than the {len(stored)} tensors there hold.")
+
+
+def _check_memory(path: Path, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights that would not fit into memory."""
+    needed, here = 4 * sum(math.prod(shape) for shape in stored.values()), device()
+    if needed > here.memory:
+        sizes = f"{needed / GIB:,.1f} GiB in float32, and {here} can't hold them"
+        raise UserError(f"The weights in {path} take {sizes}: take a smaller model.")
+
+
 def _check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], asked: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in asked.items():
         if name not in stored:
@@ -294,11 +347,6 @@ def _check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], asked: Mapp
         if stored[name] != shape:
             both = f"{shown(stored[name])}, config.json asks for {shown(shape)}"
             raise UserError(f"{path}: tensor {name} has shape {both}.")
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without the prefix that transformers writes."""
-    return name.removeprefix("transformer.")
 
 
 def _laid_out(name: str, weight: mx.array) -> mx.array:

@@ -97,11 +97,11 @@ def train(
         network: may replace the model by another with the same parameters.
 
     Raises:
-        RunError: as in `fit`.
+        RunError: as in `fit`, or macOS ended the GPU's work.
         UserError: a setting, the data or a folder cannot be used, or memory or disk are too small; nothing has been
             changed then.
     """
-    with set_up(settings, display, file, resume, overwrite) as run:
+    with set_up(settings, display, file, resume, overwrite) as run, trouble.gpu_failures(run):
         run.model = network(run.model)
         plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
         if dry_run:

@@ -200,12 +200,16 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     optimizer = make_optimizer(training)
     step = make_step(run.model, optimizer, run.objective, training, run.device)
     seconds: list[float] = []
-    for number in range(STEPS):
-        started = time.perf_counter()
-        mx.eval(step(number, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)
-        seconds.append(time.perf_counter() - started)
-        if number > 0 and seconds[-1] > PATIENCE:
+    unread, mark = step(0, 0.0, [batch] * micro_steps), time.perf_counter()
+    for number in range(1, STEPS + 1):
+        # As in `fit`, the numbers of a step are read when the next one has begun: two steps are in memory at once.
+        result = step(number, 0.0, [batch] * micro_steps)
+        unread.numbers()
+        seconds.append(time.perf_counter() - mark)
+        unread, mark = result, time.perf_counter()
+        if number > 1 and seconds[-1] > PATIENCE:
             break
+    mx.eval(unread, run.model.parameters(), optimizer.state)
     evaluate = run.evaluator()
     evaluate.summed_loss(ids, np.ones((windows, training.seq_len), np.float32))
     peak = mx.get_peak_memory()

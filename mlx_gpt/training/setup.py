@@ -142,8 +142,7 @@ def set_up(
         begun = Resumed(Config(), None, Progress(), {})
         if ranks.first:
             begun = open_run(settings, file, resume, overwrite, resources)
-        auto = {"batch_size": "auto"} if begun.config.training.auto_batch_size else {}
-        config: Config = build(Config, ranks.broadcast(flat(begun.config) | auto))
+        config: Config = build(Config, ranks.broadcast(flat(begun.config)))
         config = dataclasses.replace(config, training=share_out(config.training, ranks.size))
         here = device().share_host(ranks.number_here, ranks.here)
         here.prepare()

@@ -1,12 +1,18 @@
-"""What a run does, and says, when saving fails or the numbers go wrong."""
+"""What a run does, and says, when saving fails, the numbers go wrong or macOS ends the GPU's work."""
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 
 from mlx_gpt.errors import RunError
 from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.setup import Run
 
 MAX_FAILED_SAVES = 3
+# What MLX says when a command buffer fails on Metal, with the system's own words. The first group is too long for the
+# watchdog that keeps the display alive, the second has no memory.
+TOO_LONG, NO_MEMORY = ("Timeout", "GPU Hang", "Impacting Interactivity"), ("Insufficient Memory",)
+METAL_FAILED = re.compile(r"\[METAL\] Command buffer execution failed: (.*)", re.DOTALL)
 
 
 def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False) -> None:
@@ -28,8 +34,7 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> str:
     except OSError as error:
         run.failed_saves += 1
         why = error.strerror or str(error)
-        sound = checkpoint.all_checkpoints(run.folder)
-        newest = f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"
+        newest = _newest(run)
         if last or run.failed_saves >= MAX_FAILED_SAVES:
             return (
                 f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
@@ -54,3 +59,46 @@ def too_many_bad_steps(run: Run, step: int) -> RunError:
         f"rate that is too high (it was {rate:g}), bfloat16 (try --precision float32), or weights that had grown too "
         f"large before. Go back with: {way_back} --learning-rate {rate / 3:.1g}"
     )
+
+
+@contextlib.contextmanager
+def gpu_failures(run: Run) -> Iterator[None]:
+    """Explain it when macOS ends the GPU's work; any other error stays as it is.
+
+    Raises:
+        RunError: macOS ended it; the sentence says why, and how to continue.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if explained := gpu_failure(run, str(error)):
+            raise explained from None
+        raise
+
+
+def gpu_failure(run: Run, message: str) -> RunError | None:
+    """The error that ends a run after MLX's `message`; None unless macOS ended the GPU's work."""
+    found = METAL_FAILED.search(message)
+    why = found[1].strip().rstrip(".") if found else ""
+    if any(words in why for words in TOO_LONG):
+        what = f"macOS ended the GPU's work ({why}), as it does when a step takes long while the display is on"
+        remedy, awake = "Let the display sleep", "caffeinate -is "
+    elif any(words in why for words in NO_MEMORY):
+        what, remedy, awake = f"macOS had no memory left for the GPU's work ({why})", "Close other programs", ""
+    else:
+        return None
+    smaller = "a lower --batch-size and more --gradient-accumulation-steps"
+    if not (run.folder / run_folder.SETTINGS).is_file():  # the steps that measure a new run come before its folder
+        words = f", then start again under `{awake.strip()}`" if awake else ""
+        return RunError(f"{what}; nothing was written. {remedy}{words}, or take {smaller}.")
+    whole = ", which is whole" if checkpoint.all_checkpoints(run.folder) else ""
+    return RunError(
+        f"{what}; {_newest(run)}{whole}. A resumed run keeps its batch, so if it happens again, begin another run with "
+        f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {run.folder}"
+    )
+
+
+def _newest(run: Run) -> str:
+    """Which checkpoint is the newest."""
+    sound = checkpoint.all_checkpoints(run.folder)
+    return f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"

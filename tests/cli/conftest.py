@@ -1,4 +1,4 @@
-"""The program in this process and in one of its own, and the models that the commands are tried on."""
+"""Fixtures that run the program, in this process or in another, and the models that the commands use."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from mlx_gpt import cli
 from mlx_gpt.models.directory import save_model
 
 PROGRAM = str(Path(sys.executable).with_name("mlx-gpt"))
-# Neither a compiler to wait for, nor anybody's credentials.
+# Nothing is compiled, which would take long, and nobody's credentials are found.
 ENVIRONMENT = {**os.environ, "MLX_DISABLE_COMPILE": "1", "HOME": "/nonexistent"}
 TINY = shlex.split(
     "--tokenizer bytes --n-layer 1 --n-head 2 --n-embd 16 --n-positions 32 --dropout 0 --seq-len 16 --batch-size 2 "
@@ -27,7 +27,7 @@ TINY = shlex.split(
 
 
 class Run:
-    """What a run left in its folder, and what the program said on stdout."""
+    """The files that a run left in its folder, and what the program printed on stdout."""
 
     def __init__(self, folder, out=""):
         self.folder, self.out = Path(folder), out
@@ -38,33 +38,33 @@ class Run:
         self.checkpoints = sorted(path.name for path in self.folder.glob("checkpoints/*"))
 
     def column(self, name):
-        """The values of that name in metrics.jsonl."""
+        """Return the values of that name in metrics.jsonl."""
         return [record[name] for record in self.records if name in record]
 
     def steps(self, name):
-        """The steps that have such a value."""
+        """Return the steps that have such a value."""
         return [record["step"] for record in self.records if name in record]
 
     def shape(self, name):
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return load_file(self.folder / "final/model.safetensors")[name].shape
 
     @property
     def train_tokens(self):
-        """How many tokens the log says there are to train on."""
+        """The number of training tokens in the log."""
         return int(self.log.split(" tokens to train on")[0].split()[-1].replace(",", ""))
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch, eager):
-    """An empty folder, where nothing is compiled."""
+    """Change to an empty folder, and compile nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/nonexistent")
 
 
 @pytest.fixture
 def mlx_gpt(capfd, monkeypatch):
-    """Run the program: its exit code and what it wrote to stdout and stderr."""
+    """Run the program and return its exit code, stdout and stderr."""
 
     def run(*arguments, stdin=""):
         monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
@@ -78,7 +78,7 @@ def mlx_gpt(capfd, monkeypatch):
 
 @pytest.fixture
 def train(mlx_gpt, corpus):
-    """Train in the folder `run` with some more flags: what is there then."""
+    """Train into the folder `run` with more flags, and return what is there afterwards."""
 
     def train(*flags, out="run"):
         answer = mlx_gpt("train", "--data", corpus, *TINY, "--out", out, *flags)
@@ -90,13 +90,13 @@ def train(mlx_gpt, corpus):
 
 @pytest.fixture
 def folder_of():
-    """What is in a run's folder."""
+    """Read a run's folder."""
     return Run
 
 
 @pytest.fixture
 def start():
-    """Start the program in a process of its own, which ends with the test at the latest."""
+    """Start the program in another process, which is killed when the test ends."""
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, **options):
@@ -120,7 +120,7 @@ def text(tmp_path_factory, sentences):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, corpus):
-    """A folder with a run of two steps in weights/ducks. Not to be changed."""
+    """A folder with a run of two steps in weights/ducks. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     mx.disable_compile()
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
@@ -131,13 +131,13 @@ def trained(tmp_path_factory, corpus):
 
 @pytest.fixture(scope="session")
 def base(trained):
-    """What `train` leaves without more flags, but for the evaluation, which takes all windows."""
+    """What `train` leaves without more flags, except that its evaluation takes all windows."""
     return Run(trained / "weights/ducks")
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory, make_model, bpe):
-    """Two model directories, `one` and `two`, whose text is nonsense of many words."""
+    """Two model directories, `one` and `two`, which generate nonsense of many words."""
     folder = tmp_path_factory.mktemp("models")
     save_model(folder / "one", make_model(0), bpe)
     save_model(folder / "two", make_model(1), bpe)

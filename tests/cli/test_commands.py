@@ -1,6 +1,7 @@
-"""What each command does when all is well."""
+"""What each command does when nothing goes wrong."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pty
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_gpt import device
 from mlx_gpt.cli import COMMANDS, doctor
 from mlx_gpt.cli.generate import DIVIDER
+from mlx_gpt.cpu import kernels
+from mlx_gpt.mac import Mac
 from mlx_gpt.presets import PRESETS
 
 
@@ -31,7 +35,7 @@ def value(text, name):
 
 
 def test_from_a_table_to_a_model_that_talks(mlx_gpt, sentences, tmp_path):
-    """In an empty folder, with nothing but the commands that the README names."""
+    """In an empty folder, with only the commands that the README names."""
     rows = [*sentences[:200], "", sentences[0]]  # one empty, one repeated
     Path("essays.csv").write_text("id,text\n" + "".join(f'{i},"{row}"\n' for i, row in enumerate(rows)))
     prepared = mlx_gpt("prepare", "essays.csv")
@@ -64,7 +68,7 @@ def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
     loss = base.column("val_loss")[-1]
     assert value(measured.out, "Loss") == pytest.approx(loss, abs=1e-4)
     assert value(measured.out, "Bits per byte") == pytest.approx(base.column("val_bits_per_byte")[-1], abs=1e-4)
-    tokens = len((corpus / "val.txt").read_bytes())  # each line's end is a document's end instead
+    tokens = len((corpus / "val.txt").read_bytes())  # each end of a line becomes the end of a document
     assert value(measured.out, "Tokens") == tokens - 1
     by_file = mlx_gpt("eval", corpus / "val.txt", "--model", model / "final")
     assert value(by_file.out, "Loss") == pytest.approx(loss, abs=1e-4)
@@ -84,7 +88,7 @@ def test_eval_flags_change_what_is_measured(mlx_gpt, trained, corpus, tmp_path):
     assert measure(val, "--documents", "file") != measure(val, "--documents", "line")
 
 
-def test_download_takes_a_file_that_was_fetched_by_hand(mlx_gpt, text, tmp_path):
+def test_download_takes_a_file_that_was_downloaded_by_hand(mlx_gpt, text, tmp_path):
     with zipfile.ZipFile("ducks.zip", "w") as archive:
         archive.write(text, "ducks.txt")
     answer = mlx_gpt("download", "--from-file", "ducks.zip", "--documents", "line", "--raw", "raw", "--out", "ducks")
@@ -119,7 +123,7 @@ print([name for name in sys.modules if name.split(".")[0] in ("mlx", "numpy", "t
 def test_help_says_what_each_flag_is_and_where_it_starts(mlx_gpt):
     page = " ".join(mlx_gpt("train", "--help").out.split())
     assert "--learning-rate X Highest learning rate, reached after the warm-up. [default: 0.0003]" in page
-    assert "--schedule [cosine|linear|constant]" in page
+    assert "--schedule [cosine|linear|constant" in page
     assert page.index("Options:") < page.index("Text:") < page.index("Model:") < page.index("Training")
     assert "--max-tokens, --max-length N" in mlx_gpt("generate", "--help").out
 
@@ -134,24 +138,124 @@ def test_without_a_command_it_shows_the_help(mlx_gpt):
     assert "Error" not in answer.err
 
 
-def test_doctor_shows_the_machine(mlx_gpt, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Let doctor measure something small."""
     monkeypatch.setattr(doctor, "PRODUCT", 64)
     monkeypatch.setattr(doctor, "SLOW_GFLOPS", 0)
     for name, size in {"n_layer": 1, "n_embd": 16, "vocab_size": 300, "seq_len": 16, "batch_size": 2}.items():
         monkeypatch.setitem(PRESETS["tiny"], name, size)
+
+
+def test_doctor_shows_the_machine(mlx_gpt, small):
     answer = mlx_gpt("doctor")
     for row in ("Python", "mlx", "kaggle", "Device", "Usable memory", "Precision", "Matrix product", "BLAS", "Kaggle"):
         assert re.search(rf"^{row} +\S", answer.out, re.MULTILINE)
     assert value(answer.out, "Training") > 0
+    assert re.search(r"^Fast path +one step in float32 differs by loss \de-\d\d, gradients \de-\d\d", answer.out, re.M)
     assert (answer.code, answer.out.splitlines()[-1]) == (0, "Ready.")
 
 
-def test_doctor_says_what_is_wrong(mlx_gpt, monkeypatch):
-    monkeypatch.setattr(doctor, "product_gflops", lambda: 1.0)
-    monkeypatch.setattr(doctor, "training_speed", lambda: 1.0)
+def test_doctor_says_when_no_blas_is_in_place(mlx_gpt, small, monkeypatch):
+    monkeypatch.setattr(doctor, "SLOW_GFLOPS", 1e9)
     answer = mlx_gpt("doctor")
     assert answer.code == 1
     assert "Problem: No tuned BLAS" in answer.out
+
+
+def test_doctor_without_a_compiler_says_what_to_install(mlx_gpt, small, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: There is no g++" in answer.out
+    assert not re.search("^Training", answer.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_doctor_finds_a_device_that_computes_something_else(mlx_gpt, small, monkeypatch, factor):
+    gelu = kernels.gelu
+    monkeypatch.setattr(kernels, "gelu", lambda x: gelu(x) * factor)
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: A training step in float32 gives other numbers than plain operations on the CPU" in answer.out
+
+
+def test_doctor_names_what_is_wrong_and_goes_on(mlx_gpt, small, monkeypatch):
+    def fails(here):
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(doctor, "training_speed", fails)
+    monkeypatch.setattr(doctor, "PACKAGES", ("mlx", "mlx-nonsense"))
+    monkeypatch.setattr(doctor.packages, "backend_conflict", lambda: "mlx-cpu and mlx-cuda-13 both install it.")
+    answer = mlx_gpt("doctor")
+    assert (answer.code, answer.err.count("Traceback")) == (1, 0)
+    problems = re.findall(r"^Problem: (.*)$", answer.out, re.MULTILINE)
+    assert [problem.split()[0] for problem in problems] == ["mlx-nonsense", "mlx-cpu", "A"]
+    assert "no kernel" in problems[-1]
+
+
+def test_doctor_without_the_device_that_was_asked_for(mlx_gpt, monkeypatch):
+    monkeypatch.setattr(device, "WANTED", "tpu")
+    answer = mlx_gpt("doctor")
+    assert answer.code == 1
+    assert "Problem: MLX_GPT_DEVICE=tpu is no device" in answer.out
+
+
+M3 = Mac("Apple M3 Max", 40, (14, 6, 1), 0)
+M5 = Mac("Apple M5", 10, (26, 2), 24576)
+
+
+def metal_rows(machine):
+    """What doctor says of a Mac with a GPU, by row."""
+    return dict(doctor.device_rows(device.Device("metal", machine.chip, 32 * 2**30, 24 * 2**30), machine))
+
+
+def test_doctor_describes_a_mac():
+    old, new = metal_rows(M3), metal_rows(M5)
+    assert (old["Chip"], old["macOS"]) == ("Apple M3 Max, 40 GPU cores", "14.6.1")
+    assert (old["Device"], old["Usable memory"]) == ("Apple M3 Max (metal, 32 GiB)", "24.0 GiB")
+    assert old["Precision"].startswith("bfloat16")
+    assert "needs macOS 15" in old["Wired memory"]
+    assert "24,576 MiB at most; `sudo sysctl iogpu.wired_limit_mb=N`" in new["Wired memory"]
+    newer = dataclasses.replace(M3, macos=(15,))
+    assert "default" in metal_rows(newer)["Wired memory"]
+    unanswered = metal_rows(Mac("", None, (), None))
+    assert (unanswered["Chip"], unanswered["macOS"]) == ("unknown, GPU cores unknown", "unknown")
+
+
+def test_doctor_says_when_float32_is_rounded(monkeypatch):
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    assert metal_rows(M5)["Matrix units"] == "used"
+    assert "TF32" in metal_rows(M5)["float32"]
+    early = dataclasses.replace(M5, macos=(26, 1))
+    assert metal_rows(early)["Matrix units"] == "not used: MLX needs macOS 26.2 for them"
+    for machine in (M3, early):
+        assert metal_rows(machine)["float32"] == "products keep all bits"
+    assert "Matrix units" not in metal_rows(M3)
+    assert "TF32" in dict(doctor.device_rows(device.Device("cuda", "NVIDIA", 1, 1), None))["float32"]
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    assert metal_rows(M5)["float32"] == "products keep all bits"
+
+
+def test_doctor_compares_both_precisions_of_a_gpu(small, capsys):
+    """The CPU stands in for the GPU, without what makes a CPU quick."""
+    gpu = device.Device("metal", "Apple M5", 32 * 2**30, 24 * 2**30)
+    assert list(doctor.measure(gpu, M5)) == []
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPU and CPU")]
+    assert ["one step in float32" in rows[0], "one step in bfloat16" in rows[1]] == [True, True]
+    assert (rows[0].endswith("at most 1e-02 is fine"), rows[1].endswith("at most 5e-02 is fine")) == (True, True)
+
+
+def test_doctor_on_a_mac_without_a_gpu(mlx_gpt, small, monkeypatch):
+    """On a virtual machine, say: MLX computes on the CPU although nobody asked for it."""
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(doctor.mac, "look", lambda: M3)
+    monkeypatch.delenv("MLX_GPT_DEVICE")
+    answer = mlx_gpt("doctor")
+    assert re.search(r"^Chip +Apple M3 Max, 40 GPU cores$", answer.out, re.MULTILINE)
+    assert "Wired memory" not in answer.out
+    assert (answer.code, answer.out.count("Problem: MLX finds no GPU on this Mac")) == (1, 1)
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -179,7 +283,7 @@ def test_a_model_directory_a_run_and_the_newest_run_are_found(mlx_gpt, trained, 
 
 @pytest.fixture
 def talk(mlx_gpt, models):
-    """Say these lines: what comes back on stdout and on stderr."""
+    """Type these lines into the dialogue and return what it prints."""
 
     def talk(*lines, flags=("--seed", "1", "--max-tokens", "4")):
         model = ("--model", models / "one", "--interactive")
@@ -197,7 +301,7 @@ def test_a_dialogue_answers_each_line(talk):
     assert talk("The duck", "", "Geese").out == f"{one}> {two}> \n"
 
 
-def test_settings_change_in_flight(talk):
+def test_settings_can_be_changed_during_a_dialogue(talk):
     greedy = talk("The duck", flags=("--temperature", "0", "--max-tokens", "6"))
     changed = talk("/temperature 0", "/max-tokens 6", "The duck")
     assert "temperature is now 0.0." in changed.err
@@ -213,14 +317,14 @@ def test_a_stop_string_may_have_spaces(talk):
 
 
 def test_the_dialogue_explains_itself(talk):
-    told = talk("/help", "/settings", "/temperature 0.5", "/settings").err
+    printed = talk("/help", "/settings", "/temperature 0.5", "/settings").err
     for name in ("temperature", "top_k", "max_tokens", "stop", "Ctrl-D", "Ctrl-C"):
-        assert name in told
-    assert re.findall(r"^temperature +([\d.]+)$", told, re.MULTILINE) == ["0.8", "0.5"]
+        assert name in printed
+    assert re.findall(r"^temperature +([\d.]+)$", printed, re.MULTILINE) == ["0.8", "0.5"]
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("/temperature -1", "`temperature` must be at least 0"),
         ("/temperature hot", "`temperature` must be a number, not 'hot'"),
@@ -232,19 +336,19 @@ def test_the_dialogue_explains_itself(talk):
         ("duck " * 40, "more than the model's context of 32"),
     ],
 )
-def test_a_mistake_in_the_dialogue_changes_nothing_and_goes_on(talk, line, told):
+def test_a_mistake_in_the_dialogue_changes_nothing_and_ends_nothing(talk, line, message):
     answer = talk(line, "The duck")
-    assert told in answer.err
+    assert message in answer.err
     assert "Traceback" not in answer.err
     assert answer.out == "> " + talk("The duck").out
 
 
-def test_a_word_that_is_no_setting_leads_to_the_help(talk):
+def test_an_unknown_command_says_that_there_is_no_such_setting(talk):
     for line in ("/quit", "/exit now"):
         assert "There is no setting" in talk(line).err
 
 
-def test_bytes_that_are_no_text_do_not_end_the_dialogue(start, models):
+def test_bytes_that_are_not_text_do_not_end_the_dialogue(start, models):
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most languages, though not in C
     talk = ("generate", "--model", models / "one", "--interactive", "--max-tokens", "2")
     process = start(*talk, stdin=subprocess.PIPE, text=False, env=strict)
@@ -256,7 +360,7 @@ def test_bytes_that_are_no_text_do_not_end_the_dialogue(start, models):
 
 
 class Terminal:
-    """A terminal with the program in it."""
+    """A terminal in which the program runs."""
 
     def __init__(self, start, *arguments):
         self._ours, theirs = pty.openpty()
@@ -275,7 +379,7 @@ class Terminal:
         os.write(self._ours, text.encode())
 
     def insist(self, key, text):
-        """Type a key again and again until the text comes."""
+        """Type a key again and again until the text appears."""
         for _ in range(20):
             self.type(key)
             with contextlib.suppress(TimeoutError):
@@ -284,7 +388,7 @@ class Terminal:
         raise TimeoutError(f"{text!r} did not come")
 
     def see(self, text, seconds=20):
-        """Wait for it, and forget what stands before it."""
+        """Wait for a text, and forget everything before it."""
         until = time.monotonic() + seconds
         while text not in self.screen:
             readable, _, _ = select.select([self._ours], [], [], max(0, until - time.monotonic()))
@@ -292,7 +396,7 @@ class Terminal:
                 raise TimeoutError(f"{text!r} did not come after {self.screen[-200:]!r}")
             try:
                 self.screen += os.read(self._ours, 4096).decode(errors="replace")
-            except OSError as error:  # Linux says so when the program has left
+            except OSError as error:  # Linux raises this when the program has ended
                 raise AssertionError(f"it ended without {text!r}, after {self.screen!r}") from error
         self.screen = self.screen.split(text, 1)[1]
 
@@ -320,12 +424,12 @@ def test_a_dialogue_in_a_terminal(terminal, trained):
     window = terminal("generate", "--model", trained / "weights/ducks", "--interactive", *endless)
     window.see("Ctrl-D leaves")
     window.see("> ")
-    # Python forgets a Ctrl-C that comes between the prompt and its waiting for a key.
+    # Python loses a Ctrl-C that comes after the prompt and before it waits for a key.
     window.insist("\x03", "Ctrl-D leaves")
     window.see("> ")
     window.type("The duck\n")
     window.see("The duck\r\n")
-    window.see(" ")  # its answer has begun: a Ctrl-C before that is one at the prompt
+    window.see(" ")  # the answer has begun; before that, Ctrl-C would act on the prompt
     window.type("\x03")
     window.see("(stopped)")
     window.see("> ")
