@@ -25,9 +25,9 @@ if ACCELERATION and WANTED != "gpu":
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
-from mlx_gpt.cpu import accelerate, decoding, streams  # noqa: E402
+from mlx_gpt.cpu import accelerate, adamw, decoding, streams  # noqa: E402
 from mlx_gpt.errors import UserError  # noqa: E402
 
 if WANTED == "cpu" or (WANTED == "gpu" and mx.is_available(mx.gpu)):
@@ -101,10 +101,16 @@ class Device:
         """
         return streams.in_slices(function) if self.accelerated else function
 
-    def spread(self, optimizer: optim.Optimizer) -> None:
-        """Let an optimizer update parameters side by side, where that fills the device."""
-        if self.accelerated:
-            streams.spread(optimizer)
+    def update(
+        self, optimizer: optim.Optimizer, gradients: dict, parameters: dict, sound: mx.array
+    ) -> tuple[dict, dict]:
+        """The parameters and the optimizer's state after an update; as they were where `sound` is false."""
+        if self.accelerated and adamw.fits(optimizer):
+            return adamw.update(optimizer, gradients, parameters, sound)
+        state = optimizer.state
+        optimizer.state = tree_map(lambda array: array, state)  # a copy, since the optimizer changes it in place
+        new = optimizer.apply_gradients(gradients, parameters), optimizer.state
+        return tree_map(lambda new, old: mx.where(sound, new, old), new, (parameters, state))
 
     def global_norm(self, gradients: Tree) -> mx.array:
         """The Euclidean norm of all gradients together."""

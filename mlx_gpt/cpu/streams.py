@@ -126,22 +126,6 @@ def balance() -> Callable[[int], contextlib.AbstractContextManager]:
     return choose
 
 
-def spread(optimizer: Any) -> None:
-    """Have an `mlx.optimizers` optimizer update half of the parameters on each stream."""
-    for one in getattr(optimizer, "optimizers", [optimizer]):
-        one.apply_single = _spread(one.apply_single)
-
-
-def _spread(apply_single: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    choose = balance()
-
-    def apply(gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        with choose(gradient.size):
-            return apply_single(gradient, parameter, state)
-
-    return apply
-
-
 def global_norm(gradients: Tree) -> mx.array:
     """The Euclidean norm of all arrays together, by the BLAS's inner product."""
     choose = balance()

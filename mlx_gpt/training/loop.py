@@ -130,7 +130,6 @@ def make_step(
     set_precision(model, dtype)
     recompute_in_backward(model.layers, training.grad_checkpoint)
     optimizer.init(model.trainable_parameters())
-    device.spread(optimizer)
     drops = has_dropout(model)
 
     def loss(parameters: dict, key: mx.array | None, *batch: mx.array) -> tuple[mx.array, mx.array]:
@@ -145,12 +144,10 @@ def make_step(
         scale = 1 / weight
         if training.max_grad_norm > 0:
             scale = scale * mx.minimum(1.0, training.max_grad_norm / (norm + 1e-6))
-        optimizer.state = tree_map(lambda array: array, state)  # a copy, since the optimizer changes it in place
-        optimizer.learning_rate = rate
-        new = optimizer.apply_gradients(tree_map(lambda gradient: gradient * scale, gradients), parameters)
+        optimizer.state, optimizer.learning_rate = state, rate
+        gradients = tree_map(lambda gradient: gradient * scale, gradients)
         sound = mx.isfinite(norm) & mx.isfinite(loss)  # one bad step must not poison the weights for good
-        kept = tree_map(lambda new, old: mx.where(sound, new, old), (new, optimizer.state), (parameters, state))
-        return kept, StepResult(loss / weight, norm)
+        return device.update(optimizer, gradients, parameters, sound), StepResult(loss / weight, norm)
 
     forward_backward = mx.compile(mx.value_and_grad(loss))
     if not training.grad_checkpoint:  # which saves memory, and each slice has gradients of its own

@@ -222,7 +222,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
 
 def _free() -> None:
     """Free what earlier trials have left, and begin to count the peak anew."""
-    gc.collect()  # an optimizer that is spread over streams refers to itself
+    gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
 
