@@ -61,7 +61,7 @@ def torch_loss(x, head, targets, weights):
 
 
 def our_loss(layer, x, head, targets, weights, dtypes=(mx.float32, mx.float32), factor=1):
-    """`factor` times the weighted mean loss of a `LinearCrossEntropy`, and the gradients for the states and the head."""
+    """`factor` times the weighted mean loss of a `LinearCrossEntropy`, and its gradients for states and head."""
     cross_entropy = layer(LinearCrossEntropy)
 
     def loss(x, head):
