@@ -4,17 +4,19 @@ from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from mlx_gpt.config import GenerationConfig, ModelConfig
+from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine, Request
 from mlx_gpt.generation.stop_strings import Piece, Text, Token
 from mlx_gpt.generation.stream import Stats, stream
 from mlx_gpt.models.directory import save_model
+from mlx_gpt.models.gpt2 import ModelArgs
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 PROMPT = "The duck swims"
@@ -37,39 +39,35 @@ def tokens(model, tokenizer, prompt, **settings):
 
 
 def run(engine):
-    """All that the engine has to tell."""
+    """Step until nothing is left to do, and return all pieces."""
     told = []
     while engine.busy:
         told += engine.step()
     return told
 
 
-class Script:
+class Script(nn.Module):
     """Stands in for a model: says the given ids one after the other, whatever it reads."""
 
     def __init__(self, tokenizer, ids):
-        self.config = ModelConfig(tokenizer.vocab_size, n_positions=1000)
-        self.h = [None]
+        super().__init__()
+        self.args = ModelArgs(tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=1, n_positions=1000)
+        self.layers = [nn.Module()]
         self._ids = mx.array([*ids, *[tokenizer.end_of_text] * 100])
-
-    def eval(self):
-        pass
 
     def hidden(self, ids_bt, cache):
         first = cache[0].offset
-        cache[0].update(*[mx.zeros((*ids_bt.shape[:1], 1, ids_bt.shape[1], 1))] * 2)
+        cache[0].update_and_fetch(*[mx.zeros((*ids_bt.shape[:1], 1, ids_bt.shape[1], 1))] * 2)
         said = self._ids[first : first + ids_bt.shape[1]]
-        return (said[:, None] == mx.arange(self.config.vocab_size))[None].astype(mx.float32)
+        return (said[:, None] == mx.arange(self.args.vocab_size))[None].astype(mx.float32)
 
     def head(self, x_btv):
         return x_btv
 
 
 @pytest.fixture
-def say(byte_tokenizer, monkeypatch):
+def say(byte_tokenizer):
     """The pieces of a text that a model says byte by byte after a prompt of one."""
-
-    monkeypatch.setattr("mlx_gpt.generation.engine.in_parts", lambda model, texts: model)
 
     def say(text, **settings):
         ids = text if isinstance(text, list) else list(text.encode())
@@ -83,8 +81,8 @@ def say(byte_tokenizer, monkeypatch):
 
 
 def without_cache(model, ids, count):
-    """The likeliest tokens, all read anew for each; past the last position from the second half on."""
-    positions, ids, start = model.config.n_positions, list(ids), 0
+    """The likeliest tokens, the whole text read anew for each; past the last position, its second half."""
+    positions, ids, start = model.args.n_positions, list(ids), 0
     for _ in range(count):
         if len(ids) - start > positions:
             start = len(ids) - positions // 2
@@ -291,7 +289,7 @@ def test_a_text_is_the_same_alone_and_in_company(model, bpe):
 
 
 def test_a_long_prompt_stalls_nobody(make_model, bpe, monkeypatch):
-    monkeypatch.setattr("mlx_gpt.generation.engine.CHUNK_CPU", 4)
+    monkeypatch.setattr("mlx_gpt.device.CHUNK_CPU", 4)
     model, ids = make_model(), bpe.encode(PROMPT)
     first = Request(ids[:2], GenerationConfig(max_tokens=28, **GREEDY), ends=False)
     long = Request([*ids, *ids, *ids][:31], GenerationConfig(max_tokens=2, **GREEDY), ends=False)
