@@ -5,6 +5,7 @@ and device, and needs no coefficients.
 """
 
 import dataclasses
+import gc
 import math
 import statistics
 import time
@@ -198,6 +199,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     if run.ranks.size > 1:
         peak += 8 * models.n_params(run.model)  # gradients joined to be sent, and their sum
     del optimizer, step, evaluate
+    gc.collect()  # they refer to each other, and the next trial would be charged for them
     mx.clear_cache()
     mx.reset_peak_memory()
     return Trial(windows, peak, statistics.median(seconds[1:]))
