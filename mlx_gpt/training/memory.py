@@ -1,7 +1,7 @@
 """What a run takes, measured: memory and time of real steps with small micro-batches, extrapolated to its own.
 
-Peak memory is linear in the micro-batch, so two sizes give it for all. It holds for every model, objective, optimizer
-and device, and needs no coefficients.
+The forward and backward pass take memory that is linear in the micro-batch, so two sizes give it for all; an update
+takes the same for all. This holds for every model, objective, optimizer and device, and needs no coefficients.
 """
 
 import dataclasses
@@ -47,10 +47,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What real steps took, with `windows` in a micro-batch."""
+    """What real steps took, with `windows` in a micro-batch.
+
+    Attributes:
+        peak: bytes, of the forward and backward pass and of evaluation: linear in the windows.
+        update_peak: bytes, of the update: the same for all windows, and more than the other where they are few.
+    """
 
     windows: int
     peak: int
+    update_peak: int
     step_seconds: float
 
 
@@ -63,13 +69,34 @@ class Line:
     def at(self, windows: int) -> Estimate:
         """The estimate for micro-batches of so many windows."""
         first, last = self.trials[0], self.trials[-1]
+        update = max(first.update_peak, last.update_peak)
         if first.windows == last.windows:
             ratio = windows / last.windows
-            return Estimate(math.ceil(last.peak * max(1.0, ratio)), last.step_seconds * ratio)
+            return Estimate(max(update, math.ceil(last.peak * max(1.0, ratio))), last.step_seconds * ratio)
         beyond = (windows - first.windows) / (last.windows - first.windows)
         peak = first.peak + beyond * (last.peak - first.peak)
         seconds = first.step_seconds + beyond * max(0.0, last.step_seconds - first.step_seconds)
-        return Estimate(math.ceil(max(peak, first.peak if windows < first.windows else 0)), seconds)
+        return Estimate(max(update, math.ceil(max(peak, first.peak if windows < first.windows else 0))), seconds)
+
+
+class _Alone:
+    """One rank, which notes the peaks before and after the gradients are complete."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.peak = self.update_peak = 0
+
+    def sum(self, sums: Any) -> Any:
+        mx.eval(sums)
+        self.peak = max(self.peak, self.take())
+        return sums
+
+    def take(self) -> int:
+        """Bytes at the peak since the last call."""
+        peak = mx.get_peak_memory()
+        mx.reset_peak_memory()
+        return peak
 
 
 def plan_run(
@@ -157,7 +184,7 @@ def fit(
 
 
 def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -> Line | None:
-    """Make real steps of the run with the smallest micro-batches; None where even that may take too much memory.
+    """Make real steps of the run with small micro-batches; None where even the smallest may take too much memory.
 
     Nothing of the run changes: the steps have a learning rate of 0 and an optimizer of their own.
     """
@@ -167,8 +194,9 @@ def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -
     most = training.micro_batch_size
     smallest = min(most, 2 if run.device.accelerated else 1)  # a CPU computes two slices side by side
     trials = [_try(run, make_step, training, smallest)]
-    second = min(most, 2 * smallest)
-    if second > smallest and 2 * trials[0].peak <= run.device.usable:
+    # The larger the second, the less the noise of both counts.
+    second = min(most, next((n for n in (4, 2) if n * trials[0].peak <= run.device.usable), 1) * smallest)
+    if second > smallest:
         trials.append(_try(run, make_step, training, second))
     return Line(tuple(trials))
 
@@ -182,27 +210,32 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     ids = draw.integers(models.vocab_size(run.model), size=(windows, training.seq_len + 1), dtype=np.int32)
     batch = mx.array(ids), mx.ones((windows, training.seq_len))
     mx.eval(batch, run.model.parameters())
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    optimizer = make_optimizer(training)
-    step = make_step(run.model, optimizer, run.objective, training, run.device)
+    _tidy()
+    optimizer, watch = make_optimizer(training), _Alone()
+    step = make_step(run.model, optimizer, run.objective, training, run.device, watch)
     seconds: list[float] = []
     for number in range(4):
         started = time.perf_counter()
         mx.eval(step(number, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)
         seconds.append(time.perf_counter() - started)
+        watch.update_peak = max(watch.update_peak, watch.take())
         if number > 0 and seconds[-1] > PATIENCE:
             break
     evaluate = run.evaluator()
     evaluate.summed_loss(ids, np.ones((windows, training.seq_len), np.float32))
-    peak = mx.get_peak_memory()
+    peak, update_peak = max(watch.peak, watch.take()), watch.update_peak
     if run.ranks.size > 1:
         peak += 8 * models.n_params(run.model)  # gradients joined to be sent, and their sum
     del optimizer, step, evaluate
-    gc.collect()  # they refer to each other, and the next trial would be charged for them
+    _tidy()
+    return Trial(windows, peak, update_peak, statistics.median(seconds[1:]))
+
+
+def _tidy() -> None:
+    """Free what is no longer used, which a trial or the run would be charged for, and forget the peak before."""
+    gc.collect()  # a step, its optimizer and their closures refer to each other
     mx.clear_cache()
     mx.reset_peak_memory()
-    return Trial(windows, peak, statistics.median(seconds[1:]))
 
 
 def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
