@@ -1,5 +1,7 @@
 """A network whose blocks are computed in parts, side by side, is the network."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -87,9 +89,9 @@ def test_a_decoder_is_kept_until_the_weights_change(make_model, ids):
     )
 
 
-LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2}
+LLAMA: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2}
 LLAMA |= {"rms_norm_eps": 1e-5, "vocab_size": 300}
-BIGCODE = {"n_embd": 32, "n_layer": 2, "n_inner": 64, "n_head": 2, "n_positions": 32}
+BIGCODE: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_inner": 64, "n_head": 2, "n_positions": 32}
 BIGCODE |= {"layer_norm_epsilon": 1e-5, "vocab_size": 300}
 
 

@@ -198,9 +198,9 @@ def operate(place: Place, operation: Operation, dtype: mx.Dtype) -> Arrays:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def network(place: Place) -> nn.Module:
+def network(place: Place, dropout: float = 0.0) -> nn.Module:
     """A network with the same weights everywhere, far from those that training starts with."""
-    model = models.create(SIZES)
+    model = models.create(dataclasses.replace(SIZES, dropout=dropout))
     spreads = {"wpe": 0.3, "wte": 0.2, "ln_f": 0.2}
     return place.device.accelerate(_draw(model, lambda name: spreads.get(name.split(".")[0], 0.1)))
 
@@ -222,13 +222,17 @@ class Trained:
     weights: Arrays
 
 
-def train(place: Place, precision: str, steps: int = 3, **changes: Any) -> Trained:
-    """Make steps of one micro-batch each, some of whose tokens do not count."""
+def train(place: Place, precision: str, steps: int = 3, dropout: float = 0.0, **changes: Any) -> Trained:
+    """Make steps of one micro-batch each, some of whose tokens do not count.
+
+    Args:
+        changes: of `TRAINING`.
+    """
     training = dataclasses.replace(TRAINING, precision=precision, **changes)
     draw = np.random.default_rng(5)
     losses, norms, gradients = [], [], {}
     with place.default():
-        model, optimizer = network(place), make_optimizer(training)
+        model, optimizer = network(place, dropout), make_optimizer(training)
         objective = place.device.accelerate(OBJECTIVES["text"]())
         step = make_step(model, optimizer, objective, training, place.device)
         for number in range(steps):

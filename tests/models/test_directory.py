@@ -1,6 +1,7 @@
 """Model directories: what we write opens elsewhere, what others write opens here, and the rest is refused."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -145,8 +146,8 @@ def test_a_model_says_which_id_ends_its_texts(saved, model):
 def llama(bpe, tmp_path):
     """A directory with a llama made by transformers, and its model."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": bpe.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    sizes: Any = {"vocab_size": bpe.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
     model.save_pretrained(tmp_path / "llama")
     return tmp_path / "llama", model

@@ -3,12 +3,10 @@
 import dataclasses
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import click
-import mlx.core as mx
 import pytest
 
 from mlx_gpt import backend
@@ -68,70 +66,6 @@ def test_every_preset_has_a_plan_for_every_mac_or_a_refusal(name, gigabytes):
     windows = training.batch_size * training.gradient_accumulation_steps
     assert chosen.batch_size * chosen.gradient_accumulation_steps == windows
     assert not chosen.auto_batch_size
-
-
-def test_a_container_s_limit_counts(tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 64 kB\nMemAvailable: 32 kB\n")
-    assert backend.available(tmp_path) == 32 * 1024
-    groups = tmp_path / "sys/fs/cgroup"
-    groups.mkdir(parents=True)
-    (groups / "memory.current").write_text("1000\n")
-    (groups / "memory.max").write_text("max\n")
-    assert backend.available(tmp_path) == 32 * 1024
-    (groups / "memory.max").write_text("5000\n")
-    assert backend.available(tmp_path) == 4000
-    assert backend.available(tmp_path / "elsewhere") == 0
-
-
-def test_the_device_is_the_one_that_mlx_describes(monkeypatch):
-    """As on a Mac: the real functions are asked whether Metal and CUDA are there, then Metal says yes."""
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert backend.device().kind == (
-        "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "cpu"
-    )
-    facts = {"memory_size": 16 * GIB, "max_recommended_working_set_size": WORKING_SETS[16], "device_name": "a Mac"}
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: facts)
-    device = backend.device()
-    assert (device.kind, device.usable) == ("metal", WORKING_SETS[16])
-    limits: list[int] = []
-    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
-    monkeypatch.setattr(mx, "set_memory_limit", limits.append)
-    backend.prepare(device)
-    assert limits == [WORKING_SETS[16]] * 2
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
-def test_what_computes_on_the_cpu_is_not_interrupted_by_what_hands_it_work():
-    """In a process of its own, for it is inherited: it begins as any other, whatever this one has become."""
-    code = """
-import os
-from mlx_gpt import backend
-os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-backend.prepare(backend.device())
-print(os.sched_getscheduler(0))
-"""
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(asked.stdout) == (os.SCHED_BATCH if backend.device().kind == "cpu" else os.SCHED_OTHER)
-
-
-def test_where_a_thread_may_not_ask_how_it_is_scheduled_it_computes_all_the_same(monkeypatch):
-    def refuse(*_):
-        raise PermissionError
-
-    monkeypatch.setattr("os.sched_getscheduler", refuse, raising=False)
-    monkeypatch.setattr("os.sched_setscheduler", refuse, raising=False)
-    backend.prepare(backend.device())
-
-
-def test_no_more_cores_are_used_than_the_environment_allows(monkeypatch):
-    there = backend.cores()
-    monkeypatch.setenv("OMP_NUM_THREADS", str(there + 1))
-    assert backend.cores() == there
-    monkeypatch.setenv("MKL_NUM_THREADS", "1")
-    assert backend.cores() == 1
-    assert backend.share_count(16, on_gpu=False) == 1
 
 
 def test_what_fits_is_left_as_it_is():
