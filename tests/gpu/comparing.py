@@ -309,12 +309,17 @@ def logits(place: Place, dtype: mx.Dtype, pieces: tuple[int, ...]) -> Arrays:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-MEMORY: dict[str, Any] = {
+RUN: dict[str, Any] = {
     "tokenizer": "bytes",
     **{"n_layer": 4, "n_head": 2, "n_embd": 128, "n_positions": 64, "dropout": 0.1, "seq_len": 64},
     **{"batch_size": 12, "gradient_accumulation_steps": 2, "max_steps": 3, "eval_windows": 12},
 }
-"""A run whose activations take more than its weights."""
+RUNS = {
+    "mostly activations": RUN,
+    "activations computed twice": RUN | {"grad_checkpoint": True},
+    "mostly the update": RUN | {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 1},
+}
+"""Settings of runs, by what takes their memory."""
 
 
 def peaks(place: Place, settings: dict[str, Any]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gpt.models import base
 from tests.gpu import comparing
-from tests.gpu.comparing import OPERATIONS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,8 +83,8 @@ def test_the_cache_changes_no_logit(gpu, reference, dtype, tolerance, pieces):
         assert_close(comparing.logits(gpu, dtype, read), expected, tolerance)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputing"])
-def test_the_memory_that_is_expected_is_taken(gpu, corpus, tmp_path, recompute):
-    settings = comparing.MEMORY | {"data": str(corpus), "out": str(tmp_path / "run"), "grad_checkpoint": recompute}
+@pytest.mark.parametrize("name", RUNS)
+def test_the_memory_that_is_expected_is_taken(gpu, corpus, tmp_path, name):
+    settings = RUNS[name] | {"data": str(corpus), "out": str(tmp_path / "run")}
     expected, taken = comparing.peaks(gpu, settings)
     assert expected == pytest.approx(taken, rel=0.15)
