@@ -25,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` whose sums are products."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.dtype != mx.float32:
+        if x.dtype != mx.float32 or "bias" not in self:
             return super().__call__(x)
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -52,7 +52,7 @@ class LinearCrossEntropy(nn.Module):
     """Head and loss, which stay in the cache, chunk by chunk."""
 
     def __call__(self, x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, weights_n: mx.array) -> mx.array:
-        if x_nc.dtype != mx.float32:
+        if x_nc.dtype != mx.float32 or weight_vc.dtype != mx.float32:
             return super().__call__(x_nc, weight_vc, targets_n, weights_n)
         compute = kernels.linear_cross_entropy if self.training else kernels.cross_entropy_sum
         return compute(x_nc, weight_vc, targets_n, weights_n)

@@ -18,7 +18,10 @@ from mlx.utils import tree_flatten
 from mlx_gpt.cpu import streams
 
 WORTH_IT = 2**19  # weights of a block: with fewer, parts wait for each other longer than they compute
-BLOCK = {"ln_1", "attn", "ln_2", "mlp"}
+BLOCK = {  # the modules of GPT-2's block, some of whose names other networks use, too
+    *("", "ln_1", "attn", "attn.c_attn", "attn.attend", "attn.c_proj", "attn.resid_dropout"),
+    *("ln_2", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj", "mlp.resid_dropout"),
+}
 
 
 def decoder(model: nn.Module, sequences: int) -> nn.Module:
@@ -28,7 +31,7 @@ def decoder(model: nn.Module, sequences: int) -> nn.Module:
     copy is kept as long as the model has the same weights.
     """
     weights = [weight for _, weight in tree_flatten(model.parameters())]
-    in_parts = all(set(layer.children()) == BLOCK for layer in model.layers)
+    in_parts = all({name for name, _ in layer.named_modules()} == BLOCK for layer in model.layers)
     count = part_count(model, sequences) if in_parts else 1
     kept: tuple[nn.Module, int, list[mx.array]] | None = vars(model).get("_decoder")
     if kept and kept[1] == count and all(one is other for one, other in zip(kept[2], weights, strict=True)):

@@ -1,7 +1,7 @@
 """What a run takes, measured: memory and time of real steps, with small micro-batches first.
 
-Peak memory is linear in the micro-batch, so two sizes give it for all. This holds for every model, objective, optimizer
-and device, and needs no coefficients.
+The forward and backward pass take memory that is linear in the micro-batch, so two sizes give it for all; an update
+takes the same for all. This holds for every model, objective, optimizer and device, and needs no coefficients.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ from mlx_gpt.training.setup import Run
 
 SHORTEST = 128  # windows that a suggestion cuts no shorter
 CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_batch_size")
-STEPS = 4  # of a trial, the first of which compiles
-BUDGET = 6.0  # seconds that further trials may take, after the two that make a line
-PATIENCE = 2.0  # seconds; a step that takes longer is timed once
+STEPS = 3  # of a trial at least; the first compiles
+MORE_STEPS = 6  # at most, within `PATIENCE` seconds, for a better time
+PATIENCE = 0.5
+BUDGET = 10.0  # seconds that further trials may take, after the two that make a line
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What real steps took, with `windows` in a micro-batch."""
+    """What real steps took, with `windows` in a micro-batch.
+
+    Attributes:
+        peak: bytes, at the most.
+        backward_peak: bytes up to the end of the backward pass.
+        update_peak: bytes in the update.
+    """
 
     windows: int
     peak: int
+    backward_peak: int
+    update_peak: int
     step_seconds: float
 
 
@@ -64,13 +73,34 @@ class Line:
     def at(self, windows: int) -> Estimate:
         """The estimate for micro-batches of so many windows."""
         first, last = self.trials[0], self.trials[-1]
-        if first.windows == last.windows:
+        if windows == last.windows:
+            return Estimate(last.peak, last.step_seconds)
+        if first is last:
             ratio = windows / last.windows
             return Estimate(math.ceil(last.peak * max(1.0, ratio)), last.step_seconds * ratio)
-        beyond = (windows - first.windows) / (last.windows - first.windows)
-        peak = first.peak + beyond * max(0, last.peak - first.peak)
-        seconds = first.step_seconds + beyond * max(0.0, last.step_seconds - first.step_seconds)
-        return Estimate(math.ceil(peak), seconds)
+
+        def along(at_first: float, at_last: float) -> float:
+            slope = max(0.0, at_last - at_first) / (last.windows - first.windows)
+            return at_first + slope * (windows - first.windows)
+
+        # Where the update takes the most in both trials, the peaks alone would be a level line.
+        peak = max(along(first.peak, last.peak), along(first.backward_peak, last.backward_peak), last.update_peak)
+        return Estimate(math.ceil(peak), along(first.step_seconds, last.step_seconds))
+
+
+class _Phases:
+    """A process alone, as `make_step` takes ranks, which can note the peak before the update."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.backward_peak: int | None = None
+
+    def sum(self, sums: Any) -> Any:
+        if self.backward_peak is None:
+            mx.eval(sums)
+            self.backward_peak = _take_peak()
+        return sums
 
 
 def plan_run(
@@ -177,13 +207,18 @@ def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -
     windows = min(most, 2 if run.device.accelerated else 1)  # a CPU computes two slices side by side
     trials, began = [_try(run, make_step, training, windows)], time.perf_counter()
     while windows < most:
-        larger = min(most, 2 * windows)
-        seconds = STEPS * trials[-1].step_seconds * larger / windows
-        is_quick = len(trials) == 1 or time.perf_counter() - began + seconds < BUDGET
-        if not is_quick or Line(tuple(trials[-2:])).at(larger).peak > HEADROOM * run.device.usable:
+        line = Line(tuple(trials[-2:]))
+
+        def is_quick(larger: int, line: Line = line) -> bool:
+            return time.perf_counter() - began + STEPS * line.at(larger).step_seconds < BUDGET
+
+        # The further apart the two of a line, the less their noise counts. Two are made however long they take.
+        sizes = [min(most, factor * windows) for factor in (4, 2)]
+        larger = next(filter(is_quick, sizes), sizes[-1] if len(trials) == 1 else None)
+        if larger is None or line.at(larger).peak > HEADROOM * run.device.usable:
             break
+        trials.append(_try(run, make_step, training, larger))
         windows = larger
-        trials.append(_try(run, make_step, training, windows))
     return Line(tuple(trials[-2:]))
 
 
@@ -197,32 +232,43 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     batch = mx.array(ids), mx.ones((windows, training.seq_len))
     mx.eval(batch, run.model.parameters())
     _free()
-    optimizer = make_optimizer(training)
-    step = make_step(run.model, optimizer, run.objective, training, run.device)
+    optimizer, phases = make_optimizer(training), _Phases()
+    step = make_step(run.model, optimizer, run.objective, training, run.device, phases)
+    mx.eval(step(0, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)
+    backward_peak, update_peak = phases.backward_peak or 0, _take_peak()
     seconds: list[float] = []
-    unread, mark = step(0, 0.0, [batch] * micro_steps), time.perf_counter()
-    for number in range(1, STEPS + 1):
-        # As in `fit`, the numbers of a step are read when the next one has begun: two steps are in memory at once.
+    began = mark = time.perf_counter()
+    unread = step(1, 0.0, [batch] * micro_steps)
+    for number in range(2, MORE_STEPS):
+        # As in `fit`, the numbers of a step are read when the next one has begun.
         result = step(number, 0.0, [batch] * micro_steps)
         unread.numbers()
         seconds.append(time.perf_counter() - mark)
         unread, mark = result, time.perf_counter()
-        if number > 1 and seconds[-1] > PATIENCE:
+        if number + 1 >= STEPS and mark - began > PATIENCE:
             break
     mx.eval(unread, run.model.parameters(), optimizer.state)
+    seconds.append(time.perf_counter() - mark)
     evaluate = run.evaluator()
     evaluate.summed_loss(ids, np.ones((windows, training.seq_len), np.float32))
-    peak = mx.get_peak_memory()
+    peak = max(backward_peak, update_peak, _take_peak())
     if run.ranks.size > 1:
         peak += 8 * models.n_params(run.model)  # gradients joined to be sent, and their sum
     del optimizer, step, evaluate
     _free()
-    return Trial(windows, peak, statistics.median(seconds[1:]))
+    return Trial(windows, peak, backward_peak, update_peak, statistics.median(seconds))
+
+
+def _take_peak() -> int:
+    """Bytes at the peak since the last call."""
+    peak: int = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    return peak
 
 
 def _free() -> None:
     """Free what earlier trials have left, and begin to count the peak anew."""
-    gc.collect()
+    gc.collect()  # a step, its optimizer and their closures refer to each other
     mx.clear_cache()
     mx.reset_peak_memory()
 

@@ -5,22 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import mlx_gpt
 
-import mlx.core as mx  # isort: skip
-
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS has a BLAS of its own")
 
 
 def live(**environment: str) -> str:
-    """What serves a new process, which computes a product, too."""
+    """Compute a product in a new process, and return the BLAS that served it."""
     program = """
-import mlx_gpt; from mlx_gpt import _blas; import mlx.core as mx
+import mlx_gpt.device; from mlx_gpt.cpu import blas; import mlx.core as mx
 assert (mx.ones((3, 4)) @ mx.ones((4, 70))).tolist() == [[4.0] * 70] * 3
-print(_blas.live)
+print(blas.live)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
@@ -46,11 +45,11 @@ def test_products_of_every_form_are_right(m, transposed_a, transposed_b):
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (4, 64), (40, 64)])
-def test_what_was_in_memory_before_is_not_heard(shape):
-    """BLAS multiplies what the result's memory held by 0, and 0 times NaN is NaN."""
+def test_the_result_does_not_depend_on_what_its_memory_held(shape):
+    """A BLAS may multiply the old contents by 0, and 0 times NaN is NaN."""
     m, n = shape
     for _ in range(20):
-        mx.eval([mx.full(shape, mx.nan) for _ in range(5)])  # freed at once, and taken again
+        mx.eval([mx.full(shape, mx.nan) for _ in range(5)])  # this memory is freed at once, and used again
         assert mx.isfinite(mx.ones((m, 64)) @ mx.ones((64, n))).all()
 
 
@@ -61,9 +60,9 @@ def test_openblas_serves_and_another_can_be_named_or_none():
 
 
 @on_linux
-def test_those_who_start_together_leave_one_whole_library(tmp_path):
+def test_processes_that_start_together_leave_one_whole_library(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", "from mlx_gpt import _blas; print(_blas.live)"]
+    command = [sys.executable, "-c", "import mlx_gpt.device; from mlx_gpt.cpu import blas; print(blas.live)"]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert all(process.communicate()[0].startswith("OpenBLAS") for process in running)
     assert [path.suffix for path in (tmp_path / "mlx-gpt").iterdir()] == [".so"]

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 
-from mlx_gpt.config import GenerationConfig, ModelConfig
+from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine, Request
 from mlx_gpt.generation.stop_strings import Piece, Text, Token
 from mlx_gpt.generation.stream import Stats, stream
 from mlx_gpt.models.directory import save_model
+from mlx_gpt.models.gpt2 import ModelArgs
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 PROMPT = "The duck swims"
@@ -38,7 +39,7 @@ def tokens(model, tokenizer, prompt, **settings):
 
 
 def run(engine):
-    """All that the engine has to tell."""
+    """Step until nothing is left to do, and return all pieces."""
     told = []
     while engine.busy:
         told += engine.step()
@@ -46,19 +47,22 @@ def run(engine):
 
 
 class Script(nn.Module):
-    """Stands in for a model of mlx-lm: says the given ids one after the other, whatever it reads."""
+    """Stands in for a model: says the given ids one after the other, whatever it reads."""
 
     def __init__(self, tokenizer, ids):
         super().__init__()
-        self.args = ModelConfig(tokenizer.vocab_size, n_positions=1000)
+        self.args = ModelArgs(tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=1, n_positions=1000)
         self.layers = [nn.Module()]
         self._ids = mx.array([*ids, *[tokenizer.end_of_text] * 100])
 
-    def __call__(self, ids_bt, cache):
+    def hidden(self, ids_bt, cache):
         first = cache[0].offset
         cache[0].update_and_fetch(*[mx.zeros((*ids_bt.shape[:1], 1, ids_bt.shape[1], 1))] * 2)
         said = self._ids[first : first + ids_bt.shape[1]]
         return (said[:, None] == mx.arange(self.args.vocab_size))[None].astype(mx.float32)
+
+    def head(self, x_btv):
+        return x_btv
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def say(byte_tokenizer):
 
 
 def without_cache(model, ids, count):
-    """The likeliest tokens, all read anew for each; past the last position from the second half on."""
+    """The likeliest tokens, the whole text read anew for each; past the last position, its second half."""
     positions, ids, start = model.args.n_positions, list(ids), 0
     for _ in range(count):
         if len(ids) - start > positions:

@@ -1,6 +1,7 @@
 """Model directories: what we write opens elsewhere, what others write opens here, and the rest is refused."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -24,7 +25,6 @@ TEXTS = [
 
 
 def logits_of(model, ids):
-
     return np.array(model(mx.array(ids)))
 
 
@@ -38,7 +38,7 @@ def edit_json(path, **changes):
 
 
 def edit_weights(folder, change):
-    """Let `change` return other tensors for those that the directory has."""
+    """Replace the tensors of a directory by those that `change` makes of them."""
     path = str(folder / "model.safetensors")
     tensors = mx.load(path)
     mx.eval(tensors)
@@ -78,7 +78,7 @@ def test_our_tokenizers_give_the_same_ids_in_transformers(tokenizer, make_model,
 def test_our_weights_and_tokenizer_come_back_as_they_were(saved, model, bpe, weights_of):
     back = load_model(saved)
     before, after = weights_of(model), weights_of(back)
-    assert back.config == model.config
+    assert back.args == model.args
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert load_tokenizer(saved, back).to_json() == bpe.to_json()
 
@@ -88,7 +88,7 @@ def test_our_weights_and_tokenizer_come_back_as_they_were(saved, model, bpe, wei
 
 @pytest.fixture
 def theirs(bpe):
-    """A GPT-2 that transformers made, no weight of it near where training starts."""
+    """A GPT-2 made by transformers, with weights far from those that training starts with."""
     torch.manual_seed(0)
     sizes = {"vocab_size": bpe.vocab_size, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
     config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
@@ -139,12 +139,74 @@ def test_a_model_says_which_id_ends_its_texts(saved, model):
         edit_json(saved / "config.json", eos_token_id=0)
 
 
+# ---- mlx-lm's architectures ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(bpe, tmp_path):
+    """A directory with a llama made by transformers, and its model."""
+    torch.manual_seed(0)
+    sizes: Any = {"vocab_size": bpe.vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: Any = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    model.save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama", model
+
+
+def test_a_llama_from_transformers_opens_here(llama, ids):
+    folder, theirs = llama
+    np.testing.assert_allclose(logits_of(load_model(folder), ids), transformers_logits(theirs, ids), atol=1e-4)
+
+
+def test_a_llama_that_we_save_is_the_one_that_we_read(llama, ids, bpe, tmp_path):
+    folder, theirs = llama
+    save_model(tmp_path / "saved", load_model(folder), bpe)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(saved) is type(theirs)
+    np.testing.assert_allclose(transformers_logits(saved, ids), transformers_logits(theirs, ids), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 3}, "no tensor model.layers.2."),
+        ({"hidden_size": 64}, "config.json asks for"),
+        ({"num_hidden_layers": 10**12}, "layers"),
+        ({"num_attention_heads": None}, "can't be read as llama"),
+    ],
+    ids=str,
+)
+def test_a_llama_whose_config_belies_its_weights_is_refused(llama, changes, said):
+    folder, _ = llama
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(UserError) as caught:
+        load_model(folder)
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("model_type", ["no_such_model", "cache", "../gpt2", "x" * 10_000])
+def test_an_architecture_that_nobody_has_is_refused(llama, model_type):
+    """`cache` is a module of mlx-lm, but no model."""
+    folder, _ = llama
+    edit_json(folder / "config.json", model_type=model_type)
+    with pytest.raises(UserError, match=r"^Neither mlx-gpt nor mlx-lm has a (language )?model of type .*\.$") as caught:
+        load_model(folder)
+    assert len(str(caught.value)) < 300
+
+
+def test_without_mlx_lm_it_says_what_to_install(llama, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"A model of type llama needs mlx-lm: pip install 'mlx-gpt\[models\]'"):
+        load_model(llama[0])
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def damaged(model, bpe, tmp_path):
-    """A model directory of its own for each test to damage."""
+    """A model directory that a test may damage."""
     save_model(tmp_path, model, bpe)
     return tmp_path
 
@@ -211,7 +273,11 @@ def test_a_tensor_that_does_not_fit_is_named(damaged, change, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "llama"}, "describes llama"),
+        ({"model_type": "llama"}, "config.json says None layers"),
+        ({"model_type": None}, "describes None"),
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "code of its own"),
+        ({"model_file": "modeling.py"}, "code of its own"),
+        ({"quantization": {"bits": 4}}, "quantised"),
         ({"activation_function": "relu"}, "`activation_function` 'relu'"),
         ({"n_inner": 64}, "`n_inner` 64"),
         ({"tie_word_embeddings": False}, "`tie_word_embeddings` False"),
@@ -228,7 +294,7 @@ def test_a_tensor_that_does_not_fit_is_named(damaged, change, said):
         ({"layer_norm_epsilon": 0}, "`layer_norm_epsilon`"),
         ({"layer_norm_epsilon": 10**400}, "layer_norm_epsilon"),
         ({"layer_norm_epsilon": []}, "layer_norm_epsilon"),
-        ({"resid_pdrop": 1.5}, "`dropout`"),
+        ({"resid_pdrop": 1.5}, "`resid_pdrop`"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

@@ -48,7 +48,7 @@ def pytest_runtest_call(item):
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Steps are not measured before a run, which takes longer than many a run here."""
-    line = memory.Line((memory.Trial(1, 2**20, 0.01), memory.Trial(2, 2**21, 0.01)))
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01), memory.Trial(2, 2**21, 2**21, 0, 0.01)))
     monkeypatch.setattr(memory, "measure", lambda run, make_step, training: line)
 
 

@@ -54,9 +54,14 @@ def test_the_line_goes_on_where_trying_takes_too_long(monkeypatch):
 
 
 def test_a_line_goes_through_its_trials():
-    line = Line((Trial(2, 300, 1.0), Trial(4, 500, 1.5)))
+    line = Line((Trial(2, 300, 300, 200, 1.0), Trial(4, 500, 500, 200, 1.5)))
     assert [line.at(windows).peak for windows in (1, 2, 3, 4, 16)] == [200, 300, 400, 500, 1700]
     assert [line.at(windows).step_seconds for windows in (2, 3, 4, 16)] == [1.0, 1.25, 1.5, 4.5]
+
+
+def test_an_update_that_takes_the_most_in_small_batches_hides_no_activations():
+    line = Line((Trial(1, 1000, 300, 1000, 1.0), Trial(2, 1000, 500, 1000, 1.5)))
+    assert [line.at(windows).peak for windows in (1, 2, 4, 16)] == [1000, 1000, 1000, 3300]
 
 
 def test_no_trial_is_made_where_the_weights_alone_do_not_fit():

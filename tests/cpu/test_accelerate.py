@@ -1,0 +1,78 @@
+"""Replacing the layers of a network by their CPU twins changes how it computes, and nothing else."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_gpt import models
+from mlx_gpt.config import ModelConfig
+from mlx_gpt.cpu import accelerate
+from mlx_gpt.cpu.accelerate import MLX_LAYERS
+from mlx_gpt.models.base import ScaledDotProductAttention
+from mlx_gpt.models.gpt2 import TransformerBlock
+
+SIZES = ModelConfig(300, n_layer=2, n_head=2, n_embd=32, n_positions=32)
+
+
+def two(make):
+    """A layer or network twice, the second with twins."""
+    plain, twin = make(), make()
+    twin.update(plain.parameters())
+    accelerate.accelerate(twin)
+    return plain, twin
+
+
+def test_each_layer_with_a_twin_is_replaced_and_every_parameter_stays():
+    plain, twin = two(lambda: models.create(SIZES).init_weights(0))
+    for (name, before), (_, after) in zip(plain.named_modules(), twin.named_modules(), strict=True):
+        has_twin = type(before) in MLX_LAYERS or hasattr(before, "cpu_twin")
+        assert (type(before) is not type(after)) == has_twin, name
+        assert isinstance(after, type(before)), name
+    ours, theirs = (dict(tree_flatten(model.parameters())) for model in (plain, twin))
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_twins_of_twins_are_the_same():
+    _, twin = two(lambda: TransformerBlock(models.create(SIZES).args))
+    before = [type(module) for module in twin.modules()]
+    accelerate.accelerate(twin)
+    assert [type(module) for module in twin.modules()] == before
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "in use"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: nn.Linear(32, 48), id="linear"),
+        pytest.param(lambda: nn.Linear(32, 48, bias=False), id="linear without bias"),
+        pytest.param(lambda: nn.LayerNorm(32), id="norm"),
+        pytest.param(lambda: nn.LayerNorm(32, bias=False), id="norm without bias"),
+        pytest.param(lambda: nn.LayerNorm(32, affine=False), id="norm without parameters"),
+        pytest.param(lambda: models.create(SIZES).h[0].mlp, id="feed-forward"),
+    ],
+)
+def test_a_twin_computes_the_same(make, training):
+    """Also what the networks of mlx-lm have and GPT-2 has not."""
+    plain, twin = (layer.train(training) for layer in two(make))
+    x_btc = mx.random.normal((2, 5, 32), key=mx.random.key(0))
+    np.testing.assert_allclose(twin(x_btc), plain(x_btc), rtol=1e-5, atol=1e-6)
+
+
+def test_other_precisions_and_masks_are_computed_as_before():
+    """The kernels are for float32 and causal masks alone."""
+    plain, twin = two(lambda: TransformerBlock(models.create(SIZES).args))
+    x_btc = mx.random.normal((2, 12, 32), key=mx.random.key(0))
+    for model in (plain, twin):
+        model.apply(lambda weight: weight.astype(mx.bfloat16))
+    half = x_btc.astype(mx.bfloat16)
+    assert mx.array_equal(twin(half, "causal"), plain(half, "causal"))
+
+    attention, attention_twin = two(lambda: ScaledDotProductAttention(8))
+    q, k, v = mx.random.normal((3, 2, 4, 12, 8), key=mx.random.key(1))
+    mask = mx.random.bernoulli(0.5, (2, 1, 12, 12), key=mx.random.key(2)) | (mx.arange(12) == 0)
+    assert mx.array_equal(attention_twin(q, k, v, mask), attention(q, k, v, mask))
+    few = k[:, :2], v[:, :2]  # grouped queries
+    assert mx.array_equal(attention_twin(q, *few, "causal"), attention(q, *few, "causal"))
