@@ -1,7 +1,6 @@
 """Work on two streams side by side adds up to the work on one."""
 
 import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -45,22 +44,6 @@ def test_the_norm_is_that_of_all_arrays_together():
     tree = {"a": mx.random.normal((7, 5), key=mx.random.key(0)), "b": [mx.array([3.0]), {"c": mx.ones((4,))}]}
     flat = np.concatenate([np.array(array).ravel() for _, array in tree_flatten(tree)])
     assert streams.global_norm(tree).item() == pytest.approx(np.linalg.norm(flat.astype(np.float64)), rel=1e-6)
-
-
-def test_an_optimizer_on_two_streams_makes_the_same_update():
-    sizes = {"a": 9, "b": 3, "c": 7, "d": 5}
-    parameters = {name: mx.random.normal((size, size), key=mx.random.key(size)) for name, size in sizes.items()}
-    gradients = {name: weight * 0.1 for name, weight in parameters.items()}
-
-    def updated(spread):
-        optimizer = optim.MultiOptimizer([optim.AdamW(0.1), optim.AdamW(0.1)], [lambda name, weight: name in "ab"])
-        optimizer.init(parameters)
-        if spread:
-            streams.spread(optimizer)
-        return optimizer.apply_gradients(gradients, optimizer.apply_gradients(gradients, parameters))
-
-    alone, together = updated(spread=False), updated(spread=True)
-    assert all(mx.array_equal(alone[name], together[name]) for name in parameters)
 
 
 def test_no_more_cores_are_used_than_the_environment_allows(monkeypatch):

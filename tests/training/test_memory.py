@@ -66,7 +66,7 @@ def test_an_update_that_takes_the_most_in_small_batches_hides_no_activations():
 
 def test_no_trial_is_made_where_the_weights_alone_do_not_fit():
     run = make_run(with_room(1e6))
-    assert memory.measure(run, None, run.training) is None
+    assert memory.measure(run, loop.make_step, run.training) is None
 
 
 @pytest.mark.parametrize(
