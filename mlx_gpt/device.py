@@ -102,13 +102,24 @@ class Device:
         return streams.in_slices(function) if self.accelerated else function
 
     def update(
-        self, optimizer: optim.Optimizer, gradients: dict, parameters: dict, sound: mx.array
+        self,
+        optimizer: optim.Optimizer,
+        gradients: dict,
+        parameters: dict,
+        state: dict,
+        rate: mx.array,
+        sound: mx.array,
     ) -> tuple[dict, dict]:
-        """The parameters and the optimizer's state after an update; as they were where `sound` is false."""
-        if self.accelerated and adamw.fits(optimizer):
-            return adamw.update(optimizer, gradients, parameters, sound)
-        state = optimizer.state
+        """The parameters and the optimizer's state after an update; as they were where `sound` is false.
+
+        Args:
+            state: the optimizer's, before the update.
+            rate: the learning rate.
+        """
         optimizer.state = tree_map(lambda array: array, state)  # a copy, since the optimizer changes it in place
+        optimizer.learning_rate = rate
+        if self.accelerated and adamw.fits(optimizer):
+            return adamw.update(optimizer, gradients, parameters, state, sound)
         new = optimizer.apply_gradients(gradients, parameters), optimizer.state
         return tree_map(lambda new, old: mx.where(sound, new, old), new, (parameters, state))
 

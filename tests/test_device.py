@@ -114,12 +114,18 @@ def test_the_older_files_of_a_container_count_too(tmp_path):
     assert available(tmp_path) == 0
 
 
-def test_processes_on_one_host_divide_its_memory():
-    """On CUDA each has a GPU of its own."""
+def test_processes_on_one_host_divide_its_memory(monkeypatch):
+    """On CUDA each has a GPU of its own. On a CPU they divide the cores as well, which is not done to this process."""
+    divided = []
+    for name in ("take_cores", "use_own_kernels", "let_the_launcher_idle"):
+        monkeypatch.setattr(
+            f"mlx_gpt.cpu.processes.{name}", lambda *numbers, name=name: divided.append((name, *numbers))
+        )
     for kind, usable in (("metal", GIB // 3), ("cpu", GIB // 3), ("cuda", GIB)):
         alone = Device(kind, "", GIB, GIB)  # type: ignore[arg-type]
         assert alone.share_host(0, 1) == alone
         assert alone.share_host(1, 3) == dataclasses.replace(alone, usable=usable)
+    assert divided == [("take_cores", 1, 3), ("use_own_kernels", 1), ("let_the_launcher_idle",)]
 
 
 def test_metal_is_given_its_limits(monkeypatch):

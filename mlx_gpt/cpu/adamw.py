@@ -31,18 +31,20 @@ def fits(optimizer: Any) -> bool:
     return all(type(one) is optim.AdamW and one.bias_correction for one in getattr(optimizer, "optimizers", [None]))
 
 
-def update(optimizer: Any, gradients: dict, parameters: dict, sound: mx.array) -> tuple[dict, dict]:
+def update(optimizer: Any, gradients: dict, parameters: dict, before: dict, sound: mx.array) -> tuple[dict, dict]:
     """The parameters and the optimizer's state after an update; as they were where `sound` is false.
 
     Args:
         optimizer: an `mlx.optimizers.MultiOptimizer` of `AdamW`s with bias correction.
+        before: its state before the learning rate of this step was set.
     """
     weights, grads = dict(tree_flatten(parameters)), dict(tree_flatten(gradients))
     new_weights, states = {}, []
     choose = streams.balance()
-    for one in optimizer.optimizers:
+    for one, old in zip(optimizer.optimizers, before["states"], strict=True):
         rates, state = _rates(one, sound), dict(tree_flatten(one.state))
         state["step"] = mx.where(sound, one.step + 1, one.step)
+        state["learning_rate"] = mx.where(sound, one.learning_rate, old["learning_rate"])
         for name in [name for name in grads if f"{name}.m" in state]:
             with choose(grads[name].size):
                 new = _updated(weights[name], grads[name], state[f"{name}.m"], state[f"{name}.v"], rates)

@@ -144,10 +144,9 @@ def make_step(
         scale = 1 / weight
         if training.max_grad_norm > 0:
             scale = scale * mx.minimum(1.0, training.max_grad_norm / (norm + 1e-6))
-        optimizer.state, optimizer.learning_rate = state, rate
         gradients = tree_map(lambda gradient: gradient * scale, gradients)
         sound = mx.isfinite(norm) & mx.isfinite(loss)  # one bad step must not poison the weights for good
-        return device.update(optimizer, gradients, parameters, sound), StepResult(loss / weight, norm)
+        return device.update(optimizer, gradients, parameters, state, rate, sound), StepResult(loss / weight, norm)
 
     forward_backward = mx.compile(mx.value_and_grad(loss))
     if not training.grad_checkpoint:  # which saves memory, and each slice has gradients of its own

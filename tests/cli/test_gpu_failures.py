@@ -12,12 +12,12 @@ TIMEOUT = "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTi
 HANG = "Caused GPU Hang Error (00000003:kIOGPUCommandBufferCallbackErrorHang)"
 DISPLAY = "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
 MEMORY = "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
-LONGER = ("--max-steps", "8", "--save-every", "3")
+LONGER = ("--max-steps", "13", "--save-every", "9")
 
 
 @pytest.fixture
 def break_step(monkeypatch):
-    """Let a step raise an error; the steps that measure the run are numbered from 0 to 3."""
+    """Let a step raise an error; the steps that measure the run are numbered from 0, fewer than ten."""
     make_step = loop.make_step
 
     def break_step(number, error):
@@ -39,13 +39,13 @@ def break_step(monkeypatch):
 
 @pytest.mark.parametrize("why", [TIMEOUT, HANG, DISPLAY, MEMORY])
 def test_a_step_that_macos_ends_says_why_and_how_to_continue(mlx_gpt, corpus, break_step, why):
-    break_step(5, RuntimeError(f"{FAILED}{why}."))
+    break_step(10, RuntimeError(f"{FAILED}{why}."))
     answer = mlx_gpt("train", "--data", corpus, *TINY, *LONGER, "--out", "run")
     assert answer.code == 1
     sentence = answer.err.splitlines()[-1]
     assert sentence.startswith("Error: macOS")
     assert f"({why}" in sentence
-    assert "the newest checkpoint is run/checkpoints/step-00000003, which is whole" in sentence
+    assert "the newest checkpoint is run/checkpoints/step-00000009, which is whole" in sentence
     assert "mlx-gpt train --resume run" in sentence
     assert ("Let the display sleep, then continue with: caffeinate -is mlx-gpt" in sentence) == (why != MEMORY)
     assert "a lower --batch-size and more --gradient-accumulation-steps" in sentence
@@ -53,7 +53,7 @@ def test_a_step_that_macos_ends_says_why_and_how_to_continue(mlx_gpt, corpus, br
 
 def test_it_continues_from_the_checkpoint_as_if_nothing_had_happened(mlx_gpt, corpus, break_step, train):
     whole = train(*LONGER, out="whole")
-    break_step(5, RuntimeError(f"{FAILED}{TIMEOUT}."))
+    break_step(10, RuntimeError(f"{FAILED}{TIMEOUT}."))
     assert mlx_gpt("train", "--data", corpus, *TINY, *LONGER, "--out", "run").code == 1
     break_step(-1, None)
     assert mlx_gpt("train", "--resume", "run").code == 0
@@ -71,8 +71,8 @@ def test_a_run_that_fails_while_it_is_measured_leaves_nothing(mlx_gpt, corpus, b
 
 
 def test_before_the_first_checkpoint_there_is_none(mlx_gpt, corpus, break_step):
-    break_step(5, RuntimeError(f"{FAILED}{HANG}."))
-    answer = mlx_gpt("train", "--data", corpus, *TINY, "--max-steps", "8", "--out", "run")
+    break_step(10, RuntimeError(f"{FAILED}{HANG}."))
+    answer = mlx_gpt("train", "--data", corpus, *TINY, "--max-steps", "12", "--out", "run")
     assert "there is no checkpoint yet. A resumed run keeps its batch" in answer.err
 
 

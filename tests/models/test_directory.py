@@ -170,7 +170,7 @@ def test_a_llama_that_we_save_is_the_one_that_we_read(llama, ids, bpe, tmp_path)
     ("changes", "said"),
     [
         ({"num_hidden_layers": 3}, "no tensor model.layers.2."),
-        ({"hidden_size": 64}, "config.json asks for"),
+        ({"hidden_size": 64}, "no tensor has the `hidden_size`"),
         ({"num_hidden_layers": 10**12}, "layers"),
         ({"num_attention_heads": None}, "can't be read as llama"),
     ],
@@ -273,7 +273,7 @@ def test_a_tensor_that_does_not_fit_is_named(damaged, change, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "llama"}, "config.json says None layers"),
+        ({"model_type": "llama"}, "config.json lacks `hidden_size`"),
         ({"model_type": None}, "describes None"),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, "code of its own"),
         ({"model_file": "modeling.py"}, "code of its own"),
