@@ -93,7 +93,7 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         # MLX raises RuntimeError itself when another rank has gone. mlx.launch then sends SIGTERM, which must not end
         # this process before it has said so.
-        lost = kind is RuntimeError
+        lost = kind is RuntimeError and "MLX_RANK" in os.environ
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if lost and number != signal.SIGINT else handler)
 
