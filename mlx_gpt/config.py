@@ -166,6 +166,11 @@ class Config:
         choices=tuple(PRESETS),
     )
     out: str = setting("", "Folder of the run. [default: weights/<preset>-<name of the data>]")
+    init_from: str = setting(
+        "",
+        "Start from the weights and the tokenizer of this run or model directory instead of nothing.",
+        aliases=("from",),
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()

@@ -90,6 +90,17 @@ def vocab_size(model: nn.Module) -> int:
     return int(model.args.vocab_size)
 
 
+def describe(model: nn.Module) -> str:
+    """The sizes of a model in words."""
+    args: Any = model.args
+    sizes = [
+        (len(model.layers), "layers"),
+        (getattr(args, "n_head", None) or getattr(args, "num_attention_heads", None), "heads"),
+        (getattr(args, "n_embd", None) or getattr(args, "hidden_size", None), "wide"),
+    ]
+    return ", ".join(f"{size} {name}" for size, name in sizes if size)
+
+
 def hidden(model: nn.Module, inputs_bt: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
     """What `head` takes: hidden states (B, T, C), or the logits themselves where a model gives only these."""
     inner: mx.array = (model.hidden if hasattr(model, "hidden") else model)(inputs_bt, cache)

@@ -106,6 +106,13 @@ class Dropout(nn.Module):
         return mx.where(mx.random.bernoulli(1 - self.p, x.shape, key=self._key), x * (1 / (1 - self.p)), 0)
 
 
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Have training drop a fraction `p` wherever the model has a `Dropout`."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.p = p
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether training drops anything."""
     return any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())

@@ -19,6 +19,7 @@ class Plan:
     """The size of a run.
 
     Attributes:
+        sizes: of the model, in words.
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: where it ends at the latest.
@@ -31,6 +32,7 @@ class Plan:
     config: Config
     device: Device
     n_params: int
+    sizes: str
     train_tokens: int
     val_tokens: int
     windows_per_step: int
@@ -51,7 +53,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
-        training, model = self.config.training, self.config.model
+        training = self.config.training
         each = " on each rank" if training.ranks > 1 else ""
         steps = f"{self.total_steps:,}, each of {self.tokens(1):,} tokens"
         steps += f" ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
@@ -60,9 +62,8 @@ class Plan:
         lines = [
             f"Run          {self.config.out}",
             f"Device       {self.device}",
-            f"Model        {self.n_params:,} parameters: {model.n_layer} layers, {model.n_head} heads, "
-            f"{model.n_embd} wide",
-            f"Vocabulary   {model.vocab_size:,} tokens",
+            f"Model        {self.n_params:,} parameters: {self.sizes}",
+            f"Vocabulary   {self.config.model.vocab_size:,} tokens",
             f"Text         {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate",
             f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
             f"{self.tokens(self.total_steps) / self.n_params:.3g} with all epochs",
@@ -124,6 +125,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         config=run.config,
         device=run.device,
         n_params=models.n_params(run.model),
+        sizes=models.describe(run.model) + (f", from {run.config.init_from}" if run.config.init_from else ""),
         train_tokens=len(run.tokens.train),
         val_tokens=len(run.tokens.val),
         windows_per_step=per_step,

@@ -26,6 +26,7 @@ from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
+from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
@@ -148,7 +149,8 @@ def set_up(
         here.prepare()
 
         corpus = ranks.in_turns(lambda: open_data(config, display))
-        chosen = choose_tokenizer(config, begun.source, corpus, display) if ranks.first else None
+        weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
+        chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
         tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding")))
         check_windows(tokens, config.training.seq_len)
@@ -156,12 +158,9 @@ def set_up(
         of_rank_0 = ranks.broadcast(tokens.fingerprint)
         ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
 
+        model = make_model(config, weights, tokenizer)
         # The tokenizer may have fewer entries than were asked for; run.toml keeps what was asked.
-        shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        model = models.create(shape).init_weights(config.training.seed)
-        if begun.source:
-            # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
-            model.update(tree_map(mx.contiguous, load_model(begun.source).parameters()))
+        shape = dataclasses.replace(config.model, vocab_size=models.vocab_size(model))
         progress = Progress(**ranks.broadcast(dataclasses.asdict(begun.progress)))
         return Run(
             settings=config,
@@ -270,15 +269,41 @@ def open_data(config: Config, display: Display) -> Corpus:
     )
 
 
-def choose_tokenizer(config: Config, source: Path | None, corpus: Corpus, display: Display) -> Tokenizer:
-    """The tokenizer of the checkpoint `source`, else the one that the settings name.
+def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, display: Display) -> Tokenizer:
+    """The tokenizer of the model directory `weights`, else the one that the settings name.
 
     Raises:
         UserError: there is none, or it isn't one.
     """
-    if source:
-        return Tokenizer.load(source)
+    if weights:
+        return Tokenizer.load(weights)
     return get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line)
+
+
+def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn.Module:
+    """The network of the model directory `weights`, else a fresh one that the settings describe.
+
+    Raises:
+        UserError: the directory can't be read, or does not fit the tokenizer or the length of the windows.
+    """
+    if not weights:
+        shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        return models.create(shape).init_weights(config.training.seed)
+    model = load_model(weights)
+    if tokenizer.vocab_size > models.vocab_size(model):
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} entries and the weights in {weights} have "
+            f"{models.vocab_size(model):,}: they don't belong together."
+        )
+    if config.training.seq_len > models.context_length(model):
+        raise UserError(
+            f"`seq_len` {config.training.seq_len} is longer than the context of the model in {weights}: use "
+            f"--seq-len {models.context_length(model)} or less."
+        )
+    # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
+    model.update(tree_map(mx.contiguous, model.parameters()))
+    set_dropout(model, config.model.dropout)
+    return model
 
 
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:

@@ -67,6 +67,13 @@ def test_train_tokenizer(train, base):
     assert theirs.config["vocab_size"] == 300
 
 
+def test_train_init_from(train, base):
+    again = train("--init-from", base.folder.resolve(), out="again")
+    assert again.column("val_loss")[0] == pytest.approx(min(base.column("val_loss")), rel=1e-6)
+    same = train("--from", base.folder.resolve(), out="same")
+    assert same.weights == again.weights
+
+
 def test_train_vocab_size(train):
     assert train("--tokenizer", "bpe", "--vocab-size", "290").shape("wte.weight") == (290, 16)
 
