@@ -68,10 +68,13 @@ def test_train_tokenizer(train, base):
 
 
 def test_train_init_from(train, base):
-    again = train("--init-from", base.folder.resolve(), out="again")
+    again = train("--init-from", base.folder.resolve(), "--eval-windows", "0")
     assert again.column("val_loss")[0] == pytest.approx(min(base.column("val_loss")), rel=1e-6)
-    same = train("--from", base.folder.resolve(), out="same")
-    assert same.weights == again.weights
+
+
+def test_train_from(train, base):
+    by_its_short_name = train("--from", base.folder.resolve(), out="one")
+    assert by_its_short_name.weights == train("--init-from", base.folder.resolve(), out="two").weights
 
 
 def test_train_vocab_size(train):
