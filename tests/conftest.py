@@ -23,6 +23,7 @@ from mlx_gpt.config import ModelConfig
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.device import device
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.training import memory
 
 TEXT = "the duck swims in a pond and dives for plants or snails while naïve geese — 鳥 — look on 🦆 don't they"
 
@@ -128,6 +129,13 @@ def eager():
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Steps are not measured before a run, which takes longer than many a run here."""
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01), memory.Trial(2, 2**21, 2**21, 0, 0.01)))
+    monkeypatch.setattr(memory, "measure", lambda run, make_step, training: line)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ import pytest
 from mlx_gpt import cli
 from mlx_gpt.cli.train import StopSignals
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def contents(folder):
     """Return every file with its bytes, except for the cache of prepared corpora, which a mistake may fill."""

@@ -24,6 +24,8 @@ from mlx_gpt.cpu import kernels
 from mlx_gpt.mac import Mac
 from mlx_gpt.presets import PRESETS
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def value(text, name):
     """The number after `name` in a line of a report."""

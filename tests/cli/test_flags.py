@@ -16,6 +16,8 @@ from mlx_gpt.models import base as base_layers
 
 from .conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def flags_of(command):
     """Return the names of all flags of a command."""

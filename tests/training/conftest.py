@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_gpt.training import loop, memory
+from mlx_gpt.training import loop
 
 # Arguments of `loop.train`, which are no settings.
 ARGUMENTS = {"file", "overwrite", "ignore_memory", "dry_run", "around", "network"}
@@ -43,13 +43,6 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Steps are not measured before a run, which takes longer than many a run here."""
-    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01), memory.Trial(2, 2**21, 2**21, 0, 0.01)))
-    monkeypatch.setattr(memory, "measure", lambda run, make_step, training: line)
 
 
 class Silent:
