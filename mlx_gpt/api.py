@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
-from mlx.utils import tree_map
-
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
+import mlx.nn as nn
+
 from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.device import device
 from mlx_gpt.distributed import is_first
@@ -28,13 +30,13 @@ def load(path: str | Path, precision: str = "auto") -> tuple[nn.Module, Tokenize
         precision: "float32", "bfloat16", or "auto" for bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
-        UserError: there is none, or it is damaged or no GPT-2, or there is no such precision.
+        UserError: there is none, it is damaged, or its architecture or the precision is unknown.
     """
     build(TrainingConfig, {"precision": precision})  # says which there are
     folder = model_directory(Path(path))
-    model, here = load_model(folder), device()
-    dtype = here.dtype(precision)
-    model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
+    here = device()
+    here.wire_memory()
+    model = load_model(folder, here.dtype(precision))
     return here.accelerate(model).eval(), load_tokenizer(folder, model)
 
 

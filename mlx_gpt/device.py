@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,12 +77,14 @@ class Device:
         """Set the limits under which this device trains well."""
         # MLX starts operations ahead of the one that runs; near this limit it waits for those before.
         mx.set_memory_limit(self.usable)
-        if self.kind == "metal":
-            # Wired memory is not paged out between two steps. It takes residency sets, so before macOS 15 this does
-            # nothing.
-            mx.set_wired_limit(self.usable)
+        self.wire_memory()
         if self.accelerated:
             streams.prepare()
+
+    def wire_memory(self) -> None:
+        """Keep memory wired on Metal, so that it is not paged out between two steps. It takes macOS 15."""
+        if self.kind == "metal":
+            mx.set_wired_limit(self.usable)
 
     def accelerate(self, module: nn.Module) -> nn.Module:
         """Replace layers by their CPU twins, where that helps; returns `module`."""
@@ -94,12 +96,17 @@ class Device:
         """Return what decodes so many sequences of `model` at a time: itself, unless a CPU has a quicker way."""
         return decoding.decoder(model, sequences) if self.accelerated else model
 
-    def in_slices(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
-        """Compute an additive function of a batch in slices side by side, where that fills the device.
+    def in_slices(self, function: Callable[..., Tree]) -> Callable[..., list[Tree]]:
+        """Compute a function of a batch in slices side by side, where that fills the device; else in one slice.
 
-        `function(parameters, key, *arrays)` is called with slices of the arrays, (B, ...), and its results are added.
+        `function(parameters, key, *arrays)` is called with slices of the arrays, (B, ...). Its results for two slices
+        must add up, with `add`, to the result for both.
         """
-        return streams.in_slices(function) if self.accelerated else function
+        return streams.in_slices(function) if self.accelerated else lambda *arguments: [function(*arguments)]
+
+    def add(self, trees: Sequence[Tree]) -> Tree:
+        """The sum of trees of one structure, such as the results of `in_slices`."""
+        return streams.add(trees)
 
     def update(
         self,

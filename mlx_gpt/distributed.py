@@ -24,6 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
@@ -110,6 +114,8 @@ class Ranks:
 
     def copy(self, arrays: Arrays) -> Arrays:
         """Rank 0's tree of arrays, bit for bit, on every rank; all have the same shapes and dtypes."""
+        if not self._group:
+            return arrays
 
         def bits(array: mx.array) -> mx.array:  # as integers, because -0.0 + 0.0 is 0.0
             flat = array.flatten().view(mx.uint32 if array.itemsize % 4 == 0 else mx.uint8)

@@ -4,6 +4,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -67,9 +71,9 @@ class Evaluator:
         self._model, self._tokens, self._byte_lengths = model, tokens, byte_lengths
         self._seq_len, self._batch_size, self._limit, self._dtype = seq_len, batch_size, limit, dtype
         self._ranks, self._shard = ranks, Shard(ranks.rank, ranks.size)
-        on = on or device()
-        self._objective = on.accelerate(Text()).eval()
-        self._sums = on.in_slices(mx.compile(self._summed_loss))
+        self._device = on or device()
+        self._objective = self._device.accelerate(Text()).eval()
+        self._sums = self._device.in_slices(mx.compile(self._summed_loss))
 
     @property
     def windows(self) -> int:
@@ -92,7 +96,8 @@ class Evaluator:
         """The weighted sum of the losses, in nats, of windows (B, T + 1) with weights (B, T)."""
         parameters, training = self._model.parameters(), self._model.training
         self._model.eval()
-        loss: float = self._sums(parameters, None, mx.array(windows), mx.array(weights)).item()
+        slices = self._sums(parameters, None, mx.array(windows), mx.array(weights))
+        loss: float = self._device.add(slices).item()
         self._model.train(training)
         self._model.update(parameters)
         return loss

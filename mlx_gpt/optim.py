@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
 import mlx.core as mx
 import mlx.optimizers as optim
 

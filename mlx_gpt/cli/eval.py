@@ -11,6 +11,8 @@ from mlx_gpt.config import DataConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.settings import build
 
+LONGEST = 1024  # tokens per window by default, for models whose context is far longer
+
 
 @click.command("eval", cls=SettingsCommand)
 @click.argument("file", required=False)
@@ -38,7 +40,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     config = run_folder.config_of(path)
     positions = models.context_length(network)
     if seq_len is None:
-        seq_len = config.training.seq_len if config else positions
+        seq_len = config.training.seq_len if config else min(positions, LONGEST)
     if not 1 <= seq_len <= positions:
         raise UserError(f"--seq-len must be between 1 and the model's context of {positions} tokens, not {seq_len}.")
     with TemporaryDirectory() as folder:

@@ -83,20 +83,19 @@ def _further_stream(number: int) -> mx.Stream:
     return streams[number]
 
 
-def in_slices(function: Callable[..., Tree]) -> Callable[..., Tree]:
-    """Compute a function of a batch slice by slice, side by side, and add up the results.
+def in_slices(function: Callable[..., Tree]) -> Callable[..., list[Tree]]:
+    """Compute a function of a batch slice by slice, side by side; return the result of each slice.
 
-    `function(parameters, key, *arrays)` must be additive: its results for two halves of the arrays, (B, ...), add up to
-    the result for all. `key` is None or is split.
+    `function(parameters, key, *arrays)` is called with slices of the arrays, (B, ...); `key` is None or is split.
     """
 
-    def compute(parameters: Tree, key: mx.array | None, *arrays: mx.array) -> Tree:
+    def compute(parameters: Tree, key: mx.array | None, *arrays: mx.array) -> list[Tree]:
         count = min(stream_count(), len(arrays[0]))
         divide_cores(count)
         cuts = [round(i * len(arrays[0]) / count) for i in range(1, count)]
         slices = zip(*(mx.split(array, cuts) for array in arrays), strict=True)
         keys = [None] * count if key is None else list(mx.random.split(key, count))
-        return add([function(parameters, k, *s) for k, s in side_by_side(zip(keys, slices, strict=True))])
+        return [function(parameters, k, *s) for k, s in side_by_side(zip(keys, slices, strict=True))]
 
     return compute
 

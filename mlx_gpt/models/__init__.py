@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.errors import UserError, shown
 

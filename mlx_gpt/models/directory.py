@@ -73,6 +73,7 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     Raises:
         OSError: not all of it could be written.
     """
+    mx.eval(arrays)  # what fails in here is not the disk
     try:
         mx.save_safetensors(str(path), arrays, metadata=metadata or {})
         with safe_open(path, framework="np"):
@@ -81,24 +82,27 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         raise OSError(errno.EIO, f"the disk did not take it: {error}") from None
 
 
-def load_model(folder: str | Path) -> nn.Module:
+def load_model(folder: str | Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
     """Read the network of a model directory: any GPT-2's or, with mlx-lm installed, one of its architectures.
+
+    Args:
+        dtype: of the parameters.
 
     Raises:
         UserError: a file is missing, damaged or of another architecture; the sentence names the tensor and the shapes.
     """
     folder = Path(folder)
     config = read_config(folder)
-    model = _load_gpt2(folder, config) if config["model_type"] == "gpt2" else _load_other(folder, config)
+    model = _load_gpt2(folder, config, dtype) if config["model_type"] == "gpt2" else _load_other(folder, config, dtype)
     mx.eval(model.parameters())  # the reader is lazy: have it all while the file is there
     return model
 
 
-def _load_gpt2(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _load_gpt2(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
     args, path = gpt2_args(folder / "config.json", config), folder / "model.safetensors"
     stored = _header(path)
     _check_dimensions(path, args, stored)
-    _check_memory(path, stored)
+    _check_memory(path, stored, dtype)
     expected = _shapes(args)
     _check_shapes(path, stored, expected)
     if surplus := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
@@ -109,11 +113,11 @@ def _load_gpt2(folder: Path, config: dict[str, Any]) -> nn.Module:
     if "lm_head.weight" in arrays and not mx.array_equal(arrays["lm_head.weight"], arrays["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding.")
     weights = model.sanitize(arrays)
-    model.update(tree_unflatten([(name, _laid_out(name, weights[name]).astype(mx.float32)) for name in expected]))
+    model.update(tree_unflatten([(name, _laid_out(name, weights[name]).astype(dtype)) for name in expected]))
     return model
 
 
-def _load_other(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
     """A network of mlx-lm. Only mlx-lm's own code builds it; the directory brings numbers."""
     architecture = models.architecture(config["model_type"])
     paths = sorted(folder.glob("model*.safetensors"))
@@ -123,7 +127,7 @@ def _load_other(folder: Path, config: dict[str, Any]) -> nn.Module:
     for path in paths:
         stored |= _header(path, prefix="")
     _check_sizes(folder / "config.json", config, stored)
-    _check_memory(folder, stored)
+    _check_memory(folder, stored, dtype)
     arrays: dict[str, mx.array] = {}
     for path in paths:
         arrays |= _arrays(path, prefix="")
@@ -135,7 +139,7 @@ def _load_other(folder: Path, config: dict[str, Any]) -> nn.Module:
         _check_shapes(folder, {name: tuple(array.shape) for name, array in weights.items()}, expected)
         if surplus := sorted(weights.keys() - expected.keys()):
             raise UserError(f"{folder} has a tensor {shown(surplus[0])}, which config.json has no place for.")
-        model.load_weights([(name, array.astype(mx.float32)) for name, array in weights.items()])
+        model.load_weights([(name, array.astype(dtype)) for name, array in weights.items()])
     except UserError:
         raise
     except Exception as error:  # mlx-lm's code met numbers that it did not expect
@@ -332,11 +336,11 @@ def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tup
             raise UserError(f"{path}: {asked} asks for more than the {len(stored)} tensors there hold.")
 
 
-def _check_memory(path: Path, stored: Mapping[str, tuple[int, ...]]) -> None:
+def _check_memory(path: Path, stored: Mapping[str, tuple[int, ...]], dtype: mx.Dtype) -> None:
     """Refuse weights that would not fit into memory."""
-    needed, here = 4 * sum(math.prod(shape) for shape in stored.values()), device()
+    needed, here = dtype.size * sum(math.prod(shape) for shape in stored.values()), device()
     if needed > here.memory:
-        sizes = f"{needed / GIB:,.1f} GiB in float32, and {here} can't hold them"
+        sizes = f"{needed / GIB:,.1f} GiB, and {here} can't hold them"
         raise UserError(f"The weights in {path} take {sizes}: take a smaller model.")
 
 

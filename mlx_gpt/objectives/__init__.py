@@ -4,6 +4,10 @@ An objective is called with a model and a batch and returns the loss as a sum ov
 the sum of their weights. So micro-batches and ranks can be added up, and every token weighs the same.
 """
 
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
 import mlx.nn as nn
 
 from mlx_gpt.objectives.text import Text

@@ -31,7 +31,7 @@ from mlx_gpt.training.setup import Run, set_up, take_folder
 Batch = tuple[mx.array, ...]
 """Tokens (B, T + 1), and the weights (B, T) of all but the first."""
 Sums = Any
-"""((sum of losses, sum of weights), gradients of the first)."""
+"""A list, one item for each slice: ((sum of losses, sum of weights), gradients of the first)."""
 
 AVERAGE_DECAY = 0.95  # of the running average that a loss is compared with
 SPIKE = 1.0  # nats above that average make a spike
@@ -139,7 +139,7 @@ def make_step(
         return objective(model, *batch)
 
     def update(parameters: dict, state: dict, sums: Sums, rate: mx.array) -> tuple[tuple[dict, dict], StepResult]:
-        (loss, weight), gradients = sums
+        (loss, weight), gradients = device.add(sums)
         norm = device.global_norm(gradients) / weight
         scale = 1 / weight
         if training.max_grad_norm > 0:
@@ -148,24 +148,26 @@ def make_step(
         sound = mx.isfinite(norm) & mx.isfinite(loss)  # one bad step must not poison the weights for good
         return device.update(optimizer, gradients, parameters, state, rate, sound), StepResult(loss / weight, norm)
 
-    forward_backward = mx.compile(mx.value_and_grad(loss))
-    if not training.grad_checkpoint:  # which saves memory, and each slice has gradients of its own
-        forward_backward = device.in_slices(forward_backward)
+    compiled = mx.compile(mx.value_and_grad(loss))
+    # Each slice has gradients of its own, which recomputed activations are to save the memory of.
+    forward_backward = (lambda *batch: [compiled(*batch)]) if training.grad_checkpoint else device.in_slices(compiled)
     clip_and_update = mx.compile(update)
 
     def step(number: int, rate: float, batches: Iterable[Batch]) -> StepResult:
-        parameters, sums = model.trainable_parameters(), None
+        parameters = model.trainable_parameters()
+        sums: Sums = []
         for i, batch in enumerate(batches):
-            # What dropout drops is a function of (seed, step, micro-step, rank), so that a resume needs no saved state.
+            # What is dropped is a function of (seed, step, micro-step, rank), and on a CPU of how a batch is sliced, so
+            # that a resume on the same machine needs no saved state.
             key = mx.random.key(seed_from(training.seed, number, i * ranks.size + ranks.rank)) if drops else None
             micro_sums = forward_backward(parameters, key, *batch)
-            if sums is not None:
+            if sums:
                 mx.eval(sums)  # or the activations of two micro-batches would be in memory at once
                 micro_sums = tree_map(mx.add, sums, micro_sums)
             sums = micro_sums
             if training.micro_steps > 1 or training.grad_checkpoint:
                 mx.async_eval(sums)
-        sums = ranks.sum(sums)
+        sums = ranks.sum([device.add(sums)] if ranks.size > 1 else sums)
         (parameters, state), result = clip_and_update(parameters, optimizer.state, sums, mx.array(rate))
         del sums, micro_sums
         model.update(parameters)
@@ -270,10 +272,9 @@ def validate(run: Run, step: int, evaluate: Evaluator, display: Display) -> None
     best = run.progress.best_loss
     is_best = math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best)
     run.monitor.log_validation(step, run.plan.epoch(step), run.plan.tokens(step), evaluation, is_best)
-    if is_best:
+    folder = run.folder / "best"
+    if is_best and trouble.guarded(run, f"{folder}", lambda: save_model(folder, run.model, run.tokenizer)):
         run.progress = dataclasses.replace(run.progress, best_loss=evaluation.loss)
-        folder = run.folder / "best"
-        trouble.guarded(run, f"{folder}", lambda: save_model(folder, run.model, run.tokenizer))
     run.monitor.aside(started)
 
 

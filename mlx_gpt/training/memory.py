@@ -116,10 +116,10 @@ def plan_run(
     Raises:
         UserError: it does not fit, or the disk has no room, or the run is over; the sentence says what to change.
     """
-    lines: dict[tuple[int, bool], Line | None] = {}
+    lines: dict[tuple[int, bool, int], Line | None] = {}
 
     def estimate(training: TrainingConfig) -> Estimate | None:
-        key = training.seq_len, training.grad_checkpoint
+        key = training.seq_len, training.grad_checkpoint, min(2, training.micro_steps)
         if key not in lines:
             lines[key] = measure(run, make_step, training)
         line = lines[key]

@@ -15,20 +15,23 @@ TOO_LONG, NO_MEMORY = ("Timeout", "GPU Hang", "Impacting Interactivity"), ("Insu
 METAL_FAILED = re.compile(r"\[METAL\] Command buffer execution failed: (.*)", re.DOTALL)
 
 
-def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False) -> None:
-    """Save on rank 0. If that fails, as on a full disk, warn and train on: everything saved before is still there.
+def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False) -> bool:
+    """Save on rank 0; return whether that succeeded.
+
+    If it fails, as on a full disk, the run warns and trains on: everything saved before is still there.
 
     Raises:
         RunError: saving failed for the third time since it last succeeded, or it was the `last` save of the run; on all
             ranks.
     """
-    end = run.ranks.broadcast(_save(run, name, save, last) if run.ranks.first else "")
+    saved, end = run.ranks.broadcast(_save(run, name, save, last) if run.ranks.first else (False, ""))
     if end:
         raise RunError(end)
+    return saved
 
 
-def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> str:
-    """Save, and return why the run has to end because of it: empty if it can continue."""
+def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[bool, str]:
+    """Save; return whether that succeeded, and why the run has to end because of it: empty if it can continue."""
     try:
         save()
     except OSError as error:
@@ -36,7 +39,7 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> str:
         why = error.strerror or str(error)
         newest = _newest(run)
         if last or run.failed_saves >= MAX_FAILED_SAVES:
-            return (
+            return False, (
                 f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
                 f"Make room, then continue with: mlx-gpt train --resume {run.folder}"
             )
@@ -44,7 +47,8 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> str:
             f"WARNING: {name} could not be saved ({why}); {newest}. Training continues: make room, because it ends "
             f"after {MAX_FAILED_SAVES} failures."
         )
-    return ""
+        return False, ""
+    return True, ""
 
 
 def too_many_bad_steps(run: Run, step: int) -> RunError:

@@ -22,7 +22,10 @@ def test_slices_add_up_to_the_whole(length):
     def sums(parameters, key, x, weights):
         return {"sum": (x * parameters["a"] * weights[:, None]).sum(), "count": weights.sum()}
 
-    whole, parts = sums(parameters, None, x, weights), streams.in_slices(sums)(parameters, None, x, weights)
+    whole, parts = (
+        sums(parameters, None, x, weights),
+        streams.add(streams.in_slices(sums)(parameters, None, x, weights)),
+    )
     np.testing.assert_allclose(parts["sum"], whole["sum"], rtol=1e-6)
     assert parts["count"].item() == whole["count"].item()
 

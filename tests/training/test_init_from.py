@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -31,7 +32,13 @@ def val_losses(run):
 def qwen3(tmp_path, bpe):
     """A directory that transformers wrote, with a tokenizer."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
     config = transformers.Qwen3Config(
         **sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0
     )
