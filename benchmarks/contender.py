@@ -1,4 +1,4 @@
-"""What the programs that train have in common: the clock, and for those on MLX the device."""
+"""The common parts of the programs that train: the clock and, for those on MLX, the device."""
 
 import dataclasses
 import itertools

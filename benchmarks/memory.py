@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 The same step is made in three ways, each in a process of its own, in turns: with a loss that needs all logits at once
-(`train_plain.py`); as `mlx-gpt train` makes it, which computes the logits in chunks; and so with --grad-checkpoint. The
-peak is the largest number of bytes that MLX's arrays held at once, by MLX's own count.
+(`train_plain.py`); as `mlx-gpt train` makes it, which computes the logits in chunks; and in that way with
+--grad-checkpoint. The peak is the largest number of bytes that MLX's arrays held at once, by MLX's own count.
 """
 
 import installed  # noqa: F401  # isort: skip

@@ -1,4 +1,4 @@
-"""What the contenders train: sizes by name, and windows of tokens."""
+"""The work of the contenders: sizes by name, and windows of tokens."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

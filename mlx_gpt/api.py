@@ -1,4 +1,4 @@
-"""What `import mlx_gpt` offers: the commands as functions."""
+"""The functions that `import mlx_gpt` offers: the commands, for use from Python."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +32,7 @@ def load(path: str | Path, precision: str = "auto") -> tuple[nn.Module, Tokenize
     Raises:
         UserError: there is none, it is damaged, or its architecture or the precision is unknown.
     """
-    build(TrainingConfig, {"precision": precision})  # says which there are
+    build(TrainingConfig, {"precision": precision})  # its error says which precisions there are
     folder = model_directory(Path(path))
     here = device()
     here.wire_memory()
@@ -72,14 +72,14 @@ def train(
 
     Args:
         config: a TOML file of settings.
-        resume: a run or checkpoint to go on with, or "newest".
-        overwrite: replace the run that is there.
+        resume: a run or checkpoint to continue, or "newest".
+        overwrite: replace the run that is already in the folder.
         ignore_memory: start even if the run is expected to need more memory than there is.
         echo: called with each line of the log.
         settings: those of `Config` by name: `data`, `preset`, `out`, `max_steps`, ...
 
     Raises:
-        UserError: a setting, the data or a folder is not fit for it; nothing has been changed then.
+        UserError: a setting, the data or a folder cannot be used; in that case nothing has been changed.
     """
     from mlx_gpt.training.loop import train as run_training
 

@@ -28,7 +28,7 @@ def setting(
     """Declare a dataclass field that is also a flag and a TOML key.
 
     Args:
-        default: the value where the user gives none.
+        default: the value if the user gives none.
         help: the sentence that `--help` shows.
         at_least, above, at_most, below: the bounds of a number.
         choices: the only values that are allowed; () allows any.
@@ -65,7 +65,10 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    data: str = setting("", f"Folder, file or `builtin` to train on. [default: {PREPARED} once prepared, else builtin]")
+    data: str = setting(
+        "",
+        f"Folder or file to train on, or `builtin`: a text of Python's. [default: {PREPARED} if there, else builtin]",
+    )
     documents: str = setting(
         "auto",
         "How plain text is cut into documents; auto: by line in a hand-made train.txt, else one per file.",
@@ -91,7 +94,7 @@ class TrainingConfig:
         auto="auto_batch_size",
     )
     auto_batch_size: bool = False  # true until the memory plan has chosen a batch size
-    gradient_accumulation_steps: int = setting(4, "Micro-steps whose gradients make one step.", at_least=1)
+    gradient_accumulation_steps: int = setting(4, "Micro-steps per step; their gradients are added up.", at_least=1)
     grad_checkpoint: bool = setting(
         False, "Compute each block's activations twice instead of keeping them: less memory, more time."
     )
@@ -101,7 +104,7 @@ class TrainingConfig:
     learning_rate: float = setting(3e-4, "Highest learning rate, reached after the warm-up.", above=0)
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)
     warmup_steps: int | None = setting(
-        None, "Steps in which the rate rises to its highest. [default: a tenth of all, 100 at most]", at_least=0
+        None, "Steps over which the rate rises to its highest value. [default: a tenth of all, 100 at most]", at_least=0
     )
     schedule: str = setting(
         "cosine",
@@ -111,7 +114,7 @@ class TrainingConfig:
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", at_least=0, below=1)
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only.", at_least=0)
-    max_grad_norm: float = setting(1.0, "Clip the gradients' global norm to this; 0 does not clip.", at_least=0)
+    max_grad_norm: float = setting(1.0, "Clip the gradients' global norm to this; 0 turns this off.", at_least=0)
     log_every: int = setting(100, "Steps between two lines of the log.", at_least=1)
     eval_every: int = setting(500, "Steps between two evaluations.", at_least=1)
     eval_windows: int = setting(1024, "Validation windows per evaluation, always the same; 0 takes all.", at_least=0)
@@ -127,10 +130,10 @@ class TrainingConfig:
     )
     report_to: tuple[str, ...] = setting(
         (),
-        "Also send the metrics there; may be given several times. none stops what the run started with.",
+        "Also send the metrics to this service; may be given several times. none turns off the run's services.",
         choices=("tensorboard", "wandb", "none"),
     )
-    seed: int = setting(1337, "Decides initial weights, order of the text and dropout.", at_least=0, below=2**63)
+    seed: int = setting(1337, "Decides initial weights, the order of the text, and dropout.", at_least=0, below=2**63)
     # The ranks that share each step. Not a setting, because a run may be resumed with another number of them.
     ranks: int = 1
 
@@ -187,24 +190,33 @@ class GenerationConfig:
     temperature: float = setting(
         0.8, "Below 1 is safer, above 1 is bolder; 0 always takes the likeliest token.", at_least=0
     )
-    top_k: int = setting(50, "Sample among this many likeliest tokens; 0 is off.", at_least=0)
+    top_k: int = setting(50, "Sample from this many of the likeliest tokens; 0 turns this off.", at_least=0)
     top_p: float = setting(
-        0.95, "Sample among the likeliest tokens that together have this probability; 1 is off.", above=0, at_most=1
+        0.95,
+        "Sample from the likeliest tokens that together have this probability; 1 turns this off.",
+        above=0,
+        at_most=1,
     )
     min_p: float = setting(
         0.0,
-        "Leave out tokens less likely than this fraction of the likeliest token's probability; 0 is off.",
+        "Leave out tokens less likely than this fraction of the likeliest token's probability; 0 turns this off.",
         at_least=0,
         at_most=1,
     )
     repetition_penalty: float = setting(
-        1.2, "Above 1 makes tokens that are already in the text rarer; 1 is off.", above=0
+        1.2, "Above 1 makes tokens that are already in the text rarer; 1 turns this off.", above=0
     )
     presence_penalty: float = setting(
-        0.0, "Subtracted from the logit of a token that is already in the text; 0 is off.", at_least=-2, at_most=2
+        0.0,
+        "Subtracted from the logit of a token that is already in the text; 0 turns this off.",
+        at_least=-2,
+        at_most=2,
     )
     frequency_penalty: float = setting(
-        0.0, "Subtracted from a token's logit for each time it is in the text; 0 is off.", at_least=-2, at_most=2
+        0.0,
+        "Subtracted from a token's logit once for each time that it is in the text; 0 turns this off.",
+        at_least=-2,
+        at_most=2,
     )
     seed: int | None = setting(
         None, "The same seed gives the same text. [default: a new one each time]", at_least=0, below=2**63

@@ -1,8 +1,8 @@
 """The device that a process computes on, and everything that differs between Metal, CUDA and the CPU.
 
-`MLX_GPT_DEVICE` chooses it: `cpu` or `gpu`; by default MLX chooses. `MLX_GPT_ACCELERATION=off` leaves out what makes a
-CPU quick (`mlx_gpt.cpu`), so that a CPU takes the path that a GPU takes. Both are read when this module is imported,
-which has to come before the first import of `mlx`, or a tuned BLAS can't take its place.
+`MLX_GPT_DEVICE` chooses the device: `cpu` or `gpu`; by default MLX chooses. `MLX_GPT_ACCELERATION=off` switches off the
+code that makes a CPU fast (`mlx_gpt.cpu`), so that a CPU takes the path that a GPU takes. Both are read when this
+module is imported. That must come before the first import of `mlx`, because a tuned BLAS can be loaded only before it.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Device:
-    """What a run needs to know of the device that it computes on, and what the device does in a way of its own.
+    """The facts that a run needs about its device, and the operations that this device does in its own way.
 
     Attributes:
-        name: as the system calls it.
+        name: the system's name for it.
         memory: bytes that the device has.
         usable: bytes that a run may take.
         accelerated: whether a CPU computes with the twins in `mlx_gpt.cpu`.
@@ -65,7 +65,7 @@ class Device:
         return CHUNK_CPU if self.kind == "cpu" else CHUNK_GPU
 
     def dtype(self, precision: str) -> mx.Dtype:
-        """The dtype of the forward and backward pass for the setting `precision`.
+        """Return the dtype of the forward and backward pass for the setting `precision`.
 
         `auto` is bfloat16 on a GPU. On the CPU bfloat16 products bypass the BLAS and are dozens of times slower.
         """
@@ -75,7 +75,7 @@ class Device:
 
     def prepare(self) -> None:
         """Set the limits under which this device trains well."""
-        # MLX starts operations ahead of the one that runs; near this limit it waits for those before.
+        # MLX starts operations before earlier ones have ended; near this limit it waits for the earlier ones.
         mx.set_memory_limit(self.usable)
         self.wire_memory()
         if self.accelerated:
@@ -93,7 +93,7 @@ class Device:
         return module
 
     def decoder(self, model: nn.Module, sequences: int) -> Any:
-        """Return what decodes so many sequences of `model` at a time: itself, unless a CPU has a quicker way."""
+        """Return a module that decodes this many sequences at a time: `model` itself, or a faster one on a CPU."""
         return decoding.decoder(model, sequences) if self.accelerated else model
 
     def in_slices(self, function: Callable[..., Tree]) -> Callable[..., list[Tree]]:
@@ -117,7 +117,7 @@ class Device:
         rate: mx.array,
         sound: mx.array,
     ) -> tuple[dict, dict]:
-        """The parameters and the optimizer's state after an update; as they were where `sound` is false.
+        """Return the parameters and the optimizer's state after an update, or unchanged if `sound` is false.
 
         Args:
             state: the optimizer's, before the update.
@@ -131,13 +131,14 @@ class Device:
         return tree_map(lambda new, old: mx.where(sound, new, old), new, (parameters, state))
 
     def global_norm(self, gradients: Tree) -> mx.array:
-        """The Euclidean norm of all gradients together."""
+        """Return the Euclidean norm of all gradients together."""
         if self.accelerated:
             return streams.global_norm(gradients)
         return mx.sqrt(sum(gradient.square().sum() for _, gradient in tree_flatten(gradients)))
 
     def share_host(self, number: int, processes_here: int) -> "Device":
-        """Take part `number` of a host where several processes compute; return the device with its part of the memory.
+        """Take share `number` of a host on which several processes compute; return the device with its share of the
+        memory.
 
         On CUDA `mlx.launch` gives each process a GPU of its own.
         """
@@ -151,15 +152,15 @@ class Device:
 
 
 def device() -> Device:
-    """The device that MLX computes on by default.
+    """Return the device that MLX computes on by default.
 
     Raises:
-        UserError: `MLX_GPT_DEVICE` names none that is here, or `MLX_GPT_BLAS` a library that could not be loaded.
+        UserError: `MLX_GPT_DEVICE` names a device that is not here, or `MLX_GPT_BLAS` a library that does not load.
     """
     if WANTED not in ("", "cpu", "gpu"):
-        raise UserError(f"MLX_GPT_DEVICE={WANTED} is no device: set it to cpu or gpu, or leave it out.")
+        raise UserError(f"MLX_GPT_DEVICE={WANTED} is not a device: set it to cpu or gpu, or unset it.")
     if WANTED == "gpu" and not mx.is_available(mx.gpu):
-        raise UserError("MLX_GPT_DEVICE=gpu, but MLX finds no GPU here: leave it out, or run `mlx-gpt doctor`.")
+        raise UserError("MLX_GPT_DEVICE=gpu, but MLX finds no GPU here: unset it, or run `mlx-gpt doctor`.")
     if blas.problem:
         raise UserError(blas.problem)
     on_gpu = mx.default_device() == mx.gpu
@@ -168,10 +169,10 @@ def device() -> Device:
 
 
 def describe(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> Device:
-    """The device that `mx.device_info()` describes."""
+    """Return the device that `mx.device_info()` describes."""
     name = str(info.get("device_name", platform.processor() or platform.machine()))
     if on_metal:
-        # Beyond this Metal starts to swap, and at the end of memory the process dies without a Python exception.
+        # Above this size Metal starts to swap, and when memory runs out the process dies without a Python exception.
         return Device("metal", name, int(info["memory_size"]), int(info["max_recommended_working_set_size"]))
     if on_cuda:
         total = int(info.get("total_memory", info.get("memory_size", 0)))
@@ -182,7 +183,8 @@ def describe(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> Devic
 
 
 def available(root: Path = Path("/")) -> int:
-    """Bytes that Linux could give to this program now, caches that it would drop included; 0 where it doesn't say.
+    """Return the bytes that Linux could give this program now, including caches that it would drop; 0 if it doesn't
+    say.
 
     A container's limit counts too (cgroup v2, or v1).
     """

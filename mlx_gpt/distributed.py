@@ -1,4 +1,4 @@
-"""The processes that train one model together: `mlx.launch` starts and ends them, each is a *rank* with a number.
+"""The processes that train one model together. `mlx.launch` starts and ends them; each is a *rank* and has a number.
 
 Everything travels through `mx.distributed`: ring, JACCL or NCCL, whichever `mlx.launch` has set up. Rank 0 decides,
 writes and reports; the others follow.
@@ -6,7 +6,7 @@ writes and reports; the others follow.
 When a rank exits with an error or is killed, `mlx.launch` sends SIGTERM to the others. On a ring they also notice by
 themselves, since an exchange with a rank that has gone raises an error. JACCL and NCCL may wait for it forever, and
 Python handles no signal during that wait, so a thread ends the process 30 seconds after the first signal, or soon after
-the second. It knows of the waits inside `Ranks` only: on CUDA, where `sum` does not wait, the next `any` has to.
+the second. The thread knows only of the waits inside `Ranks`: on CUDA `sum` does not wait, so the next `any` must.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ MESSAGE = 2**25  # bytes: large enough to travel well, small beside the memory
 STUCK = 30.0  # seconds that a wait for the other ranks may last after a signal
 HEAD_START = 10.0  # seconds for rank 0 to report an error that all ranks have met
 LOST = (
-    "Another rank has ended, so this run cannot continue. Everything saved so far is whole: continue with "
+    "Another rank has ended, so this run cannot continue. Everything saved so far is complete: continue with "
     "mlx-gpt train --resume, on as many ranks as you like."
 )
 
 
 class Ranks:
-    """The ranks as one of them sees them; without a group, a process alone.
+    """The ranks, as one of them sees them. Without a group, this is a single process.
 
     Attributes:
-        rank: this one's number, from 0.
+        rank: the number of this rank, from 0.
         size: the number of ranks.
         here: the number of ranks on this host.
-        number_here: this one's number among them, from 0.
+        number_here: the number of this rank among those on this host, from 0.
     """
 
     rank, size, here, number_here = 0, 1, 1, 0
@@ -74,17 +74,17 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, value: Value) -> Value:
-        """Rank 0's value, which JSON can hold, on every rank."""
+        """Return rank 0's value, which JSON must be able to represent, on every rank."""
         return self._gather(value if self.first else None)[0]
 
     def total(self, *numbers: float) -> list[float]:
-        """The sum of each number over the ranks, in float64 and the same to the bit on all."""
+        """Return the sum of each number over the ranks, in float64 and the same to the bit on all ranks."""
         return [sum(map(float, column)) for column in zip(*self._gather([*map(float, numbers)]), strict=True)]
 
     def any(self, *wishes: bool) -> Sequence[bool]:
-        """Whether any rank has each of these wishes. All ranks call it after each step.
+        """Return, for each of these wishes, whether any rank has it. All ranks call this after each step.
 
-        Several ranks get the answer of the step before, so that no step waits for it.
+        If there are several ranks, the answer is that of the step before, so that no step waits for it.
         """
         if not self._group:
             return wishes
@@ -93,7 +93,7 @@ class Ranks:
         return [False] * len(wishes) if before is None else [count > 0 for count in self._wait(before).tolist()]
 
     def sum(self, arrays: Arrays) -> Arrays:
-        """The sum of a tree of arrays over the ranks, the same to the bit on all. Only CUDA computes it later."""
+        """Return the sum of a tree of arrays over the ranks, the same to the bit on all. Only CUDA defers it."""
         if not self._group:
             return arrays
         on_cuda = mx.default_device() == mx.gpu and mx.cuda.is_available()
@@ -113,7 +113,7 @@ class Ranks:
         return tree_unflatten([(name, sums[name]) for name, _ in leaves])
 
     def copy(self, arrays: Arrays) -> Arrays:
-        """Rank 0's tree of arrays, bit for bit, on every rank; all have the same shapes and dtypes."""
+        """Return rank 0's tree of arrays, bit for bit, on every rank. All ranks have the same shapes and dtypes."""
         if not self._group:
             return arrays
 
@@ -125,10 +125,10 @@ class Ranks:
         return tree_map(lambda copy, array: copy.view(array.dtype).reshape(array.shape), copies, arrays)
 
     def in_turns(self, work: Callable[[], Value]) -> Value:
-        """Do `work` on one rank of each host, then on the others, which find there what that one has prepared.
+        """Do `work` on one rank of each host, then on the other ranks, which find what the first one has prepared.
 
         Raises:
-            UserError: `work` raised it on some rank; then all ranks raise it.
+            UserError: `work` raised it on one of the ranks; then all ranks raise it.
         """
         if not self._group:
             return work()
@@ -154,7 +154,7 @@ class Ranks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Wait until the others leave, too. A rank that leaves with an error has to exit, which ends all ranks.
+        """Wait until the other ranks leave, too. A rank that leaves with an error must exit, which ends all ranks.
 
         Raises:
             RunError: in place of MLX's error, when another rank has ended before.
@@ -168,10 +168,11 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # another rank has ended, but this one is done
                 self.total()
         if isinstance(error, UserError | RunError) and not self.first:
-            time.sleep(HEAD_START)  # all ranks have met it: rank 0 reports it, and mlx.launch ends this one meanwhile
+            # All ranks have this error: rank 0 reports it, and mlx.launch ends this rank meanwhile.
+            time.sleep(HEAD_START)
         if str(error).startswith(("[ring]", "[jaccl]", "[nccl]")):
-            # Rank 0 reports it, and rank 1 in case rank 0 is the one that was killed. Before the first step rank 0 ends
-            # because of a user's mistake, which it has reported.
+            # Rank 0 reports the error, and so does rank 1, in case rank 0 was killed. Before the first step, rank 0
+            # ends only after it has reported a user's mistake.
             if self.first or (self.rank == 1 and self._wishes is not None):
                 raise RunError(LOST) from None
             raise SystemExit(1) from None
@@ -197,7 +198,7 @@ class Ranks:
         return arrays[0]
 
     def _gather(self, value: Any) -> list[Any]:
-        """Every rank's value, which JSON can hold, in the order of the ranks."""
+        """Return every rank's value, which JSON must be able to represent, in the order of the ranks."""
         if not self._group:
             return [value]
         data = json.dumps(value).encode()
@@ -208,7 +209,7 @@ class Ranks:
 
 
 def _messages(leaves: Sequence[tuple[str, mx.array]]) -> Iterator[list[tuple[str, mx.array]]]:
-    """Named arrays in groups of one dtype and of about `MESSAGE` bytes, in an order that all ranks share."""
+    """Yield named arrays in groups of one dtype and of about `MESSAGE` bytes, in the same order on all ranks."""
     ordered = sorted(leaves, key=lambda leaf: (str(leaf[1].dtype), leaf[0]))
     ends = itertools.accumulate(array.nbytes for _, array in ordered)
     # An array belongs to the message in which it ends.
@@ -218,12 +219,12 @@ def _messages(leaves: Sequence[tuple[str, mx.array]]) -> Iterator[list[tuple[str
 
 
 def is_first() -> bool:
-    """Whether this is rank 0; works before the ranks have met."""
+    """Return whether this is rank 0; works before the ranks have met."""
     return os.environ.get("MLX_RANK", "0") == "0"
 
 
 def join() -> Ranks:
-    """Meet the other ranks that `mlx.launch` has started; a process that it has not started is alone.
+    """Meet the other ranks that `mlx.launch` has started. Without `mlx.launch`, the process is alone.
 
     Raises:
         RunError: the others cannot be reached.

@@ -1,4 +1,4 @@
-"""Errors, and the sentences in which people read them."""
+"""Errors, and the sentences that explain them to people."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ def in_a_sentence(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return "Interrupted.", 130
     return (
-        f"Something unforeseen went wrong ({type(error).__name__}: {error}). "
+        f"An unexpected error occurred ({type(error).__name__}: {error}). "
         "MLX_GPT_TRACEBACK=1 shows where; please report it.",
         1,
     )
@@ -55,7 +55,7 @@ def explain_os_error(error: OSError, task: str = "") -> str:
     if path and isinstance(error, FileNotFoundError):
         return f"There is no file or folder {path}: check the name."
     if path and isinstance(error, PermissionError):
-        return f"There is no permission to use {path}{therefore}: change its permissions or choose another."
+        return f"You have no permission to use {path}{therefore}: change its permissions or choose another."
     if path and isinstance(error, NotADirectoryError | FileExistsError):
         return f"A file is in the way of the folder {path}{therefore}: move it away or choose another path."
     reason = ": ".join(str(part) for part in (error.strerror or error or type(error).__name__, path) if part)

@@ -25,7 +25,7 @@ class Evaluation:
 
     Attributes:
         loss: mean cross-entropy per token, in nats.
-        tokens: how many were predicted.
+        tokens: number of predicted tokens.
         text_bytes: UTF-8 bytes of their text.
     """
 
@@ -51,8 +51,8 @@ class Evaluator:
         tokens: (tokens,) ids of the text.
         byte_lengths: (vocab_size,) UTF-8 bytes of each id.
         limit: take only this many windows, spread evenly; 0 takes all.
-        dtype: to compute in; None for that of the parameters.
-        ranks: share the windows, and all get the result.
+        dtype: the type to compute in; None for that of the parameters.
+        ranks: the ranks, which share the windows and all get the result.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Evaluator:
 
     @property
     def windows(self) -> int:
-        """How many windows this rank takes in one evaluation."""
+        """The number of windows that this rank reads in one evaluation."""
         return len(validation_windows(self._tokens, self._seq_len, self._limit, self._shard))
 
     def __call__(self, progress: Callable[[int], None] = lambda windows: None) -> Evaluation:
@@ -93,7 +93,7 @@ class Evaluator:
         return Evaluation(nats / counts[0], *map(int, counts))
 
     def summed_loss(self, windows: np.ndarray, weights: np.ndarray) -> float:
-        """The weighted sum of the losses, in nats, of windows (B, T + 1) with weights (B, T)."""
+        """Return the weighted sum of the losses, in nats, of windows (B, T + 1) with weights (B, T)."""
         parameters, training = self._model.parameters(), self._model.training
         self._model.eval()
         slices = self._sums(parameters, None, mx.array(windows), mx.array(weights))

@@ -1,4 +1,4 @@
-"""What macOS knows of a Mac and MLX does not report: GPU cores, the system's version, the limit for wired memory."""
+"""Facts that macOS knows and MLX does not report: GPU cores, the system's version, the limit for wired memory."""
 
 import json
 import re
@@ -13,7 +13,7 @@ WIRED_FROM = (15,)  # residency sets, which keep memory wired, came with this ma
 
 @dataclass(frozen=True)
 class Mac:
-    """A Mac, as far as its commands answered.
+    """The facts about a Mac, as far as its commands report them.
 
     Attributes:
         chip: such as "Apple M3 Max".
@@ -28,13 +28,13 @@ class Mac:
 
     @property
     def has_matrix_units(self) -> bool:
-        """Whether the GPU has units for matrix products ("neural accelerators"), as from the M5 on."""
+        """Whether the GPU has units for matrix products ("neural accelerators"), as the M5 and later chips do."""
         found = re.match(r"Apple M(\d+)\b", self.chip)
         return found is not None and int(found[1]) >= MATRIX_UNITS
 
     @property
     def uses_matrix_units(self) -> bool:
-        """Whether MLX reaches these units."""
+        """Whether MLX can use these units."""
         return self.has_matrix_units and self.macos >= MATRIX_UNITS_FROM
 
     @property
@@ -44,7 +44,7 @@ class Mac:
 
 
 def output(*command: str) -> str:
-    """What a command prints, or nothing if it fails or is not there."""
+    """Return what a command prints, or "" if it fails or is missing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -52,7 +52,7 @@ def output(*command: str) -> str:
 
 
 def look(run: Callable[..., str] = output) -> Mac:
-    """Ask macOS; `run` returns what a command prints."""
+    """Ask macOS for the facts; `run` returns what a command prints."""
     return Mac(
         chip=run("sysctl", "-n", "machdep.cpu.brand_string"),
         gpu_cores=gpu_cores(run("system_profiler", "SPDisplaysDataType", "-json")),
@@ -62,7 +62,7 @@ def look(run: Callable[..., str] = output) -> Mac:
 
 
 def gpu_cores(report: str) -> int | None:
-    """The cores of the first GPU that has some in `system_profiler SPDisplaysDataType -json`."""
+    """Return the cores of the first GPU that reports some in `system_profiler SPDisplaysDataType -json`."""
     try:
         displays = json.loads(report)["SPDisplaysDataType"]
         return next((int(gpu["sppci_cores"]) for gpu in displays if "sppci_cores" in gpu), None)
@@ -71,10 +71,10 @@ def gpu_cores(report: str) -> int | None:
 
 
 def version(text: str) -> tuple[int, ...]:
-    """The numbers of a version such as "26.2.1"; none where the text is no version."""
+    """Return the numbers of a version such as "26.2.1", or () if the text is not a version."""
     return tuple(map(int, text.split("."))) if re.fullmatch(r"\d+(\.\d+)*", text) else ()
 
 
 def number(text: str) -> int | None:
-    """A whole number, or None."""
+    """Return the text as a whole number, or None if it is not one."""
     return int(text) if text.isdecimal() else None

@@ -25,9 +25,9 @@ def make_optimizer(training: TrainingConfig) -> optim.MultiOptimizer:
 
 
 def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
-    """The learning rate of step 0, 1, ... `total_steps` - 1: a linear warm-up, then down to `min_lr`.
+    """Return the learning rate of step 0, 1, ... `total_steps` - 1: a linear warm-up, then down to `min_lr`.
 
-    It is a function of the step alone, so a run that is resumed or that skips a step keeps to it.
+    It depends only on the step, so it stays the same when a run is resumed or skips a step.
     """
     highest = training.learning_rate
     lowest = highest / 10 if training.min_lr is None else training.min_lr
@@ -39,7 +39,7 @@ def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
         "constant": lambda: lambda step: mx.array(highest),
         "wsd": lambda: _stable_then_linear(highest, lowest, decay_steps),
     }[training.schedule]()
-    # From the first step on the rate is above 0, or that step would change nothing.
+    # The rate is above 0 from the first step on, because otherwise that step would change nothing.
     rising = optim.linear_schedule(highest / (warmup + 1), highest, max(1, warmup))
     joined = optim.join_schedules([rising, falling], [warmup])
 
@@ -51,7 +51,10 @@ def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
 
 
 def _stable_then_linear(highest: float, lowest: float, steps: int) -> Callable[[mx.array], mx.array]:
-    """The highest rate for four fifths of the steps, then linear (Hu et al. 2024, MiniCPM, arXiv:2404.06395)."""
+    """Return the highest rate for four fifths of the steps, then a linear decay.
+
+    Source: Hu et al. 2024, MiniCPM, arXiv:2404.06395.
+    """
     stable = 4 * steps // 5
     down = optim.linear_schedule(highest, lowest, steps - stable)
     return optim.join_schedules([lambda step: mx.array(highest), down], [stable])

@@ -1,6 +1,6 @@
-"""Which packages brought the library that MLX runs on.
+"""Finds the packages that installed the library that MLX runs on.
 
-On Linux `mlx` itself holds no backend: `mlx-cpu`, `mlx-cuda-12` and `mlx-cuda-13` each install `mlx/lib/libmlx.so`, the
+On Linux `mlx` itself has no backend: `mlx-cpu`, `mlx-cuda-12` and `mlx-cuda-13` each install `mlx/lib/libmlx.so`, the
 same file. An environment should have one of them. pip does not notice a second one, and uninstalling either deletes the
 file of the other.
 """
@@ -11,7 +11,7 @@ LIBRARY = "mlx/lib/libmlx.so"
 
 
 def backends() -> dict[str, str]:
-    """The installed distributions that own MLX's library, each with its version. On a Mac there is none."""
+    """Return the installed distributions that own MLX's library, each with its version. On a Mac there are none."""
     owners = {}
     for distribution in importlib.metadata.distributions():
         record = distribution.read_text("RECORD") or ""
@@ -21,9 +21,10 @@ def backends() -> dict[str, str]:
 
 
 def backend_conflict() -> str | None:
-    """A sentence that says which backends overwrite each other and the commands that leave one, if there are several.
+    """Return a sentence that names the backends that overwrite each other, and the commands that leave one of them.
 
-    The CUDA backend stays, since `mlx-cpu` comes with every installation and CUDA only for the asking.
+    Without a conflict, return None. The CUDA backend stays, since every installation has `mlx-cpu`, but CUDA only on
+    request.
     """
     installed = backends()
     if len(installed) < 2:

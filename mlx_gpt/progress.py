@@ -1,4 +1,4 @@
-"""The lines and progress bars in which a person follows the work."""
+"""The lines and progress bars that show a person how the work proceeds."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -7,7 +7,7 @@ Echo = Callable[[str], object]
 """Called with each line for the person, without a line end."""
 
 ByteProgress = Callable[[int, int], object]
-"""Called now and then with the bytes done and the bytes in all."""
+"""Called now and then with the number of bytes done and the total number."""
 
 
 def ignore_line(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Flags, TOML keys and keyword arguments to configs, checked against the declarations in config.py.
+"""Turns flags, TOML keys and keyword arguments into configs, checked against the declarations in config.py.
 
 A value comes from the first of these that has it: flag, file, preset, default.
 """
@@ -141,7 +141,7 @@ def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _wrong(value: Any, setting: Setting) -> str:
-    """Return what the value should have been; "" if it is fine."""
+    """Return what the value should have been; "" if it is valid."""
     kind, metadata = setting.kind, setting.metadata
     if (value is None and setting.default is None) or value == "" == setting.default:
         return ""
@@ -167,7 +167,7 @@ def _wrong(value: Any, setting: Setting) -> str:
 
 def _wrong_list(value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
-        return "a list of texts"
+        return "a list of strings"
     return "" if not choices or set(value) <= set(choices) else f"a list of {', '.join(choices)}"
 
 

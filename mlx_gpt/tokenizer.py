@@ -1,4 +1,4 @@
-"""Text to token ids and back, built on the `tokenizers` library."""
+"""Turns text into token ids and back, with the `tokenizers` library."""
 
 import codecs
 import contextlib
@@ -15,8 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mlx_gpt.errors import UserError, explain_os_error, shown
 
 END_OF_TEXT = "<|endoftext|>"
-CANNOT_ENCODE = "The tokenizer can't encode this text, use another one"
-CANNOT_DECODE = "The tokenizer can't decode its ids, use another one"
+CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
+CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
 
 # White space as Unicode and the library define it. Python's own \s has four more control characters.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -32,7 +32,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: one more than the highest id.
-        end_of_text: the id that ends a document, which is that of `<|endoftext|>` unless a model names another.
+        end_of_text: the id that ends a document: the id of `<|endoftext|>`, unless a model names another.
     """
 
     def __init__(self, backend: HFTokenizer, end_of_text: int | None = None) -> None:
@@ -118,7 +118,7 @@ class Tokenizer:
 
         Args:
             text: any text.
-            special: turn the names of special tokens into these tokens, as the text of a chat template needs it.
+            special: turn the names of special tokens into these tokens, which the text of a chat template needs.
 
         Raises:
             UserError: the text is not valid Unicode, because it has half of a surrogate pair, or the tokenizer cannot
@@ -186,7 +186,7 @@ class Tokenizer:
 
     @functools.cached_property
     def splits_like_gpt2(self) -> bool:
-        """Whether text is split into words exactly as by GPT-2, and each word is then encoded by itself."""
+        """Whether text is split into words exactly as GPT-2 does, and each word is then encoded by itself."""
         split = self.backend.pre_tokenizer
         return (
             isinstance(split, pre_tokenizers.ByteLevel)

@@ -1,6 +1,6 @@
-"""What the ranks of test_distributed.py run: a function of this file and its arguments.
+"""The program that the ranks of test_distributed.py run: it calls a function of this file with arguments.
 
-A rank works in the folder `host<rank>` where there is one, as if it had a host to itself.
+A rank works in the folder `host<rank>` if there is one, as if it had a host to itself.
 """
 
 import hashlib

@@ -135,7 +135,7 @@ def test_all_wrong_settings_are_reported_at_once(data):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(mlx_gpt.UserError, match=r"There is no .*none"):
         mlx_gpt.load(tmp_path / "none")
-    with pytest.raises(mlx_gpt.UserError, match="no run and no model directory"):
+    with pytest.raises(mlx_gpt.UserError, match="not a run or a model directory"):
         mlx_gpt.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The device: how it is found, what a run may take of it, and what is set before it trains."""
+"""The device is found, a run learns what it may take, and limits are set before it trains."""
 
 import dataclasses
 import os
@@ -47,7 +47,7 @@ def test_the_cpu_has_a_name_and_the_memory_of_this_machine():
 
 @pytest.mark.parametrize(
     ("wanted", "said"),
-    [("tpu", "MLX_GPT_DEVICE=tpu is no device"), ("gpu", "MLX_GPT_DEVICE=gpu, but MLX finds no GPU here")],
+    [("tpu", "MLX_GPT_DEVICE=tpu is not a device"), ("gpu", "MLX_GPT_DEVICE=gpu, but MLX finds no GPU here")],
 )
 def test_a_device_that_is_not_here_is_refused(monkeypatch, wanted, said):
     monkeypatch.setattr(mlx_gpt.device, "WANTED", wanted)

@@ -1,4 +1,4 @@
-"""What macOS' own commands say is understood, whatever they say. The answers are written after their formats."""
+"""The output of macOS's own commands is understood, whatever it says. The samples follow the commands' formats."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""`make` finds a Python that serves, or says which one to get before anything is made."""
+"""`make` finds a suitable Python, or says which one to get before it makes anything."""
 
 import os
 import shutil

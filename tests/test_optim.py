@@ -1,4 +1,4 @@
-"""AdamW makes the updates of PyTorch's, and the learning rate turns where it should."""
+"""AdamW makes the same updates as PyTorch's, and the learning rate rises and falls where it should."""
 
 import dataclasses
 

@@ -26,7 +26,7 @@ class LazyGroup(click.Group):
     """A group that imports each command only when it runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands, in the order in which a person needs them."""
+        """Return the names of the commands, in the order in which a user needs them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except click.ClickException as error:
         if os.environ.get("MLX_RANK", "0") != "0":
-            time.sleep(10)  # all ranks have met it: rank 0 reports it, and mlx.launch ends this one meanwhile
+            time.sleep(10)  # all ranks have this error: rank 0 reports it, and mlx.launch ends this rank meanwhile
         return _report(error.format_message(), 2)
     except click.Abort:
         return _report(*in_a_sentence(KeyboardInterrupt()))

@@ -15,7 +15,7 @@ from mlx_gpt.settings import build, flat, settings_of
 from mlx_gpt.tokenizer import Tokenizer
 
 HELP = """Write the beginning of a text and press Enter: the model continues it.
-Ctrl-C stops an answer, Ctrl-D leaves, the arrow keys bring back earlier lines.
+Ctrl-C stops a text, Ctrl-D quits, and the arrow keys bring back earlier lines.
 /settings      show the settings
 /help          show this
 /NAME VALUE    change a setting, such as /temperature 0.9; the names are:"""
@@ -26,9 +26,9 @@ def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() line editing and history
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are not text then cause an error message later, not an exception here.
+        # With this, bytes that are not text cause an error message later, not an exception here.
         sys.stdin.reconfigure(errors="surrogateescape")
-    click.echo("Write the beginning of a text. /help shows the commands, Ctrl-D leaves.", err=True)
+    click.echo("Write the beginning of a text. /help shows the commands, Ctrl-D quits.", err=True)
     while True:
         try:
             line = input("> ").strip()
@@ -36,7 +36,7 @@ def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
             click.echo()
             return
         except KeyboardInterrupt:
-            click.echo("\nCtrl-D leaves.", err=True)
+            click.echo("\nCtrl-D quits.", err=True)
             continue
         try:
             if line.startswith("/"):
@@ -50,7 +50,7 @@ def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
 
 
 def obey(line: str, config: GenerationConfig) -> GenerationConfig:
-    """Carry out a command such as `/temperature 0.9` and return the settings after it.
+    """Carry out a command such as `/temperature 0.9` and return the changed settings.
 
     Raises:
         UserError: there is no such command, or its value is not allowed.
@@ -77,7 +77,7 @@ def obey(line: str, config: GenerationConfig) -> GenerationConfig:
         try:
             value = tuple(words) if kind is tuple else kind(" ".join(words))
         except ValueError:
-            value = words[0]  # `build` raises the error that says what it should have been
+            value = words[0]  # `build` raises the error that says what the value should have been
         config = build(GenerationConfig, flat(config) | {name: value})
         click.echo(f"{name} is now {value}.", err=True)
     return config

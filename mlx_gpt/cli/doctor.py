@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("mlx-gpt", "mlx", "mlx-data", "tokenizers", "safetensors", "kaggle", "numpy")
 PRODUCT = 2048
-SLOW_GFLOPS = 20  # a reference BLAS stays below, a tuned one is far above
+SLOW_GFLOPS = 20  # a reference BLAS is slower than this, a tuned one far faster
 # The largest relative difference between two ways to compute one step. On a CPU float32 differed by 8e-7, and bfloat16
 # by 8e-3. TF32 keeps 10 bits of a float32's 23, and bfloat16 keeps 7.
 FLOAT32, TF32, BFLOAT16 = 1e-4, 1e-2, 5e-2
@@ -73,7 +73,7 @@ def check() -> Iterator[str]:
 
 
 def device_rows(here: "Device", machine: mac.Mac | None) -> Iterator[tuple[str, str]]:
-    """What is known of the device without computing anything."""
+    """Yield the facts about the device that are known without computing anything."""
     from mlx_gpt.device import GIB, blas
 
     yield "Device", str(here)
@@ -96,7 +96,7 @@ def device_rows(here: "Device", machine: mac.Mac | None) -> Iterator[tuple[str, 
 
 
 def wired_memory(machine: mac.Mac) -> str:
-    """Whether memory stays wired, and the limit for it."""
+    """Return whether memory stays wired, and the limit for wired memory."""
     if not machine.wires_memory:
         return "needs macOS 15; before it, memory may be paged out between two steps"
     limit = machine.wired_limit
@@ -107,13 +107,13 @@ def wired_memory(machine: mac.Mac) -> str:
 
 
 def rounds_to_tf32(here: "Device", machine: mac.Mac | None) -> bool:
-    """Whether MLX multiplies float32 matrices in TF32: on CUDA and in the matrix units of an M5."""
+    """Return whether MLX multiplies float32 matrices in TF32: on CUDA and in the matrix units of an M5."""
     able = here.kind == "cuda" or (here.kind == "metal" and machine is not None and machine.uses_matrix_units)
     return able and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
 
 
 def measure(here: "Device", machine: mac.Mac | None) -> Iterator[str]:
-    """Show how fast the device is and whether it computes what the CPU computes; yield each problem."""
+    """Show how fast the device is and whether it computes the same as the CPU; yield each problem."""
     gflops = product_gflops()
     _row("Matrix product", f"{gflops:,.0f} GFLOP/s (float32, {PRODUCT} cubed)")
     if here.kind == "cpu":
@@ -132,7 +132,7 @@ def measure(here: "Device", machine: mac.Mac | None) -> Iterator[str]:
     precisions = {"float32": TF32 if rounds_to_tf32(here, machine) else FLOAT32}
     if here.kind != "cpu":
         precisions["bfloat16"] = BFLOAT16
-    # Fused attention on a GPU takes heads 64 wide, as the larger presets have them, but not those of tiny.
+    # Fused attention on a GPU takes heads 64 wide, which the larger presets have and tiny does not.
     heads = {} if here.kind == "cpu" else {"n_head": 2}
     reference = one_step(plain_cpu(here), "float32", heads)
     for precision, tolerance in precisions.items():
@@ -165,7 +165,7 @@ def training_speed(here: "Device") -> float:
 
 
 class Numbers(NamedTuple):
-    """What one step of training computed: gradients, and changes of the weights, by name."""
+    """The results of one training step: the loss, and by name the gradients and the changes of the weights."""
 
     loss: float
     gradients: dict[str, "np.ndarray"]
@@ -199,10 +199,10 @@ def one_step(here: "Device", precision: str, settings: Mapping[str, Any] = Mappi
 
 
 def differences(found: Numbers, reference: Numbers) -> Differences:
-    """How far a step is from a reference, relative to that.
+    """Return how far a step is from a reference, relative to the reference.
 
-    AdamW's first step has the size of the learning rate wherever there is a gradient, and its sign. So updates count
-    only where the gradient is clearly not zero.
+    Wherever there is a gradient, AdamW's first step has the size of the learning rate and depends only on the
+    gradient's sign. So updates count only where the gradient is clearly not zero.
     """
     import numpy as np
 
@@ -219,14 +219,14 @@ def differences(found: Numbers, reference: Numbers) -> Differences:
 
 
 def plain_cpu(here: "Device") -> "Device":
-    """The CPU without anything that makes it quick."""
+    """Return the CPU without anything that makes it fast."""
     from mlx_gpt.device import describe
 
     return dataclasses.replace(here, accelerated=False) if here.kind == "cpu" else describe(False, False, {})
 
 
 def credentials() -> str:
-    """Where Kaggle's credentials would be taken from, or nothing. They are not read."""
+    """Return where Kaggle's credentials would be read from, or "". This does not read them."""
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY"):
         if os.environ.get(name):
             return f"credentials in {name}"
@@ -241,7 +241,7 @@ def credentials() -> str:
 def _training(
     here: "Device", precision: str, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Any, tuple[Any, Any], Callable[[], tuple[Any, Any]]]:
-    """A step of the preset tiny, a batch, and a function that returns the weights and the optimizer's state."""
+    """Return a step of the preset tiny, a batch, and a function that returns the weights and the optimizer's state."""
     import mlx.core as mx
     import numpy as np
 
@@ -256,7 +256,7 @@ def _training(
     training = config.training
     model = here.accelerate(models.create(config.model))
     draw = np.random.default_rng(0)
-    with mx.stream(mx.cpu):  # other devices round random numbers otherwise
+    with mx.stream(mx.cpu):  # other devices round random numbers differently
         model.init_weights(seed=0)
         mx.eval(model.parameters())
     shape = training.batch_size, training.seq_len + 1
@@ -271,7 +271,7 @@ def _training(
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Leave `mx.compile` out: on a CPU it would call a compiler for minutes."""
+    """Switch `mx.compile` off: on a CPU it would run a compiler for minutes."""
     import mlx.core as mx
 
     mx.disable_compile()

@@ -50,10 +50,10 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
         elif config:
             both = tokenize(open_data(config, display), tokenizer, display.progress("Encoding"))
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
-                raise UserError(f"{path} was trained on another text than {config.data.data} holds now: name a FILE.")
+                raise UserError(f"{path} was not trained on the text that {config.data.data} holds now: name a FILE.")
             tokens = both.val
         else:
-            raise UserError(f"{path} is no run, so it has no validation text: name a FILE.")
+            raise UserError(f"{path} is not a run, so it has no validation text: name a FILE.")
         evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
         bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)

@@ -25,8 +25,8 @@ DIVIDER = "-" * 20
 def command(model: str | None, prompt: str | None, interactive: bool, **settings: Any) -> None:
     """Continue a prompt, or talk to a model.
 
-    Without --prompt and --interactive, it continues a few sample prompts. Only text goes to stdout; speed and memory go
-    to stderr.
+    Without --prompt and --interactive, this continues a few sample prompts. Only the text goes to stdout; the speed and
+    the memory go to stderr.
     """
     if prompt is not None and interactive:
         raise UserError("--prompt and --interactive can't go together: give one of them.")
@@ -50,7 +50,7 @@ def command(model: str | None, prompt: str | None, interactive: bool, **settings
 def show(
     model: Any, tokenizer: "Tokenizer", prompt: str, config: GenerationConfig, *, with_prompt: bool = True
 ) -> None:
-    """Print a prompt and its continuations: the first while it is generated, the others after it."""
+    """Print a prompt and its continuations: the first while it is generated, the others afterwards."""
     from mlx_gpt.generation.stream import Stats, check_prompt, stream
 
     check_prompt(model, tokenizer, prompt)

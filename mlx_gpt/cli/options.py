@@ -12,7 +12,7 @@ SECTIONS = {DataConfig: "Text", ModelConfig: "Model", TrainingConfig: "Training"
 
 
 class SettingOption(click.Option):
-    """The flag of a setting, with the section of `--help` that it belongs to. Its value is None if it is not given."""
+    """The flag of a setting, with the section of `--help` that it belongs to. It is None if it is not given."""
 
     def __init__(self, *args: Any, section: str, **options: Any) -> None:
         super().__init__(*args, **options)

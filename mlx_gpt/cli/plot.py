@@ -10,12 +10,12 @@ import click
 @click.option(
     "--out",
     metavar="FILE",
-    help="PNG to write.  [default: curves.png in the run's folder, or in the current one for several runs]",
+    help="PNG to write.  [default: curves.png in the run's folder, or in the current folder for several runs]",
 )
 def command(runs: tuple[str, ...], out: str | None) -> None:
-    """Plot the curves of a run, or of several runs on one picture. Without RUN it takes the newest.
+    """Plot the curves of a run, or of several runs on one picture. Without RUN, plot the newest run.
 
-    Needs the extra mlx-gpt[plot].
+    This needs the extra mlx-gpt[plot].
     """
     from mlx_gpt.plot import draw
     from mlx_gpt.training.run_folder import newest_run

@@ -20,7 +20,7 @@ from mlx_gpt.config import Config
     is_flag=False,
     flag_value="newest",
     metavar="[PATH]",
-    help="Continue the run or checkpoint at PATH; without PATH, the run that the flags name, else the newest run.",
+    help="Resume the run or checkpoint at PATH; without PATH, the run that the flags name, else the newest run.",
 )
 @click.option(
     "--overwrite",
@@ -33,10 +33,10 @@ from mlx_gpt.config import Config
 def command(
     file: str | None, resume: str | None, overwrite: bool, dry_run: bool, ignore_memory: bool, **settings: Any
 ) -> int:
-    """Train a model, or continue a run.
+    """Train a model, or resume a run.
 
     A flag overrides the --config file, which overrides the preset. Without prepared data, this trains the preset tiny
-    on a built-in text.
+    on a text that comes with Python.
     """
     from mlx_gpt.distributed import is_first
     from mlx_gpt.progress import Lines
@@ -62,7 +62,7 @@ def command(
     if is_first():
         with contextlib.suppress(OSError):  # the terminal may have closed
             click.echo(words)
-    return 0 if outcome.finished else 128 + (stop.received or signal.SIGTERM)  # a signal may reach another rank only
+    return 0 if outcome.finished else 128 + (stop.received or signal.SIGTERM)  # a signal may reach only another rank
 
 
 class StopSignals:
@@ -72,7 +72,7 @@ class StopSignals:
         received: the signal that came, or 0.
 
     Args:
-        speaks: whether to answer a signal on the terminal.
+        speaks: whether to acknowledge a signal on the terminal.
     """
 
     def __init__(self, speaks: bool = True) -> None:
@@ -91,8 +91,8 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        # MLX raises RuntimeError itself when another rank has gone. mlx.launch then sends SIGTERM, which must not end
-        # this process before it has said so.
+        # When another rank has gone, MLX raises RuntimeError, and mlx.launch sends SIGTERM. The signal must not end
+        # this process before it has reported the error.
         lost = kind is RuntimeError and "MLX_RANK" in os.environ
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if lost and number != signal.SIGINT else handler)
@@ -103,6 +103,6 @@ class StopSignals:
         # The signal may interrupt a write to sys.stderr, so this bypasses Python's buffers.
         if self._speaks:
             with contextlib.suppress(OSError):
-                os.write(2, b"\nStopping after this step, and saving. Ctrl-C again leaves at once.\n")
+                os.write(2, b"\nStopping after this step, and saving. Press Ctrl-C again to quit at once.\n")
         # A closed terminal counts as SIGTERM.
         self.received = signal.SIGTERM if number == signal.SIGHUP else number

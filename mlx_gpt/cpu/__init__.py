@@ -1,1 +1,1 @@
-"""What makes the networks quick on a CPU. Only `device.py` looks in here; without it everything works, slowly."""
+"""Makes the networks fast on a CPU. Only `device.py` imports this; without it everything works, but slowly."""

@@ -1,6 +1,6 @@
-"""Layers computed another way on a CPU.
+"""Layers that are computed in another way on a CPU.
 
-As `nn.quantize` does, `accelerate` replaces the leaves of a network; parameters and their names stay.
+`accelerate` replaces the leaves of a network, as `nn.quantize` does. The parameters and their names stay.
 """
 
 import functools
@@ -13,7 +13,7 @@ from mlx_gpt.cpu import kernels
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose gradient of the weight lies in memory as the weight does."""
+    """An `nn.Linear` whose gradient has the same memory layout as its weight."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.dtype != mx.float32 or not self.training:
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` whose sums are products."""
+    """An `nn.LayerNorm` whose sums are matrix products."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if x.dtype != mx.float32 or "bias" not in self:
@@ -38,7 +38,7 @@ class GELU(nn.Module):
 
 
 class ScaledDotProductAttention(nn.Module):
-    """Causal attention, blocks of queries at a time, with an exponential that compiles to vector instructions."""
+    """Causal attention, one block of queries at a time, with an exponential that compiles to vector instructions."""
 
     scale: float
 
@@ -49,7 +49,7 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class LinearCrossEntropy(nn.Module):
-    """Head and loss, which stay in the cache, chunk by chunk."""
+    """The head and the loss, in chunks that stay in the cache."""
 
     def __call__(self, x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, weights_n: mx.array) -> mx.array:
         if x_nc.dtype != mx.float32 or weight_vc.dtype != mx.float32:
@@ -59,7 +59,7 @@ class LinearCrossEntropy(nn.Module):
 
 
 MLX_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm}
-BY_NAME: dict[str, type] = {  # for layers that say so with `cpu_twin`
+BY_NAME: dict[str, type] = {  # for layers that name their twin with `cpu_twin`
     "gelu": GELU,
     "attention": ScaledDotProductAttention,
     "linear_cross_entropy": LinearCrossEntropy,
@@ -78,5 +78,5 @@ def accelerate(module: nn.Module) -> None:
 
 @functools.cache
 def _both(twin: Any, original: Any) -> Any:
-    """A class that computes as the twin does, and falls back on the original."""
+    """Return a class that computes as the twin does, and falls back on the original."""
     return original if issubclass(original, twin) else type(original.__name__, (twin, original), {})

@@ -1,7 +1,7 @@
 """AdamW's update on a CPU: one kernel per parameter, half of the parameters on each stream.
 
-`mlx.optimizers.AdamW` with a choice between new and old behind it compiles to six kernels, which read and write each
-array several times. Here the choice is made by scalars, so that one kernel reads and writes each array once.
+`mlx.optimizers.AdamW`, followed by a choice between new and old arrays, compiles to six kernels, which read and write
+each array several times. Here scalars make the choice, so that one kernel reads and writes each array once.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from mlx_gpt.cpu import streams
 
 
 class Rates(NamedTuple):
-    """The scalars of one update: how much of the old is kept and how much of the new is taken."""
+    """The scalars of one update, which say how much of the old values to keep and how much of the new to add."""
 
     sound: mx.array
     keep_m: mx.array
@@ -27,12 +27,12 @@ class Rates(NamedTuple):
 
 
 def fits(optimizer: Any) -> bool:
-    """Whether `update` is what this optimizer computes."""
+    """Return whether `update` computes the same as this optimizer."""
     return all(type(one) is optim.AdamW and one.bias_correction for one in getattr(optimizer, "optimizers", [None]))
 
 
 def update(optimizer: Any, gradients: dict, parameters: dict, before: dict, sound: mx.array) -> tuple[dict, dict]:
-    """The parameters and the optimizer's state after an update; as they were where `sound` is false.
+    """Return the parameters and the optimizer's state after an update, or unchanged if `sound` is false.
 
     Args:
         optimizer: an `mlx.optimizers.MultiOptimizer` of `AdamW`s with bias correction.

@@ -1,9 +1,9 @@
-"""Puts a tuned BLAS in place before MLX is imported.
+"""Loads a tuned BLAS before MLX is imported.
 
 The Linux CPU build of MLX links a reference BLAS, a hundred times slower than a tuned one. It leaves the `cblas_*`
-symbols open, so a library loaded globally *before* the first import of mlx serves them. PyPI's OpenBLAS has them under
-other names: `cblas.cpp` stands between the two, compiled on first use by the compiler that MLX itself needs. macOS has
-Accelerate, which MLX uses by itself: there this module does nothing.
+symbols open, so a library that is loaded globally *before* the first import of mlx provides them. PyPI's OpenBLAS has
+them under other names, so `cblas.cpp` connects the two. It is compiled on first use, by the compiler that MLX itself
+needs. macOS has Accelerate, which MLX uses by itself, so there this module does nothing.
 
 `MLX_GPT_BLAS` names another library to load, or `off`.
 """
@@ -20,10 +20,10 @@ from pathlib import Path
 COMPILER = ("g++", "-std=c++17", "-O2", "-march=native", "-shared", "-fPIC")
 
 live: str = "MLX's own"
-"""What serves matrix products: the library that was loaded, or MLX's own choice."""
+"""The library that computes matrix products: the one that was loaded, or MLX's own choice."""
 
 problem: str = ""
-"""Why the library named by `MLX_GPT_BLAS` was not loaded; said by the first command that computes."""
+"""Why the library named by `MLX_GPT_BLAS` was not loaded. The first command that computes reports it."""
 
 _library: ctypes.CDLL | None = None
 
@@ -39,7 +39,7 @@ def load() -> None:
         return
     try:
         if wanted:
-            # Equal products on equal operands, run after run, which exact resume relies on. MKL reads this.
+            # MKL reads this. It makes equal operands give equal products in every run, which an exact resume needs.
             os.environ.setdefault("MKL_CBWR", "AUTO")
             _library = ctypes.CDLL(wanted, ctypes.RTLD_GLOBAL)
             live = wanted
@@ -56,21 +56,21 @@ def load() -> None:
 
 
 def set_threads(count: int) -> None:
-    """Let one matrix product use so many cores; without a tuned BLAS it uses one."""
+    """Let one matrix product use this many cores; without a tuned BLAS it uses one."""
     for name in ("scipy_openblas_set_num_threads", "openblas_set_num_threads", "MKL_Set_Num_Threads"):
         if _library and hasattr(_library, name):
             getattr(_library, name)(count)
 
 
 def _openblas(path: Path) -> ctypes.CDLL:
-    """Load the library, and what gives its function the name that MLX calls.
+    """Load the library, and the code that gives its function the name that MLX calls.
 
     Raises:
-        OSError: one of them can't be loaded or made.
+        OSError: one of them can't be loaded or compiled.
     """
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     source = Path(__file__).with_name("cblas.cpp")
-    # Not Path's own `expanduser`, which fails where there is no home.
+    # Path's own `expanduser` would fail if there is no home.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mlx-gpt")  # noqa: PTH111
     made_of = " ".join([*COMPILER, _processor()]).encode() + source.read_bytes()
     compiled = cache / f"cblas-{zlib.crc32(made_of):08x}-{platform.machine()}.so"
@@ -88,7 +88,7 @@ def _openblas(path: Path) -> ctypes.CDLL:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether nobody else can have put anything there. Without a home it is relative to whatever folder is current."""
+    """Return whether nobody else can have put anything there. Without a home, the path is relative: not private."""
     try:
         facts = folder.stat()
     except OSError:
@@ -97,14 +97,14 @@ def _is_private(folder: Path) -> bool:
 
 
 def _processor() -> str:
-    """The instructions that it knows: what is compiled for one processor may not run on another."""
+    """Return the instructions that the processor knows: code compiled for one may not run on another."""
     with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         return next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return ""
 
 
 def _compile(source: Path, compiled: Path | None) -> None:
-    """Compile and load `source`, and keep it as `compiled` for the next time if that can be written."""
+    """Compile and load `source`, and keep the result as `compiled` for the next time, if that file can be written."""
     import shutil
     import subprocess
     import tempfile
@@ -126,7 +126,7 @@ def _compile(source: Path, compiled: Path | None) -> None:
 
 
 def _name(openblas: ctypes.CDLL) -> str:
-    """Its version and the kernels that it chose for this processor."""
+    """Return OpenBLAS's version and the kernels that it chose for this processor."""
     openblas.scipy_openblas_get_config.restype = openblas.scipy_openblas_get_corename.restype = ctypes.c_char_p
     version = openblas.scipy_openblas_get_config().decode().split()[1]
     return f"OpenBLAS {version} ({openblas.scipy_openblas_get_corename().decode()})"

@@ -1,10 +1,10 @@
 """Decoding on a CPU, for networks whose blocks are GPT-2's.
 
-A product with few rows takes as long as its weight takes to read, and OpenBLAS shares it among cores only if there is a
-single row; what lies between the products is so small that starting an operation costs more than the operation. So each
-block is divided as Megatron-LM divides it (Shoeybi et al. 2019, arXiv:1909.08053): a part has its share of the heads
-and of the MLP's inner width, on a stream of its own. Each weight is read once, by one core, and everything that need
-not wait for the cache is compiled.
+A product with few rows takes as long as reading its weight, and OpenBLAS shares it among cores only if there is a
+single row. The operations between the products are so small that starting one costs more than computing it. So each
+block is divided as in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): each part has its share of the heads and of
+the MLP's inner width, and its own stream. Each weight is read once, by one core, and everything that need not wait for
+the cache is compiled.
 """
 
 import copy
@@ -25,10 +25,10 @@ BLOCK = {  # the modules of GPT-2's block, some of whose names other networks us
 
 
 def decoder(model: nn.Module, sequences: int) -> nn.Module:
-    """Return what decodes so many sequences at a time as `model` does: a copy of it, with other blocks.
+    """Return a copy of `model`, with other blocks, that decodes this many sequences at a time as `model` does.
 
-    The weights are the model's own, shared where they lie in memory as a part wants them: as a directory is loaded. The
-    copy is kept as long as the model has the same weights.
+    It shares the model's weights if their layout in memory is the one that a part needs, as it is after loading a
+    directory. The copy is kept as long as the model has the same weights.
     """
     weights = [weight for _, weight in tree_flatten(model.parameters())]
     in_parts = all({name for name, _ in layer.named_modules()} == BLOCK for layer in model.layers)
@@ -36,7 +36,7 @@ def decoder(model: nn.Module, sequences: int) -> nn.Module:
     kept: tuple[nn.Module, int, list[mx.array]] | None = vars(model).get("_decoder")
     if kept and kept[1] == count and all(one is other for one, other in zip(kept[2], weights, strict=True)):
         return kept[0]
-    kept = vars(model)["_decoder"] = None  # or the copy would keep the decoder before it alive
+    kept = vars(model)["_decoder"] = None  # otherwise the copy would keep the earlier decoder alive
     made, original = copy.copy(model), cast(Any, type(model))
     made.__class__ = _subclass(_InParts if in_parts else _OnAllCores, original)
     if in_parts:
@@ -46,9 +46,9 @@ def decoder(model: nn.Module, sequences: int) -> nn.Module:
 
 
 def part_count(model: nn.Module, sequences: int) -> int:
-    """Into how many parts to divide a block.
+    """Return into how many parts to divide a block.
 
-    The BLAS itself shares a product with a single row, that of one sequence, among the cores.
+    For one sequence, a product has a single row, and the BLAS itself shares it among the cores.
     """
     block = model.layers[0]
     large = block.attn.c_attn.weight.size + 2 * block.mlp.c_fc.weight.size + block.attn.c_proj.weight.size >= WORTH_IT
@@ -61,10 +61,10 @@ def _subclass(way: Any, original: Any) -> Any:
 
 
 class _OnAllCores(nn.Module):
-    """A network as it is."""
+    """A network whose blocks are not divided."""
 
     def __call__(self, *args: Any) -> mx.array:
-        streams.divide_cores()  # each time, since another network may have been divided otherwise
+        streams.divide_cores()  # each time, since another network may divide the cores differently
         return super().__call__(*args)
 
 
@@ -74,7 +74,7 @@ class _InParts(nn.Module):
     parts: int
 
     def hidden(self, *args: Any) -> mx.array:
-        """The last block's normalised output, (B, T, C)."""
+        """Return the last block's normalised output, (B, T, C)."""
         streams.divide_cores(self.parts)
         return super().hidden(*args)
 
@@ -92,7 +92,7 @@ class _Block(nn.Module):
     def __init__(self, block: nn.Module, count: int) -> None:
         super().__init__()
         self._attn, mlp = _heads(block.attn, count), _inner(block.mlp, count)
-        # Or the compiled functions would make them anew each time.
+        # Otherwise the compiled functions would compute these weights again each time.
         mx.eval([part.parameters() for part in self._attn], [part.parameters() for part in mlp])
         self._before = mx.compile(functools.partial(_before, block.ln_1, self._attn))
         self._after = mx.compile(functools.partial(_after, self._attn, block.ln_2, mlp))
@@ -113,13 +113,13 @@ def _joined(parts: list[mx.array]) -> mx.array:
 
 
 def _before(ln_1: nn.Module, attns: list[Any], x_btc: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
-    """Queries, keys and values of each part."""
+    """Return the queries, keys and values of each part."""
     x_btc = ln_1(x_btc)
     return [attn.qkv(x_btc) for attn in streams.side_by_side(attns)]
 
 
 def _after(attns: list[Any], ln_2: nn.Module, mlps: list[Any], x_btc: mx.array, attended: list[mx.array]) -> mx.array:
-    """The output of the block, from its input and what the heads of each part gathered."""
+    """Return the output of the block, from its input and from what the heads of each part gathered."""
     parts = zip(attns, attended, strict=True)
     x_btc = sum([attn.c_proj(y_btc) for attn, y_btc in streams.side_by_side(parts)], x_btc)
     y_btc = ln_2(x_btc)
@@ -127,14 +127,14 @@ def _after(attns: list[Any], ln_2: nn.Module, mlps: list[Any], x_btc: mx.array, 
 
 
 class _Attention(nn.Module):
-    """Some heads of an attention."""
+    """An attention layer with some of the heads."""
 
     def __init__(self, n_head: int, c_attn: nn.Linear, c_proj: nn.Linear, attend: nn.Module) -> None:
         super().__init__()
         self.n_head, self.c_attn, self.c_proj, self.attend = n_head, c_attn, c_proj, attend
 
     def qkv(self, x_btc: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values, each (B, H, T, D)."""
+        """Return queries, keys and values, each (B, H, T, D)."""
         B, T, _ = x_btc.shape
         qkv_3bhtd = self.c_attn(x_btc).reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
         q_bhtd, k_bhtd, v_bhtd = mx.contiguous(qkv_3bhtd)
@@ -142,7 +142,7 @@ class _Attention(nn.Module):
 
 
 class _MLP(nn.Module):
-    """Some of the inner width of an MLP."""
+    """An MLP with part of the inner width."""
 
     def __init__(self, c_fc: nn.Linear, gelu: nn.Module, c_proj: nn.Linear) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _MLP(nn.Module):
 
 
 def _heads(attn: Any, count: int) -> list[_Attention]:
-    """The heads in parts."""
+    """Return the attention divided into parts by heads."""
     if count == 1:
         return [_Attention(attn.n_head, attn.c_attn, attn.c_proj, attn.attend)]
     # The rows of the weight are those of all queries, then of all keys, then of all values.
@@ -166,7 +166,7 @@ def _heads(attn: Any, count: int) -> list[_Attention]:
 
 
 def _inner(mlp: Any, count: int) -> list[_MLP]:
-    """The inner width in parts."""
+    """Return the MLP divided into parts by its inner width."""
     weights, biases = _outputs(mlp.c_fc.weight, count), _outputs(mlp.c_fc.bias, count)
     return [
         _MLP(_linear(weight, bias), mlp.gelu, c_proj)
@@ -175,12 +175,12 @@ def _inner(mlp: Any, count: int) -> list[_MLP]:
 
 
 def _outputs(array: mx.array, count: int) -> list[mx.array]:
-    """Shares of the outputs of a weight or bias: views, once it is contiguous."""
+    """Return a weight or bias divided by its outputs, as views of a contiguous array."""
     return mx.split(mx.contiguous(array), count)
 
 
 def _inputs(layer: nn.Linear, count: int) -> list[nn.Linear]:
-    """A layer in shares of its inputs, the bias in the first: views, if its transpose is contiguous."""
+    """Return a layer divided by its inputs, the bias in the first part: views, if its transpose is contiguous."""
     weights = mx.split(mx.contiguous(layer.weight.T), count)
     return [_linear(weight.T, None if i else layer.bias) for i, weight in enumerate(weights)]
 

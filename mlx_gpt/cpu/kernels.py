@@ -1,8 +1,9 @@
-"""Training's operations, written for what MLX's CPU back end does well.
+"""The operations of training, written with operations that MLX's CPU back end does well.
 
 On the CPU MLX calls the C library's `exp` once per element, in the forward pass and again in the backward pass; that
 was more than a third of a training step. Here everything is built on an exponential that compiles to vector
-instructions, sums are products (the BLAS is faster at them), and what the backward pass needs is kept.
+instructions, sums are written as products (the BLAS is faster at these), and the values that the backward pass needs
+are kept.
 
 All arrays are float32. Shapes as in `models/base.py`.
 """
@@ -16,8 +17,8 @@ import mlx.core as mx
 EXP = (1.0, 1.0, 0.4999999106, 0.166664198, 0.04166822508, 0.008374815807, 0.001383684576)
 # ln 2 in two parts: multiplied by a small whole number, the first is exact in float32.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-# exp of anything below is taken as 0. Beside exp(0) it is nothing, and gradients times it would be subnormal numbers,
-# for which Intel's processors take a hundred times as long.
+# exp of anything below this counts as 0. It is negligible beside exp(0), and its products with gradients would be
+# subnormal numbers, which take Intel's processors a hundred times as long.
 LOWEST = -64.0
 ROUND = 1.5 * 2**23  # a float32 plus this has no digits after the point; its last bits are the whole number
 
@@ -62,7 +63,7 @@ def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.
 
 
 def causal_attention(q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array) -> mx.array:
-    """What each of T queries, the last of S tokens, gathers from the values up to its own, (B, H, T, D).
+    """Return what each of T queries, the last of S tokens, gathers from the values up to its own, (B, H, T, D).
 
     The queries are scaled already. They are taken in blocks, because the first blocks see few tokens.
     """
@@ -75,7 +76,7 @@ def linear_cross_entropy(x_nc: mx.array, weight_vc: mx.array, targets_n: mx.arra
 
 
 def cross_entropy_sum(x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, weights_n: mx.array) -> mx.array:
-    """The same without a gradient."""
+    """Return the same sum as `linear_cross_entropy`, without a gradient."""
     total = mx.array(0.0)
     for part in _chunks(len(x_nc), len(weight_vc)):
         x, targets = mx.depends([x_nc[part], targets_n[part]], [total])
@@ -93,9 +94,9 @@ def _polynomial(coefficients: Sequence[float], x: mx.array, square: mx.array) ->
 
 
 def _end_of_kernel(x: mx.array) -> mx.array:
-    """Return `x`, computed before what follows; nothing is copied.
+    """Return `x`, computed before the operations that follow; nothing is copied.
 
-    `mx.compile` fuses at most eleven operations in a row. If its cut separates a constant from its use, the constant is
+    `mx.compile` fuses at most eleven operations in a row. If it cuts between a constant and its use, the constant is
     read from memory for each element and the kernel is not vectorised. So the cut is made here.
     """
     return mx.contiguous(x)
@@ -162,7 +163,7 @@ def _mean_columns(x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    # What is normalised and the factor are returned for the gradient.
+    # The normalised values and the factor are returned for the gradient.
     centred = x - _mean_columns(x)
     factor = mx.rsqrt(_mean_columns(centred * centred) + eps)
     normalised = centred * factor
@@ -247,12 +248,12 @@ def _linear_cross_entropy(
     x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, weights_n: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     # The sum, and its gradients for x and the weight, which cost little more while the logits are there. The gradient
-    # of the logits, softmax less one hot, is never computed: the exponentials alone are multiplied. The divisor of the
-    # softmax and the ones of the targets come in where there are C instead of V numbers.
+    # of the logits, softmax minus one-hot, is never computed: only the exponentials are multiplied. The divisor of the
+    # softmax and the ones of the targets are applied later, to C instead of V numbers.
     dx: list[mx.array] = []
     total, dweight = mx.array(0.0), mx.array(0.0)
     for part in _chunks(len(x_nc), len(weight_vc)):
-        # Each chunk waits for the one before, or the logits of all would be computed first.
+        # Each chunk waits for the one before, because otherwise the logits of all chunks would be computed first.
         x, targets = mx.depends([x_nc[part], targets_n[part]], [total, dweight, *dx[-1:]])
         weights = weights_n[part]
         losses, exps, sums = _losses(x @ weight_vc.T, targets)

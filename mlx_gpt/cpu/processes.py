@@ -1,4 +1,4 @@
-"""The process as the system sees it, and several of them on one host."""
+"""Settings of the process in the operating system, also for several processes on one host."""
 
 import contextlib
 import functools
@@ -8,27 +8,28 @@ from pathlib import Path
 
 
 def keep_streams_busy() -> None:
-    """Set the width of a level of the graph up to which MLX hands out operations level by level.
+    """Set how wide a level of the graph may be for MLX to hand out operations level by level.
 
-    Beyond it MLX takes one branch after the other, and a second stream would wait for the first. The gradients of all
-    parameters are such a level. MLX reads the variable when it first computes.
+    If a level is wider, MLX takes one branch after the other, and a second stream would wait for the first. The
+    gradients of all parameters form such a wide level. MLX reads the variable when it first computes.
     """
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "100000")
 
 
 @functools.cache
 def all_cores() -> tuple[int, ...]:
-    """The cores that the system let this process use before `take_cores`."""
+    """Return the cores that the system let this process use before `take_cores`."""
     return tuple(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def take_cores(number: int, processes: int) -> None:
-    """Use only this process's part of the cores from now on, at least one.
+    """Use only this process's share of the cores from now on, at least one.
 
-    Linux keeps all threads of the process on them. MLX's ring waits busily, and so takes no time from the others.
+    Linux keeps all threads of the process on these cores, so the busy waiting of MLX's ring takes no time from other
+    processes.
 
     Args:
-        number: this process's, from 0.
+        number: the number of this process, from 0.
         processes: how many processes divide the cores.
     """
     cores = all_cores()
@@ -45,7 +46,7 @@ def take_cores(number: int, processes: int) -> None:
 def use_own_kernels(number: int) -> None:
     """Keep the kernels that process number `number` compiles in a folder of its own, the same each time.
 
-    MLX writes a kernel in place, so another process could load half a file. Number 0 stays in the usual folder.
+    MLX writes a kernel in place, so another process could load half a file. Process 0 keeps the usual folder.
     """
     name = f"mlx-gpt-{os.getuid()}-{number}"
     folder = Path(tempfile.gettempdir())
@@ -56,7 +57,8 @@ def use_own_kernels(number: int) -> None:
 
 
 def let_the_launcher_idle() -> None:
-    """Run `mlx.launch` only when nothing else runs: it watches its processes in a busy loop, which takes a whole core.
+    """Run `mlx.launch` only when nothing else runs, because it watches its processes in a busy loop that takes a whole
+    core.
 
     Only Linux lets a process do this to its parent.
     """

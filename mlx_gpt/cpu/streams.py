@@ -1,7 +1,7 @@
-"""Work on all cores: two streams side by side, the BLAS's threads, and what the operating system should know.
+"""Keeps all cores at work: two streams side by side, the BLAS's threads, and settings of the operating system.
 
-MLX's CPU back end runs the operations of a stream one by one and, but for products, each on one core. So independent
-halves of the work are given to two streams. More than two have not been tried.
+MLX's CPU back end runs the operations of a stream one by one, and each on one core except for products. So two streams
+get independent halves of the work. More than two have not been tried.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def prepare() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that are freed: the system would clear them each time they are taken again."""
+    """Make glibc keep large blocks that are freed. Otherwise the system would clear them at each new use."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # only glibc has it
         libc.mallopt(M_MMAP_THRESHOLD, GIB)
@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
 
 
 def schedule_as_batch() -> None:
-    """Have this thread, which hands out work, not take a core from a computing thread as soon as it is woken.
+    """Keep this thread, which hands out work, from taking a core away from a computing thread as soon as it wakes.
 
     It still gets its share of the cores. Threads and processes that it starts from now on inherit this (sched(7)).
     """
@@ -52,19 +52,19 @@ def schedule_as_batch() -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use, fewer if a variable that BLAS libraries read says so."""
+    """Return how many cores this process may use; the variables that BLAS libraries read can lower the number."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = (os.environ.get(name, "") for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     return min([there, *(int(count) for count in asked if count.isdecimal() and int(count) > 0)])
 
 
 def stream_count() -> int:
-    """How many streams keep the cores at work."""
+    """Return how many streams keep the cores at work."""
     return min(2, cores())
 
 
 def divide_cores(products: int = 1) -> None:
-    """Divide the cores among so many matrix products at a time."""
+    """Divide the cores among this many matrix products at a time."""
     blas.set_threads(max(1, cores() // products))
 
 
@@ -76,7 +76,7 @@ def side_by_side(parts: Iterable[T]) -> Iterator[T]:
 
 
 def _further_stream(number: int) -> mx.Stream:
-    """A stream of this thread: MLX streams belong to the thread that made them."""
+    """Return a stream of this thread, because MLX streams belong to the thread that made them."""
     streams: dict[int, mx.Stream] = vars(_of_thread).setdefault("streams", {})
     if number not in streams:
         streams[number] = mx.new_stream(mx.cpu)
@@ -101,7 +101,7 @@ def in_slices(function: Callable[..., Tree]) -> Callable[..., list[Tree]]:
 
 
 def add(trees: Sequence[Tree]) -> Tree:
-    """The sum of trees of one structure, half of the leaves on each stream."""
+    """Return the sum of trees of one structure, computing half of the leaves on each stream."""
     if len(trees) == 1:
         return trees[0]
     choose = balance()
@@ -126,7 +126,7 @@ def balance() -> Callable[[int], contextlib.AbstractContextManager]:
 
 
 def global_norm(gradients: Tree) -> mx.array:
-    """The Euclidean norm of all arrays together, by the BLAS's inner product."""
+    """Return the Euclidean norm of all arrays together, computed with the BLAS's inner product."""
     choose = balance()
     squares = []
     for _, gradient in tree_flatten(gradients):

@@ -1,1 +1,1 @@
-"""Text files to windows of token ids."""
+"""Turns text files into windows of token ids."""

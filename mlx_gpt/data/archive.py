@@ -51,8 +51,8 @@ def extract(
         echo: called with a line that names the members that are skipped.
 
     Raises:
-        UserError: `folder` exists; the zip cannot be read, is damaged, is locked or would unpack to too much; a name in
-            it is unsafe or ambiguous; nothing in it is wanted; or the disk is full.
+        UserError: `folder` exists; the zip cannot be read, is damaged, is locked or is too large when unpacked; a name
+            in it is unsafe or ambiguous; nothing in it is wanted; or the disk is full.
     """
     zip_path, folder = Path(zip_path), Path(folder)
     if folder.exists():

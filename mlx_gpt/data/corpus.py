@@ -1,4 +1,4 @@
-"""Documents to a corpus: `train.jsonl` and `val.jsonl`, without duplicates, which a person can read and edit."""
+"""Turns documents into a corpus: `train.jsonl` and `val.jsonl`, without duplicates, for a person to read and edit."""
 
 import json
 import re

@@ -1,6 +1,6 @@
 """Get a dataset's files from Kaggle with its own client, or from a zip or CSV that is already on the disk.
 
-A dataset's folder appears whole or not at all. Everything is downloaded, checked and unpacked in a temporary folder
+A dataset's folder appears complete or not at all. Everything is downloaded, checked and unpacked in a temporary folder
 beside it, which is removed however the work ends. The last step is a rename.
 """
 
@@ -21,14 +21,14 @@ from mlx_gpt.files import sync, write_text_whole
 from mlx_gpt.progress import Echo, ignore_line
 
 DEFAULT_DATASET = "carlmcbrideellis/llm-7-prompt-training-dataset"
-LICENCE_NOTE = "The data has its own licence; please check on its page that it allows what you plan: {page}"
+LICENCE_NOTE = "The data has its own licence; please check on its page that it allows what you plan to do: {page}"
 TOKEN_HELP = (
     "create one at https://www.kaggle.com/settings (API, Generate New Token) and save it in ~/.kaggle/access_token "
     "or in the variable KAGGLE_API_TOKEN; an older kaggle.json goes in ~/.kaggle"
 )
 BY_HAND = "or download it in the browser from {page} and run `mlx-gpt download --from-file` with the zip"
 
-# This file is written last, so a folder that has it is whole. A folder without it was not made here and is never
+# This file is written last, so a folder that has it is complete. A folder without it was not made here and is never
 # replaced.
 MARKER = ".complete.json"
 
@@ -223,7 +223,7 @@ def _explain_status(status: int, source: str, page: str) -> str:
 
 @contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """Make a temporary folder inside `folder`: on the same disk, so that what is complete can be moved by a rename."""
+    """Make a temporary folder inside `folder`, on the same disk, so that a complete folder can be moved by a rename."""
     with os_errors_explained(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".unfinished-", dir=folder, ignore_cleanup_errors=True) as temporary:

@@ -1,4 +1,4 @@
-"""Files to documents: one `str` at a time, so that a corpus never has to fit in memory."""
+"""Turns files into documents, one `str` at a time, so that a corpus never has to fit in memory."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""Documents to token ids in memory-mapped files."""
+"""Turns documents into token ids in memory-mapped files."""
 
 import functools
 import re

@@ -1,6 +1,6 @@
 """The keys and values of the sequences that are decoded together.
 
-Shapes: B sequences of T new tokens, S tokens of the longest with them, H heads of width D.
+Shapes: B sequences of T new tokens, S tokens of the longest including those, H heads of width D.
 """
 
 import mlx.core as mx
@@ -9,14 +9,14 @@ from mlx_gpt.models.base import Mask
 
 
 class Rows:
-    """Where the tokens of several sequences lie: each has a row, and fills it from the left.
+    """The places of the tokens of several sequences. Each sequence has a row, and fills it from the left.
 
     Attributes:
-        count: how many sequences there can be.
-        capacity: how many tokens each may have.
-        lengths: how many each has, for the rows in use, which are the first.
-        offset: in the pass announced by `grow`: how many tokens came before; (B,) where sequences differ.
-        places: in that pass, where sequences differ: where the tokens go, (count, 1, T, 1); otherwise None.
+        count: the highest number of sequences.
+        capacity: the highest number of tokens of each.
+        lengths: the number of tokens in each row in use; these are the first rows.
+        offset: how many tokens came before the pass announced by `grow`; (B,) if the sequences differ.
+        places: where the tokens of that pass go, (count, 1, T, 1), if the sequences differ; otherwise None.
     """
 
     def __init__(self, count: int, capacity: int) -> None:
@@ -26,7 +26,7 @@ class Rows:
         self.places: mx.array | None = None
 
     def begin(self, sequences: int = 1) -> None:
-        """Begin so many sequences in the next rows."""
+        """Begin this many sequences in the next rows."""
         self.lengths += [0] * sequences
 
     def grow(self, T: int) -> None:
@@ -39,7 +39,7 @@ class Rows:
             self.places = mx.pad(positions_bt, [(0, self.count - len(before)), (0, 0)])[:, None, :, None]
 
     def mask(self, T: int, window: int | None = None) -> Mask:
-        """The mask of the pass that was announced, for `T` queries that see at most the last `window` tokens."""
+        """Return the mask of the announced pass, for `T` queries that see at most the last `window` tokens."""
         S = max(self.lengths)
         if not isinstance(self.offset, mx.array) and (window is None or window >= S):
             return "causal" if T > 1 else None
@@ -54,11 +54,11 @@ class BatchCache:
     """The keys and values of several sequences, allocated once.
 
     Attributes:
-        rows: where the sequences lie; announce each pass over the network to it.
-        layers: one for each layer of the network, which reads and writes it.
+        rows: the places of the sequences; every pass over the network must be announced to it.
+        layers: one cache for each layer of the network, which reads and writes it.
 
     Args:
-        layers: how many.
+        layers: the number of layers.
     """
 
     def __init__(self, layers: int, rows: Rows) -> None:
@@ -73,7 +73,7 @@ class BatchCache:
         self.rows.lengths.append(length)
 
     def remove(self, row: int) -> None:
-        """Give up a sequence. The last one takes its row."""
+        """Remove a sequence. The last one takes its row."""
         length = self.rows.lengths.pop()
         last = len(self.rows.lengths)
         if row != last:
@@ -91,7 +91,7 @@ class LayerCache:
 
     @property
     def offset(self) -> int | mx.array:
-        """How many tokens came before; (B,) where sequences differ."""
+        """How many tokens came before; (B,) if the sequences differ."""
         return self._rows.offset
 
     @property
@@ -100,7 +100,7 @@ class LayerCache:
         return sum(array.nbytes for array in self._arrays)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """The mask for `N` queries that see at most the last `window_size` tokens.
+        """Return the mask for `N` queries that see at most the last `window_size` tokens.
 
         With `return_array` a causal mask is an array, too.
         """
@@ -119,7 +119,7 @@ class LayerCache:
             if places is None:
                 self._arrays[i][:B, :, stop - T : stop] = new_bhtd
             else:
-                # Written for all rows, in use or not: that is in place, and twice as fast as a general index.
+                # All rows are written, in use or not: this works in place, and is twice as fast as a general index.
                 new_bhtd = mx.pad(new_bhtd, [(0, self._rows.count - B), (0, 0), (0, 0), (0, 0)])
                 self._arrays[i] = mx.put_along_axis(self._arrays[i], places, new_bhtd, axis=2)
         keys, values = (array[:B, :, :stop] for array in self._arrays)

@@ -1,4 +1,4 @@
-"""Conversations to prompts, with the chat template of a model's tokenizer."""
+"""Turns conversations into prompts, with the chat template of a model's tokenizer."""
 
 import json
 from collections.abc import Mapping, Sequence

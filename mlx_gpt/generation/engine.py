@@ -1,4 +1,4 @@
-"""From prompts to texts, many at a time: each prompt is read, then all texts are decoded together, one token per step.
+"""Generates many texts at a time: each prompt is read, then all texts are decoded together, one token per step.
 
 Texts enter and leave between two steps (continuous batching: Yu et al. 2022, Orca). A prompt is read in chunks, one per
 step, so that texts in progress wait for one chunk at most.
@@ -51,15 +51,15 @@ class Request:
 class Engine:
     """Decodes the texts of requests together, one token of each per `step`.
 
-    A text is the same alone and together with others, up to the rounding of sums: it has random numbers, keys and
-    values of its own.
+    A text is the same alone and together with others, up to the rounding of sums, because it has its own random
+    numbers, keys and values.
 
     Attributes:
-        made: tokens so far, of all texts.
+        made: the tokens of all texts so far.
 
     Args:
         max_batch: texts at a time; further ones wait.
-        capacity: tokens that each may have in the cache, if fewer than the model's positions are enough.
+        capacity: tokens that each text may have in the cache; by default as many as the model has positions.
         on: the device; by default the one that MLX computes on.
     """
 
@@ -77,7 +77,7 @@ class Engine:
         self._device = on or device()
         self._model = self._device.decoder(model.eval(), max_batch)
         self._cache = make_cache(model, max_batch, capacity or self._positions)
-        # Where a vocabulary was padded to a round size.
+        # The model has these ids only because its vocabulary was padded to a round size.
         self._unknown_v = (
             mx.arange(self._entries) >= tokenizer.vocab_size if tokenizer.vocab_size < self._entries else None
         )
@@ -85,7 +85,7 @@ class Engine:
         self._reading: _Prompt | None = None
         self._rows: list[_Text] = []  # as in the cache
         self._tokens_b = mx.array([], mx.uint32)  # the newest of each row
-        self._full: list[_Text] = []  # whose context is full, to be read again
+        self._full: list[_Text] = []  # their context is full; they are read again
         self._picked: list[_Picked] = []  # what the device is computing
 
     @property
@@ -110,18 +110,18 @@ class Engine:
         """Queue a request; `step` returns its text.
 
         Raises:
-            UserError: it asks for more texts than are decoded at a time.
+            UserError: the request asks for more texts than are decoded at a time.
         """
         count = request.config.num_samples
         if count > self.max_batch:
-            raise UserError(f"{count} texts were asked for, and {self.max_batch} at most are made at a time.")
+            raise UserError(f"{count} texts were asked for, but at most {self.max_batch} are made at a time.")
         seed = request.config.seed
         seed = random.SystemRandom().randrange(2**62) if seed is None else seed
         texts = [_Text(request, i, seed + i, self._tokenizer, self._entries) for i in range(count)]
         self._queue.append(self._prompt(texts, request.prompt))
 
     def drop(self, request: Request) -> None:
-        """Give up a request: it gets no more text, and its rows are free at the next step."""
+        """Drop a request: it gets no more text, and its rows are free at the next step."""
         self._queue = deque(prompt for prompt in self._queue if prompt.request is not request)
         if self._reading and self._reading.request is request:
             self._reading = None
@@ -147,7 +147,7 @@ class Engine:
                 self._full.append(text)
             if full or text.over:
                 self._cache.remove(row)
-                # As the cache does: the last one takes the row.
+                # The last text takes the row, as in the cache.
                 self._rows[row], staying[row] = self._rows[-1], staying[-1]
                 self._rows.pop()
                 staying.pop()
@@ -192,7 +192,7 @@ class Engine:
         return _Prompt(texts, ids, cache, again)
 
     def _read_chunk(self, prompt: "_Prompt") -> mx.array:
-        """Read the next chunk of a prompt; logits (V,) of the token after it."""
+        """Read the next chunk of a prompt, and return the logits (V,) of the token after it."""
         start = prompt.cache.rows.lengths[0]
         ids = prompt.ids[start : start + self._device.chunk]
         # MLX keeps a compiled function for each size, so there should be few sizes.
@@ -212,17 +212,17 @@ class Engine:
         return logits_bv[0]
 
     def _padded(self, count: int) -> int:
-        """The next power of two, or multiple of a chunk."""
+        """Return the next power of two or, above a chunk, the next multiple of a chunk."""
         size = self._device.chunk
         return -(-count // size) * size if count > size else 1 << (count - 1).bit_length()
 
     def _known(self, logits_bv: mx.array) -> mx.array:
-        """Logits in float32, -inf for ids that are no token."""
+        """Return the logits in float32, with -inf for ids that are not tokens."""
         logits_bv = logits_bv.astype(mx.float32)
         return logits_bv if self._unknown_v is None else mx.where(self._unknown_v, -mx.inf, logits_bv)
 
     def _pick(self, logits_bv: mx.array, texts: Sequence["_Text"]) -> mx.array:
-        """The next token of each text, (B,), which the device starts to compute."""
+        """Return the next token of each text, (B,), which the device starts to compute."""
         logits_bv = self._known(logits_bv)
         tokens_b = choose(logits_bv, texts)
         asked = [text.request.alternatives for text in texts if text.request.alternatives is not None]
@@ -234,14 +234,14 @@ class Engine:
         return tokens_b
 
     def _tell(self, picked: "_Picked") -> Iterator[tuple[Request, Piece]]:
-        """The text that tokens make certain."""
+        """Yield the text that these tokens make certain."""
         ids = picked.tokens_b.tolist()
         logprobs = _listed(picked.logprobs) if picked.logprobs else [(None, ())] * len(ids)
         for text, token, (logprob, alternatives) in zip(picked.texts, ids, logprobs, strict=True):
             request = text.request
             text.ids.append(token)
             if text.dropped or text.text.reason:
-                continue  # picked before its end was known
+                continue  # the token was picked before the text's end was known
             self.made += 1
             if picked.prompt_logprobs is not None:
                 yield request, Piece(text.sample, "", tokens=self._prompt_tokens(request, picked.prompt_logprobs))
@@ -252,7 +252,7 @@ class Engine:
                 yield request, piece
 
     def _prompt_tokens(self, request: Request, logprobs: list[Logprobs]) -> tuple[Token, ...]:
-        """The tokens of a prompt, with the probability that the model gave each."""
+        """Return the tokens of a prompt, each with the probability that the model gave it."""
         texts = Detokenizer(self._tokenizer)
         thoughts = [(None, ()), *(thought for chunk in logprobs for thought in _listed(chunk))]
         return tuple(
@@ -262,7 +262,7 @@ class Engine:
 
 
 class _Text:
-    """One text of a request, and everything but the network that its next token depends on.
+    """One text of a request, and everything except the network that its next token depends on.
 
     Attributes:
         ids: its tokens so far.
@@ -295,8 +295,8 @@ class _Prompt:
     """Tokens to read before texts continue from them: the same for all samples of a request.
 
     Args:
-        cache: with one row.
-        again: whether it is a text whose context was full.
+        cache: a cache with one row.
+        again: whether this is a text whose context was full.
     """
 
     def __init__(self, texts: list[_Text], ids: Sequence[int], cache: BatchCache, again: bool) -> None:
@@ -311,7 +311,7 @@ class _Prompt:
 
 @dataclass
 class _Picked:
-    """Tokens (B,) of texts, and if asked for their log-probabilities, which the device may still be computing."""
+    """Tokens (B,) of texts and, if requested, their log-probabilities. The device may still be computing both."""
 
     texts: list[_Text]
     tokens_b: mx.array
@@ -345,7 +345,7 @@ def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:
 
 
 def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:
-    """An empty cache for sequences of at most `capacity` tokens.
+    """Return an empty cache for sequences of at most `capacity` tokens.
 
     Raises:
         UserError: the model keeps something other than keys and values, as recurrent networks do.
@@ -360,7 +360,7 @@ def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:
 
 
 def bytes_per_token(model: nn.Module) -> int:
-    """Bytes that the cache takes for each token of a sequence, as one token shows."""
+    """Return the bytes that the cache takes for each token of a sequence, measured with one token."""
     cache = make_cache(model, 1, 1)
     cache.rows.begin()
     cache.rows.grow(1)
@@ -369,7 +369,7 @@ def bytes_per_token(model: nn.Module) -> int:
 
 
 def _listed(logprobs: Logprobs) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-    """Each token's log-probability, and the likeliest in its place, from the likeliest down."""
+    """Return each token's log-probability, and the likeliest tokens in its place, the likeliest first."""
     chosen, values, ids = (array.tolist() for array in logprobs)
     return [
         (logprob, tuple(sorted(zip(row_ids, row_values, strict=True), key=lambda pair: -pair[1])))

@@ -1,6 +1,6 @@
-"""Logits to the next token. The settings have the meaning and the order of Hugging Face's transformers.
+"""Draws the next token from logits. The settings have the meaning and the order of Hugging Face's transformers.
 
-Shapes: B texts, V entries of the vocabulary, N of them that are candidates.
+Shapes: B texts, V entries of the vocabulary, N of which are candidates.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def keep_top_k(logits_bn: mx.array, k: int) -> tuple[mx.array, mx.array]:
 
 
 def keep_top_p(logits_bn: mx.array, p: float) -> mx.array:
-    """Set all logits to -inf but those of the likeliest tokens that together reach probability `p`.
+    """Set all logits to -inf except those of the likeliest tokens that together reach probability `p`.
 
     Source: Holtzman et al. 2020, arXiv:1904.09751.
     """
@@ -77,7 +77,7 @@ def keep_top_p(logits_bn: mx.array, p: float) -> mx.array:
 
 
 def keep_min_p(logits_bn: mx.array, p: float) -> mx.array:
-    """Set the logits of tokens to -inf that are less likely than `p` times the likeliest.
+    """Set the logits of tokens that are less likely than `p` times the likeliest to -inf.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
     """

@@ -1,4 +1,4 @@
-"""A stream of tokens to text, in whole characters and up to a stop string."""
+"""Turns a stream of tokens into text, in whole characters and up to a stop string."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Piece:
 class Text:
     """One text that is being generated.
 
-    Characters at its end that may be the beginning of a stop string are held back until that is decided.
+    It holds back characters at its end that may begin a stop string until that is decided.
 
     Attributes:
         reason: why the text has ended, as in `Piece`; "" until then.

@@ -1,4 +1,4 @@
-"""One prompt to text, streamed."""
+"""Continues one prompt, and streams the text."""
 
 import time
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ class Stats:
     """The speed of a generation, filled in while it streams.
 
     Attributes:
-        prompt_tokens: read once, whatever the number of samples.
-        new_tokens: of all samples together.
-        prompt_seconds: up to the first token.
-        seconds: after it.
+        prompt_tokens: tokens of the prompt, which is read once for all samples.
+        new_tokens: tokens of all samples together.
+        prompt_seconds: time up to the first token.
+        seconds: time after the first token.
         peak_memory: bytes.
     """
 
@@ -48,7 +48,7 @@ class Stats:
 def stream(
     model: nn.Module, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, stats: Stats | None = None
 ) -> Iterator[Piece]:
-    """Continue `prompt`, yielding text as soon as it is certain; `stats` is filled on the way.
+    """Continue `prompt`, yielding text as soon as it is certain; `stats` is filled in meanwhile.
 
     Raises:
         UserError: the prompt is empty or longer than the context.
@@ -75,7 +75,7 @@ def stream(
 
 
 def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt.
+    """Return the ids of a prompt.
 
     Raises:
         UserError: it is empty, or longer than the context.

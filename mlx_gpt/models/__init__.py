@@ -1,8 +1,8 @@
-"""The networks, by the `model_type` of their `config.json`, and what the rest of the package asks of any of them.
+"""The networks, by the `model_type` of their `config.json`, and the functions by which other modules use them.
 
-A network is what mlx-lm takes for one: `Model(args)`, called with ids and caches to give logits, with `layers`, `args`
+A network has the interface of mlx-lm: `Model(args)`, which turns ids and caches into logits, and has `layers`, `args`
 and `sanitize`. Ours have more: `hidden` and `head` apart, `head_weight`, `init_weights`, `flops_per_token` and
-`to_file`. The functions here do without where a network of mlx-lm lacks them.
+`to_file`. The functions here also work with a network of mlx-lm, which lacks these.
 """
 
 import importlib
@@ -27,7 +27,7 @@ OURS = {"gpt2": "mlx_gpt.models.gpt2"}
 
 
 def create(config: ModelConfig) -> nn.Module:
-    """Make the network that the settings describe, its weights not yet drawn (`init_weights`)."""
+    """Make the network that the settings describe. Its weights are not drawn yet (`init_weights` draws them)."""
     from mlx_gpt.models import gpt2
 
     return gpt2.Model(
@@ -43,12 +43,12 @@ def create(config: ModelConfig) -> nn.Module:
 
 
 def architecture(model_type: str) -> ModuleType:
-    """Return the module with `Model` and `ModelArgs` for a `model_type`: ours, or mlx-lm's where that is installed.
+    """Return the module with `Model` and `ModelArgs` for a `model_type`: ours, or mlx-lm's if that is installed.
 
     No code from a model's own directory is ever run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such module.
     """
     if model_type in OURS:
         return importlib.import_module(OURS[model_type])
@@ -69,18 +69,18 @@ def architecture(model_type: str) -> ModuleType:
 
 
 def n_params(model: nn.Module) -> int:
-    """Number of parameters; a tied head counts once."""
+    """Return the number of parameters; a tied head counts once."""
     return sum(weight.size for _, weight in tree_flatten(model.parameters()))
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:
-    """Floating-point operations to train on one token: the model's own count, or 6 per parameter."""
+    """Return the floating-point operations to train on one token: the model's own count, or 6 per parameter."""
     own: Callable[[int], int] | None = getattr(model, "flops_per_token", None)
     return own(seq_len) if own else 6 * n_params(model)
 
 
 def context_length(model: nn.Module) -> int:
-    """The longest sequence that a model can see, in tokens."""
+    """Return the longest sequence that a model can see, in tokens."""
     args: Any = model.args
     for name in ("n_positions", "max_position_embeddings"):
         if length := getattr(args, name, None):
@@ -89,7 +89,7 @@ def context_length(model: nn.Module) -> int:
 
 
 def vocab_size(model: nn.Module) -> int:
-    """Entries of the head."""
+    """Return the number of entries of the head."""
     return int(model.args.vocab_size)
 
 
@@ -105,12 +105,12 @@ def describe(model: nn.Module) -> str:
 
 
 def hidden(model: nn.Module, inputs_bt: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-    """What `head` takes: hidden states (B, T, C), or the logits themselves where a model gives only these."""
+    """Return the input of `head`: hidden states (B, T, C), or the logits themselves if a model gives only those."""
     inner: mx.array = (model.hidden if hasattr(model, "hidden") else model)(inputs_bt, cache)
     return inner
 
 
 def head(model: nn.Module, x: mx.array) -> mx.array:
-    """Logits (..., V) from what `hidden` gave."""
+    """Return logits (..., V) from the result of `hidden`."""
     logits: mx.array = model.head(x) if hasattr(model, "head") else x
     return logits

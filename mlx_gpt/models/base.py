@@ -1,8 +1,8 @@
-"""Layers that the networks share, beside those of `mlx.nn`.
+"""Layers that the networks share, in addition to those of `mlx.nn`.
 
 Shapes: B sequences of T tokens, C the width, H heads of width D, S tokens that can be attended to, V the vocabulary.
 
-`cpu_twin` names the computation of a layer for `mlx_gpt.cpu`, which has another way to compute it.
+`cpu_twin` names a layer's computation, so that `mlx_gpt.cpu` can compute it in another way.
 """
 
 import functools
@@ -26,7 +26,7 @@ class Cache(Protocol):
 
     @property
     def offset(self) -> int | mx.array:
-        """How many tokens came before: a number, or (B,) where sequences differ."""
+        """How many tokens came before: a number, or (B,) if the sequences differ."""
         ...
 
     def update_and_fetch(self, keys_bhtd: mx.array, values_bhtd: mx.array) -> tuple[mx.array, mx.array]:
@@ -91,8 +91,8 @@ def _gelu(x: mx.array) -> mx.array:
 class Dropout(nn.Module):
     """Zero a fraction `p` of the activations while training, and scale up the rest (Srivastava et al. 2014).
 
-    The key is set from outside (`seed_dropout`) instead of drawn, so that a block that is computed again for its
-    gradient drops the same activations. Without a key nothing is dropped.
+    The key is set from outside (`seed_dropout`) instead of drawn, so that a block drops the same activations when it is
+    computed again for its gradient. Without a key nothing is dropped.
     """
 
     def __init__(self, p: float) -> None:
@@ -114,7 +114,7 @@ def set_dropout(model: nn.Module, p: float) -> None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether training drops anything."""
+    """Return whether training drops anything."""
     return any(isinstance(module, Dropout) and module.p > 0 for module in model.modules())
 
 
@@ -153,7 +153,7 @@ def set_precision(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def cast_parameters(model: nn.Module, parameters: dict, dtype: mx.Dtype) -> dict:
-    """Cast parameters to the dtype to compute in, all but the tables of `Float32Embedding`s."""
+    """Cast all parameters to the dtype to compute in, except the tables of `Float32Embedding`s."""
     kept = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Float32Embedding)}
     return tree_map_with_path(lambda name, p: p if name in kept else p.astype(dtype), parameters)
 
@@ -161,8 +161,8 @@ def cast_parameters(model: nn.Module, parameters: dict, dtype: mx.Dtype) -> dict
 class LinearCrossEntropy(nn.Module):
     """The cross-entropy of the logits `x @ weight.T`, which are never all in memory at once.
 
-    The logits are computed for some rows at a time. In training their gradient is computed with them: with a vocabulary
-    of 50,000 all logits would be most of what training holds.
+    The logits are computed for some rows at a time, and in training their gradient is computed at the same time. With a
+    vocabulary of 50,000, all logits together would take most of the memory that training needs.
     """
 
     cpu_twin = "linear_cross_entropy"
@@ -206,7 +206,7 @@ def _linear_cross_entropy(
     dx: list[mx.array] = []
     total, dweight = mx.array(0.0), mx.array(0.0)
     for part in chunks(len(x_nc), len(weight_vc), CHUNK):
-        # Each chunk waits for the one before, or the logits of all would be computed first.
+        # Each chunk waits for the one before, because otherwise the logits of all chunks would be computed first.
         x, targets = mx.depends([x_nc[part], targets_n[part]], [total, dweight, *dx[-1:]])
         loss_sum, dlogits = mx.value_and_grad(loss)(x @ weight.T, targets, weights_n[part])
         total = total + loss_sum
@@ -231,11 +231,11 @@ def _linear_cross_entropy_vjp(
 
 
 def recompute_in_backward(layers: Sequence[nn.Module], on: bool = True) -> None:
-    """Have each layer keep only its input for the backward pass (Chen et al. 2016, arXiv:1604.06174), or no longer.
+    """Make each layer keep only its input for the backward pass (Chen et al. 2016, arXiv:1604.06174), or undo that.
 
     Everything else is computed again once the gradient that needs it has arrived, and all gradients of a layer are
-    finished before the layer below is computed again. `mx.checkpoint` demands neither, and MLX, which runs whatever is
-    ready, would then hold the activations of many layers at once.
+    finished before the layer below is computed again. `mx.checkpoint` guarantees neither. MLX runs whatever is ready,
+    and would then hold the activations of many layers at once.
     """
     for layer in layers:
         plain: Any = getattr(type(layer), "plain", type(layer))

@@ -1,6 +1,6 @@
-"""Model directories: read, write, check.
+"""Reads, writes and checks model directories.
 
-A model directory is what transformers and mlx-lm read: `config.json`, `model.safetensors` with the names and the
+transformers and mlx-lm read the same directories: `config.json`, `model.safetensors` with the names and the
 orientation that transformers uses, and the tokenizer's files.
 """
 
@@ -26,13 +26,13 @@ from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.models import gpt2
 from mlx_gpt.tokenizer import Tokenizer
 
-# Decoding on a CPU takes some of the outputs of these at a time, which should lie in one piece.
+# Decoding on a CPU reads some of the outputs of these weights at a time, so those should be contiguous.
 SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
-PREFIX = "transformer."  # that transformers writes before the names of a GPT-2's tensors
+PREFIX = "transformer."  # which transformers writes before the names of a GPT-2's tensors
 # Causal masks that old files store as if they were weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
 FLOATS = ("F32", "F16", "BF16")
-# GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. What is read grows many times over in memory.
+# GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. In memory, both take many times that.
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
@@ -62,7 +62,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The `config.json` of a model: that of its directory, or made from its `args`."""
+    """Return the `config.json` of a model: that of its directory, or made from its `args`."""
     own: Mapping[str, Any] | None = getattr(model, "config", None)
     return dict(own) if own is not None else model.args.to_config()
 
@@ -77,9 +77,9 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     try:
         mx.save_safetensors(str(path), arrays, metadata=metadata or {})
         with safe_open(path, framework="np"):
-            pass  # the header is right and the file as long as it says: MLX's writer does not tell of a full disk
+            pass  # checks that the file is as long as its header says: MLX's writer does not report a full disk
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(errno.EIO, f"the disk did not take it: {error}") from None
+        raise OSError(errno.EIO, f"the disk did not store it: {error}") from None
 
 
 def load_model(folder: str | Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
@@ -94,7 +94,7 @@ def load_model(folder: str | Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
     folder = Path(folder)
     config = read_config(folder)
     model = _load_gpt2(folder, config, dtype) if config["model_type"] == "gpt2" else _load_other(folder, config, dtype)
-    mx.eval(model.parameters())  # the reader is lazy: have it all while the file is there
+    mx.eval(model.parameters())  # the reader is lazy: read everything while the file exists
     return model
 
 
@@ -118,7 +118,7 @@ def _load_gpt2(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Modu
 
 
 def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
-    """A network of mlx-lm. Only mlx-lm's own code builds it; the directory brings numbers."""
+    """Read a network of mlx-lm. Only mlx-lm's own code builds it; the directory contributes only numbers."""
     architecture = models.architecture(config["model_type"])
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
@@ -152,10 +152,11 @@ def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Mod
 def _as_mlx_lm_has_it(
     folder: Path, config: Mapping[str, Any], args: type, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The keys of `config.json` as `args` reads them.
+    """Return the keys of `config.json` as `args` reads them.
 
     transformers 5 writes the base and the scaling of rotary positions into `rope_parameters`, and what it leaves out
-    has defaults that differ from mlx-lm's. mlx-lm ignores keys that it does not know, so the logits would be others.
+    has defaults that differ from mlx-lm's. mlx-lm ignores keys that it does not know, so without this the logits would
+    differ.
     """
     known = inspect.signature(args).parameters
     found = {"tie_word_embeddings": "lm_head.weight" not in stored, **config}
@@ -190,10 +191,10 @@ def load_tokenizer(folder: str | Path, model: nn.Module) -> Tokenizer:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A directory's `config.json`, with a `model_type`.
+    """Return a directory's `config.json`, with a `model_type`.
 
     Raises:
-        UserError: it is missing or no JSON, or asks for code of its own.
+        UserError: it is missing, is not JSON, or asks for its own code to be run.
     """
     path = folder / "config.json"
     config = _read_json(path)
@@ -202,12 +203,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if "model_file" in config or "auto_map" in config:
         raise UserError(f"{path} brings code of its own, which mlx-gpt never runs: use another model.")
     if "quantization" in config or "quantization_config" in config:
-        raise UserError(f"{path} describes quantised weights, which mlx-gpt does not read: take the full ones.")
+        raise UserError(f"{path} describes quantised weights, which mlx-gpt does not read: use unquantised ones.")
     return config
 
 
 def gpt2_args(path: Path, config: Mapping[str, Any]) -> gpt2.ModelArgs:
-    """The sizes of a GPT-2 from its `config.json` at `path`.
+    """Return the sizes of a GPT-2 from its `config.json` at `path`.
 
     Raises:
         UserError: it describes something that this GPT-2 is not.
@@ -223,7 +224,7 @@ def gpt2_args(path: Path, config: Mapping[str, Any]) -> gpt2.ModelArgs:
     for key, fine in asked.items():
         if key in config and config[key] not in fine:
             found = shown(repr(config[key]))
-            raise UserError(f"{path}: `{key}` {found} is not GPT-2's ({fine[0]!r}), which is all that mlx-gpt has.")
+            raise UserError(f"{path}: `{key}` {found} is not GPT-2's ({fine[0]!r}), and mlx-gpt has no other.")
     names = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
     for name in names:
         if name not in config:
@@ -253,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is no model directory: it has no {path.name}.") from None
+        raise UserError(f"{path.parent} is not a model directory: it has no {path.name}.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from None
     except (ValueError, RecursionError):
@@ -292,7 +293,7 @@ def _header(path: Path, prefix: str = PREFIX) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(args: gpt2.ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in the file of such a GPT-2, by name: found with one block, for `n_layer` may be absurd."""
+    """Return the shape of each tensor in such a GPT-2's file, by name. It makes one block: `n_layer` may be absurd."""
     one = gpt2.Model(dataclasses.replace(args, n_layer=1)).to_file()
     shapes = {name: tuple(weight.shape) for name, weight in one.items()}
     blocks = {
@@ -305,15 +306,15 @@ def _shapes(args: gpt2.ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def _arrays(path: Path, prefix: str = PREFIX) -> dict[str, mx.array]:
-    """The tensors of a safetensors file by name without the prefix, not read yet."""
+    """Return the tensors of a safetensors file by name without the prefix, not read yet."""
     try:
         return {name.removeprefix(prefix): array for name, array in mx.load(str(path)).items()}
-    except RuntimeError as error:  # of a mask, for only masks may be of any kind
+    except RuntimeError as error:  # caused by a mask, since only masks may have any dtype
         raise UserError(f"{path} can't be read ({shown(error, 200)}): fetch it again.") from None
 
 
 def _check_dimensions(path: Path, args: gpt2.ModelArgs, stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a config whose sizes are not the file's, before anything of those sizes is made."""
+    """Refuse a config whose sizes are not the file's, before any array of those sizes is made."""
     asked = {"wte.weight": (args.vocab_size, args.n_embd), "wpe.weight": (args.n_positions, args.n_embd)}
     _check_shapes(path, stored, asked)
     if args.n_layer > len(stored):
@@ -322,7 +323,7 @@ def _check_dimensions(path: Path, args: gpt2.ModelArgs, stored: Mapping[str, tup
 
 
 def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a config with sizes that no tensor has or counts that they can't fill, before anything is made of them."""
+    """Refuse a config with sizes that no tensor has or counts that the tensors can't fill, before using either."""
     dimensions = [size for shape in stored.values() for size in shape]
     for name in ("vocab_size", "hidden_size"):
         if (name == "vocab_size" or name in config) and config.get(name) not in dimensions:
@@ -354,5 +355,5 @@ def _check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], asked: Mapp
 
 
 def _laid_out(name: str, weight: mx.array) -> mx.array:
-    """The rows of `SPLIT_BY_OUTPUT` one after the other in memory."""
+    """Return the weight; those of `SPLIT_BY_OUTPUT` with their rows one after the other in memory."""
     return mx.contiguous(weight) if name.endswith(SPLIT_BY_OUTPUT) else weight

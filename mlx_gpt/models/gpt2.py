@@ -96,7 +96,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then MLP, each normalised before and added to its input."""
+    """Attention, then MLP. Each gets normalised input, and its output is added to the input."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -128,14 +128,14 @@ class Model(nn.Module):
 
         Args:
             inputs_bt: ids in [0, V); MLX does not notice others.
-            cache: one per block, which the tokens are added to.
+            cache: one cache per block; the tokens are added to it.
         """
         return self.head(self.hidden(inputs_bt, cache))
 
     def hidden(self, inputs_bt: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
         """Return the normalised output of the last block, (B, T, C)."""
         offset = mx.array(cache[0].offset if cache else 0)
-        positions = offset[..., None] + mx.arange(inputs_bt.shape[1])  # (T,), or (B, T) where sequences differ
+        positions = offset[..., None] + mx.arange(inputs_bt.shape[1])  # (T,), or (B, T) if sequences differ
         x_btc = self.embd_dropout(self.wte(inputs_bt) + self.wpe(positions))
         mask = create_attention_mask(x_btc, cache[0] if cache else None)
         for i, block in enumerate(self.h):

@@ -1,7 +1,8 @@
-"""What a model is trained for: what a batch holds, and what its loss is.
+"""Training objectives. Each defines what a batch holds and how its loss is computed.
 
 An objective is called with a model and a batch and returns the loss as a sum over the tokens that count, in nats, and
-the sum of their weights. So micro-batches and ranks can be added up, and every token weighs the same.
+the sum of their weights. Therefore the results of micro-batches and ranks can be added up, and every token weighs the
+same.
 """
 
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place

@@ -7,7 +7,7 @@ from mlx_gpt.models.base import LinearCrossEntropy
 
 
 class Text(nn.Module):
-    """The cross-entropy of each token of a window but the first."""
+    """The cross-entropy of every token of a window except the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Text(nn.Module):
 
         Args:
             tokens_bt: windows (B, T + 1) of ids.
-            weights_bt: (B, T), of each token but the first; 0 where one does not count.
+            weights_bt: (B, T), the weight of every token except the first; 0 if the token does not count.
         """
         inputs_bt, targets_n, weights_n = tokens_bt[:, :-1], tokens_bt[:, 1:].flatten(), weights_bt.flatten()
         if hasattr(model, "hidden"):

@@ -1,7 +1,7 @@
-"""The guard before the application: who may ask, how much, and for how long.
+"""The guard in front of the application: it limits who may send requests, how large, and for how long.
 
-Written as ASGI middleware (https://asgi.readthedocs.io/en/latest/specs/www.html), so that a body is refused while it
-arrives, and a stream is ended while it is sent.
+It is ASGI middleware (https://asgi.readthedocs.io/en/latest/specs/www.html), so that it can refuse a body while that
+arrives, and end a stream while that is sent.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ class Guard:
     Args:
         hosts: names of this server besides its addresses and `localhost`. A request for any other name may come from
             a page whose own name was made to point here (DNS rebinding).
-        origins: other sites whose pages may ask.
-        api_key: required everywhere but for the page and /health; empty for none.
+        origins: other sites whose pages may send requests.
+        api_key: required everywhere except for the page and /health; "" for no key.
     """
 
     def __init__(

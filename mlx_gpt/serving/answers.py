@@ -1,4 +1,4 @@
-"""Answers in the making: the engine's pieces of text become whole answers, or chunks of a stream."""
+"""Turns the engine's pieces of text into whole answers, or into chunks of a stream."""
 
 import itertools
 import time
@@ -62,7 +62,7 @@ class Answer(ABC):
 
     @abstractmethod
     def opening(self) -> Iterator[BaseModel]:
-        """The chunks before the first token."""
+        """Yield the chunks before the first token."""
 
     def add(self, number: int, piece: Piece) -> BaseModel | None:
         """Add a piece of a text that continues prompt `number`; returns the chunk for it, if it needs one."""
@@ -83,7 +83,7 @@ class Answer(ABC):
         return chunk
 
     def closing(self) -> Iterator[BaseModel]:
-        """The chunk after the last token, if the client asked for usage."""
+        """Yield the chunk after the last token, if the client asked for usage."""
         if self._parsed.include_usage:
             yield self._wrap([], self.usage())
 
@@ -92,7 +92,7 @@ class Answer(ABC):
         """The answer in one."""
 
     def usage(self) -> Usage:
-        """The tokens so far."""
+        """Return the tokens so far."""
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -101,14 +101,14 @@ class Answer(ABC):
 
     @abstractmethod
     def _chunk(self, index: int, text: str, tokens: Sequence[Token], finish_reason: FinishReason) -> BaseModel:
-        """A chunk that adds to one of the texts."""
+        """Return a chunk that adds to one of the texts."""
 
     @abstractmethod
     def _wrap(self, choices: list[Any], usage: Usage | None = None) -> BaseModel:
-        """A chunk with these choices. With usage asked for, all chunks but the last have null."""
+        """Return a chunk with these choices. If usage was requested, it is null in all chunks except the last."""
 
     def _finish_reason(self, piece: Piece) -> FinishReason:
-        """OpenAI's word for why a text ends with this piece; it has none for a text that ends by itself."""
+        """Return OpenAI's word for why a text ends with this piece; it has no word for a text that ends by itself."""
         if not piece.reason:
             return None
         return "length" if piece.reason == "length" or self._parsed.prompt_only else "stop"
@@ -179,7 +179,7 @@ class ChatAnswer(Answer):
     """The answer of /v1/chat/completions."""
 
     def opening(self) -> Iterator[BaseModel]:
-        """The role of each message."""
+        """Yield the role of each message."""
         for index in range(len(self._texts)):
             delta = Delta(role="assistant", content="")
             yield self._wrap([ChatChunkChoice(index=index, delta=delta, finish_reason=None)])

@@ -1,4 +1,4 @@
-"""The application: its paths, and what answers them."""
+"""The application: its paths, and the functions that answer them."""
 
 import asyncio
 import importlib.metadata
@@ -65,17 +65,17 @@ class ModelList(BaseModel):
 
 
 class Service:
-    """What the paths share."""
+    """The state and the functions that the paths share."""
 
     def __init__(self, worker: Worker, metrics: Metrics, config: ServeConfig) -> None:
         self.worker, self.metrics, self._config = worker, metrics, config
         self.models, self._started = worker.models, int(time.time())
 
     def find(self, name: str | None) -> ServedModel:
-        """A model by its name; the first one for None.
+        """Return the model with this name; None means the first one.
 
         Raises:
-            APIError: there is none of that name; status 404.
+            APIError: there is no model of that name; status 404.
         """
         if name is None:
             return next(iter(self.models.values()))
@@ -85,7 +85,7 @@ class Service:
         return self.models[name]
 
     def card(self, model: ServedModel) -> ModelCard:
-        """The description of a model."""
+        """Return the description of a model."""
         return ModelCard(
             id=model.name,
             created=self._started,
@@ -102,7 +102,7 @@ class Service:
         parse: Callable[..., ParsedRequest],
         kind: Callable[[ParsedRequest], Answer],
     ) -> Any:
-        """Generate what a body asks for.
+        """Generate the texts that a body asks for.
 
         Raises:
             APIError: the body cannot be carried out, the queue is full, or the engine failed.
@@ -135,10 +135,10 @@ Shared = Annotated[Service, Depends(_service)]
 
 
 class JSONRequest(Request):
-    """A request whose body is JSON by the standard: Python's own parser also takes NaN, and halves of characters."""
+    """A request whose body is JSON by the standard: Python's own parser also accepts NaN and halves of characters."""
 
     async def json(self) -> Any:
-        """The parsed body."""
+        """Return the parsed body."""
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
@@ -149,11 +149,12 @@ class JSONRequest(Request):
 class JSONRoute(APIRoute):
     """A route that takes JSON sent as application/json, and nothing else.
 
-    A browser asks before it sends this type to another site, but would send a form or plain text at once.
+    A browser asks for permission before it sends this type to another site, but would send a form or plain text at
+    once.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """What answers a request."""
+        """Return the function that answers a request."""
         handler = super().get_route_handler()
 
         async def json_handler(request: Request) -> Response:
@@ -252,10 +253,10 @@ class Application(FastAPI):
 
 
 def make_app(worker: Worker, metrics: Metrics, config: ServeConfig) -> ASGIApp:
-    """The application behind its guard."""
+    """Return the application behind its guard."""
     metrics.slots.set(worker.max_batch * max(1, len(worker.models)))
     origins = config.allow_origin
     app: ASGIApp = Application(Service(worker, metrics, config), protected=bool(config.api_key))
     app = Guard(app, metrics, [config.host, *config.allow_host], origins, config.api_key)
-    # Outside of the guard, so that pages of these sites can read its refusals as well.
+    # This is outside the guard, so that pages of these sites can read its refusals as well.
     return CORSMiddleware(app, origins, allow_methods=["GET", "POST"], allow_headers=["*"]) if origins else app

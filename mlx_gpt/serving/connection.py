@@ -1,7 +1,7 @@
 """Connections to clients: uvicorn's HTTP/1.1, with limits for clients that are slow or greedy.
 
-uvicorn itself waits for a request's head as long as a client likes, and keeps an answer that nobody reads. It stops
-reading when a request arrives before the last one is answered, so that it does not notice that the client disconnects.
+uvicorn itself waits for a request's head for any length of time, and keeps an answer that nobody reads. When a request
+arrives before the last one is answered, it stops reading, so it does not notice when the client disconnects.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ MAX_BYTES_AHEAD = 2**20  # of requests that arrive before earlier ones are answe
 class Connection(asyncio.Protocol):
     """A connection that is aborted when no request begins for `IDLE_SECONDS`.
 
-    Stands between the socket and uvicorn's protocol. It uses asyncio's interfaces and the arguments that uvicorn gives
-    to the class named by `http=`, and nothing inside of uvicorn's protocol. A request finds its connection in
-    `scope["state"]["connection"]`.
+    It stands between the socket and uvicorn's protocol. It uses only asyncio's interfaces and the arguments that
+    uvicorn gives to the class named by `http=`, and nothing inside uvicorn's protocol. A request finds its connection
+    in `scope["state"]["connection"]`.
     """
 
     def __init__(self, *, app_state: dict[str, Any], **arguments: Any) -> None:
@@ -29,7 +29,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None  # None once the connection is lost
         self._timer: asyncio.TimerHandle | None = None
-        self._answering = 0  # requests; briefly 2, when one ends after the next has begun
+        self._answering = 0  # requests; briefly 2, if one ends after the next has begun
         self._paused = False
         self._held = bytearray()  # bytes that came while uvicorn had paused reading
 
@@ -66,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._http.connection_lost(exc)
 
     def pause_reading(self) -> None:
-        """uvicorn wants no more bytes. The socket is read all the same, since only reading shows a disconnect."""
+        """uvicorn wants no more bytes. The socket is still read, since only reading shows a disconnect."""
         self._paused = True
 
     def resume_reading(self) -> None:
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """A request is being answered: time does not count."""
+        """While a request is being answered, the idle limit does not apply."""
         self._answering += 1
         self._stop_timer()
         try:
@@ -118,7 +118,7 @@ class _Transport:
 
 
 def without_idle_limit(app: ASGIApp) -> ASGIApp:
-    """An application whose answers may take longer than `IDLE_SECONDS`."""
+    """Return the application with answers that may take longer than `IDLE_SECONDS`."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         with scope["state"]["connection"].answering():

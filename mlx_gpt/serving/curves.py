@@ -12,14 +12,14 @@ Point = list[int | float]  # a step and its loss; not a tuple, whose OpenAPI sch
 
 
 class Curves(BaseModel):
-    """Losses by step, as pairs of both."""
+    """Losses, as pairs of a step and its loss."""
 
     train: list[Point] = []
     val: list[Point] = []
 
 
 def load_curves(folder: Path) -> Curves:
-    """The curves of the run that `folder` is or belongs to, at most 500 points each; empty where there is no run."""
+    """Return the curves of the run that `folder` is or belongs to, at most 500 points each; empty without a run."""
     for run in (folder, folder.parent, folder.parent.parent):
         if (run / "metrics.jsonl").is_file():
             path = run / "metrics.jsonl"

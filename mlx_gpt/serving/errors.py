@@ -75,22 +75,22 @@ class APIError(HTTPException):
         self.param, self.code = param, code
 
     def json(self) -> str:
-        """The body of the response."""
+        """Return the body of the response."""
         kind = KINDS.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
         details = ErrorDetails(message=self.detail, type=kind, param=self.param, code=self.code)
         return ErrorResponse(error=details).model_dump_json()
 
     def response(self) -> Response:
-        """The response that reports it."""
+        """Return the response that reports it."""
         return Response(self.json(), self.status_code, self.headers, "application/json")
 
 
 def refusal(errors: Sequence[dict[str, Any]]) -> APIError:
-    """One sentence for the errors that pydantic found in a body."""
+    """Return one sentence for the errors that pydantic found in a body."""
     first = errors[0]
     location = first["loc"][1:]  # without "body"
     if first["type"] == TOO_MANY_ERRORS:
-        return APIError(400, "The body is wrong in many places: /openapi.json lists the fields and their types.")
+        return APIError(400, "The body has errors in many places: /openapi.json lists the fields and their types.")
     if not location:
         return APIError(400, "The body must be a JSON object.")
     name = shown(location[0])

@@ -17,7 +17,7 @@ class ServedModel:
     """A model that clients can use.
 
     Attributes:
-        name: by which clients know it.
+        name: the name that clients use.
         folder: the run or model directory that it was loaded from.
         n_positions: length of its context, in tokens.
         template: turns conversations into prompts; None if the model was not trained on conversations.
@@ -41,7 +41,7 @@ def load_models(paths: Sequence[Path], max_batch: int) -> Mapping[str, ServedMod
         max_batch: texts that each engine generates at a time.
 
     Raises:
-        UserError: a model cannot be loaded, or memory does not suffice.
+        UserError: a model cannot be loaded, or there is too little memory.
     """
 
     from mlx.utils import tree_flatten
@@ -71,7 +71,7 @@ def load_models(paths: Sequence[Path], max_batch: int) -> Mapping[str, ServedMod
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """The name of each model: that of its run, with a number where another model has the name already."""
+    """Return the name of each model: that of its run, with a number if another model already has that name."""
     names: list[str] = []
     for folder in folders:
         path = folder.resolve()

@@ -1,4 +1,4 @@
-"""What a body asks of the engine, checked against the model and the server's limits."""
+"""Turns bodies into requests to the engine, and checks them against the model and the server's limits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from mlx_gpt.serving.requests import ChatRequest, CompletionRequest
 
 @dataclass
 class ParsedRequest:
-    """What a body asks for.
+    """The texts that a body asks for.
 
     Attributes:
-        requests: the engine's, one per prompt.
+        requests: the requests to the engine, one per prompt.
         echoes: the text of each prompt, if the answer starts with it.
-        prompt_only: no new tokens are wanted. The engine generates one all the same, and the answer omits it.
+        prompt_only: whether no new tokens are wanted. The engine still generates one, and the answer omits it.
     """
 
     model: ServedModel
@@ -30,7 +30,7 @@ class ParsedRequest:
 
 
 def parse_completion(body: CompletionRequest, model: ServedModel, max_texts: int, max_tokens: int) -> ParsedRequest:
-    """What a completion asks for.
+    """Return what a completion asks for.
 
     Raises:
         APIError: it asks for something that the model or the server cannot do; status 400.
@@ -57,10 +57,10 @@ def parse_completion(body: CompletionRequest, model: ServedModel, max_texts: int
 
 
 def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens: int) -> ParsedRequest:
-    """What a conversation asks for.
+    """Return what a conversation asks for.
 
     Raises:
-        APIError: the model has no chat template, or it is asked for something that it or the server cannot do;
+        APIError: the model has no chat template, or the body asks for something that the model or the server cannot do;
             status 400.
     """
     if model.template is None:
@@ -97,7 +97,7 @@ def _encode(prompt: str | list[int], model: ServedModel) -> list[int]:
 
 
 def _check_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
-    """The same ids.
+    """Check the ids of a prompt, and return them.
 
     Raises:
         APIError: there are none, too many, or ids that are not in the vocabulary.

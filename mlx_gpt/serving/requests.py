@@ -1,7 +1,8 @@
 """The bodies that OpenAI's API accepts.
 
-https://platform.openai.com/docs/api-reference, completions and chat. A field that has a value and is not declared here
-is refused by name. `top_k`, `min_p` and `repetition_penalty` are additions that other servers have as well.
+https://platform.openai.com/docs/api-reference, completions and chat. The server refuses a field that has a value but is
+not declared here, and names it. `top_k`, `min_p` and `repetition_penalty` are additions that other servers have as
+well.
 """
 
 from typing import Annotated, Any, Literal
@@ -40,7 +41,7 @@ class Body(BaseModel):
         try:
             return handler(value)
         except ValidationError as error:
-            # A large body can have hundreds of thousands, and FastAPI would make a dictionary of each.
+            # A large body can have hundreds of thousands of errors, and FastAPI would make a dictionary of each.
             if error.error_count() > MAX_ERRORS:
                 raise PydanticCustomError(TOO_MANY_ERRORS, "The body has too many errors") from None
             raise
@@ -66,7 +67,7 @@ CONSTRAINTS = {"at least": "ge", "above": "gt", "at most": "le", "below": "lt"}
 
 
 def _sampling_fields() -> dict[str, Any]:
-    """The fields of `SAMPLING`; null is the default, as in OpenAI's API."""
+    """Return the fields of `SAMPLING`; null is the default, as in OpenAI's API."""
     settings = {setting.name: setting for setting in settings_of(GenerationConfig)}
     fields = {}
     for name in SAMPLING:
@@ -130,7 +131,7 @@ class TextRequest(SamplingSettings):
     web_search_options: None = None
 
     def generation_config(self, max_tokens: int, max_texts: int) -> GenerationConfig:
-        """The settings for these texts.
+        """Return the settings for these texts.
 
         Raises:
             APIError: `n` is greater than `max_texts`.
@@ -147,7 +148,7 @@ class TextRequest(SamplingSettings):
         return GenerationConfig(max_tokens=max_tokens, num_samples=texts, stop=tuple(stop), **settings)
 
     def bias(self, vocab_size: int) -> dict[int, float]:
-        """What is added to the logit of each token id.
+        """Return the number to add to the logit of each token id.
 
         Raises:
             APIError: an id is not in the vocabulary.
@@ -171,13 +172,13 @@ class CompletionRequest(TextRequest):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)] | None = Field(
         None, description="A text, its token ids, or several of either. Default: the start of a new text."
     )
-    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="Most new tokens. Default: 16.")
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="Highest number of new tokens. Default: 16.")
     echo: bool | None = Field(None, description="Start the answer with the prompt.")
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_ALTERNATIVES,
-        description="Return log-probabilities: each token's, and those of this many more.",
+        description="Return log-probabilities: each token's, and those of this many of the likeliest tokens.",
     )
     best_of: Literal[1] | None = None
     suffix: None = None
@@ -213,10 +214,13 @@ class ChatRequest(TextRequest):
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: int | None = Field(
-        None, ge=1, lt=2**31, description="Most new tokens. Default: what the context holds."
+        None, ge=1, lt=2**31, description="Highest number of new tokens. Default: what the context holds."
     )
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as `max_tokens`.")
     logprobs: bool | None = Field(None, description="Return each token's log-probability.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_ALTERNATIVES, description="Return this many likely tokens in each place. Needs `logprobs`."
+        None,
+        ge=0,
+        le=MAX_ALTERNATIVES,
+        description="Return this many of the likeliest tokens in each place. Needs `logprobs`.",
     )

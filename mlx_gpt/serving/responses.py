@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length"] | None
 
 
 class Usage(BaseModel):
-    """Tokens of the prompts, each counted once however many texts continue it, and of the texts."""
+    """The numbers of tokens of the prompts and of the texts. A prompt counts once, however many texts continue it."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -97,14 +97,14 @@ class ChatCompletion(BaseModel):
 
 
 class Delta(BaseModel):
-    """What a chunk adds to a message."""
+    """The part of a message that a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(BaseModel):
-    """What a chunk adds to one of the messages."""
+    """A chunk's addition to one of the messages."""
 
     index: int
     delta: Delta

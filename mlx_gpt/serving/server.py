@@ -1,4 +1,4 @@
-"""The process that serves: its socket, its signals, its models."""
+"""The server process: its socket, its signals and its models."""
 
 import functools
 import logging
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
         url: its address.
 
     Raises:
-        UserError: a model cannot be loaded, the address cannot be used, or anyone could ask without a key.
+        UserError: a model cannot be loaded, the address cannot be used, or anyone could use the server without a key.
     """
 
     def __init__(self, paths: Sequence[Path], config: ServeConfig) -> None:
@@ -102,7 +102,7 @@ class Server(uvicorn.Server):
         super().run(sockets=[self._listener])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop. uvicorn's own version would raise the signal again at the end, and the exit code would not be 0."""
+        """Stop. At the end, uvicorn's own version would raise the signal again, and the exit code would not be 0."""
         self.force_exit = self.should_exit
         self.should_exit = True
 

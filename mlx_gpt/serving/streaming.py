@@ -1,4 +1,4 @@
-"""Answers on their way to clients: whole, or as a stream of events."""
+"""Sends answers to clients, whole or as a stream of events."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ class Generation:
         self._first_token: float | None = None
 
     async def whole(self) -> BaseModel:
-        """The whole answer.
+        """Return the whole answer.
 
         Raises:
             APIError: the model failed.
@@ -41,7 +41,7 @@ class Generation:
         return self._answer.whole()
 
     async def chunks(self) -> AsyncIterator[BaseModel]:
-        """The chunks of the answer while it is generated.
+        """Yield the chunks of the answer while it is generated.
 
         Raises:
             EngineError: the model failed.

@@ -1,6 +1,7 @@
 """The thread that runs the engines, and hands what they generate to the event loop.
 
-Only this thread uses MLX. In `Worker`, the methods above the line belong to the event loop, those below to the thread.
+Only this thread uses MLX. In `Worker`, the event loop calls the methods above the line, and the thread calls those
+below it.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ class BusyError(Exception):
     """The queue is full.
 
     Attributes:
-        retry_after: seconds after which trying again may help.
+        retry_after: seconds after which a new attempt may succeed.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -66,7 +67,7 @@ class Job:
         return sum(request.config.num_samples for request in self.requests)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Each piece with the number of its prompt, until all texts have ended.
+        """Yield each piece with the number of its prompt, until all texts have ended.
 
         Raises:
             EngineError: the engine failed.
@@ -135,7 +136,7 @@ class Worker:
         self._thread.join(timeout=60)
 
     def submit(self, model: ServedModel, requests: Sequence[Request]) -> Job:
-        """Start a job, whose events go to the running event loop. `finish` has to be called for it in the end.
+        """Start a job, whose events go to the running event loop. The caller must call `finish` for it in the end.
 
         Raises:
             BusyError: the queue is full.
@@ -212,7 +213,7 @@ class Worker:
             self._deliver([(job, EngineError()) for job in lost])
 
     def _obey(self, action: Literal["add", "drop"], job: Job, engine: Engine, active: dict[Request, _InEngine]) -> None:
-        """Add a job's requests, or drop those that are left of them."""
+        """Add a job's requests, or drop those that are left."""
         try:
             for i, request in enumerate(job.requests):
                 if action == "add":
@@ -233,7 +234,7 @@ class Worker:
         try:
             pieces = engines[name].step()
         except Exception:
-            # The error may have left the engine in any state: replace it, and give up its texts.
+            # The error may have left the engine in any state: replace it, and drop its texts.
             log.exception("The engine of %s failed", name)
             lost = {request.job for request in active.values() if request.job.model.name == name}
             for request in [request for request, entry in active.items() if entry.job in lost]:

@@ -1,8 +1,8 @@
 """Checkpoints: model directories that can also be trained on.
 
 `step-00001000/` has the files of a model directory, `optimizer.safetensors` and `training.json`. It is written under
-another name and renamed when everything is on the disk, so a folder with that name is always whole. `training.json` is
-written last and has the checksum of every other file.
+another name and renamed when everything is on the disk, so a folder with that name is always complete. `training.json`
+is written last and has the checksum of every other file.
 """
 
 import dataclasses
@@ -106,7 +106,7 @@ def check_room(folder: Path, needed: int) -> None:
     """Check that the disk of `folder` has room for `needed` bytes.
 
     Raises:
-        OSError: it has not; the error number is ENOSPC.
+        OSError: the disk has too little room; the error number is ENOSPC.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -194,7 +194,8 @@ def _marker(record: dict[str, Any]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    # It is renamed first, so that a crash leaves no half checkpoint. `remove_unfinished` removes the rest later.
+    # The folder is renamed first, so that a crash leaves no half checkpoint. `remove_unfinished` removes the rest
+    # later.
     doomed = folder.with_name(f".{folder.name}.removed.part")
     shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():

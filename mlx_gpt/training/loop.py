@@ -1,4 +1,4 @@
-"""Training. `train` is the order of a run, `fit` the order of its steps, `make_step` one step."""
+"""Training: `train` makes a run, `fit` makes its steps, and `make_step` makes one step."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from mlx_gpt.training.memory import plan_run
 from mlx_gpt.training.setup import Run, set_up, take_folder
 
 Batch = tuple[mx.array, ...]
-"""Tokens (B, T + 1), and the weights (B, T) of all but the first."""
+"""Tokens (B, T + 1), and the weights (B, T) of all tokens except the first."""
 Sums = Any
 """A list, one item for each slice: ((sum of losses, sum of weights), gradients of the first)."""
 
@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     """Scalars that MLX may still be computing; `.item()` waits for them.
 
     Attributes:
-        loss: mean loss over every token of the step that counts, in nats.
+        loss: mean loss over all tokens of the step that count, in nats.
         grad_norm: global norm of the gradients before clipping.
     """
 
@@ -61,7 +61,8 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        finished: false when it was asked to stop before its last step; then there is a checkpoint of `step`.
+        finished: false if training was asked to stop before its last step; in that case there is a checkpoint of
+            `step`.
         best_loss: lowest validation loss, in nats per token.
     """
 
@@ -89,17 +90,17 @@ def train(
     Args:
         settings: by name; they override the TOML `file`, which overrides the preset.
         resume: a run, a checkpoint, or "newest".
-        overwrite: replace the run that is there.
+        overwrite: replace the run that is already in the folder.
         ignore_memory: start even if the run is expected to need more memory than there is.
         dry_run: show the plan and stop; the run's folder stays as it is.
-        stop_requested: asked after each step; when true, a checkpoint is saved and training ends.
-        around: entered while steps are made, such as a handler of signals.
-        network: may replace the model by another with the same parameters.
+        stop_requested: called after each step; if it returns true, a checkpoint is saved and training ends.
+        around: a context that is entered while steps are made, such as a handler of signals.
+        network: may replace the model with another one that has the same parameters.
 
     Raises:
         RunError: as in `fit`, or macOS ended the GPU's work.
-        UserError: a setting, the data or a folder cannot be used, or memory or disk are too small; nothing has been
-            changed then.
+        UserError: a setting, the data or a folder cannot be used, or there is too little memory or disk; in that case
+            nothing has been changed.
     """
     with set_up(settings, display, file, resume, overwrite) as run, trouble.gpu_failures(run):
         run.model = network(run.model)
@@ -122,7 +123,7 @@ def make_step(
     device: Device,
     ranks: Ranks = ALONE,
 ) -> Step:
-    """Return a function that makes step number `step` at a learning rate from micro-batches of one shape.
+    """Return a function that makes one step, given its number, a learning rate and micro-batches of one shape.
 
     Parameters and optimizer state are float32; the network computes in `training.precision`.
     """
@@ -162,7 +163,7 @@ def make_step(
             key = mx.random.key(seed_from(training.seed, number, i * ranks.size + ranks.rank)) if drops else None
             micro_sums = forward_backward(parameters, key, *batch)
             if sums:
-                mx.eval(sums)  # or the activations of two micro-batches would be in memory at once
+                mx.eval(sums)  # otherwise two micro-batches' activations would be in memory
                 micro_sums = tree_map(mx.add, sums, micro_sums)
             sums = micro_sums
             if training.micro_steps > 1 or training.grad_checkpoint:
@@ -179,7 +180,7 @@ def make_step(
 
 
 def restore(run: Run, optimizer: optim.MultiOptimizer) -> None:
-    """Give the optimizer its state from the checkpoint that the run is resumed from, and all ranks rank 0's numbers."""
+    """Load the optimizer's state from the checkpoint that the run resumes from, and give all ranks rank 0's arrays."""
     if run.source:
         optimizer.state = checkpoint.load_optimizer(run.source, optimizer.state)
     run.model.update(run.ranks.copy(run.model.trainable_parameters()))
@@ -193,7 +194,7 @@ def fit(
     display: Display,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Step, log, evaluate, save, until the steps or the minutes are used up or a stop is asked for.
+    """Step, log, evaluate and save until the steps or the minutes are used up, or until a stop is requested.
 
     Raises:
         RunError: too many steps in a row had no finite loss, or a checkpoint could not be saved for the third time.
@@ -214,7 +215,7 @@ def fit(
         rate = schedule(number)
         result = step(number, rate, itertools.islice(batches, training.micro_steps))
         if unread:
-            review(run, *unread)  # the step before is done by now: the device never waits for this
+            review(run, *unread)  # the step before is done by now, so the device never waits for this
         number, unread = number + 1, (number + 1, result)
         monitor.count(plan.tokens(1))
 
@@ -234,7 +235,7 @@ def fit(
         bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     bar.close()
     if over and number == began and run.ranks.broadcast((run.folder / "final/model.safetensors").exists()):
-        monitor.line(f"This run is complete: {number:,} steps. Train on with a higher --max-steps or --max-epochs.")
+        monitor.line(f"This run is complete: {number:,} steps. To train it further, raise --max-steps or --max-epochs.")
     elif over:
         final = run.folder / "final"
         trouble.guarded(run, f"{final}", lambda: save_model(final, run.model, run.tokenizer), last=True)
@@ -243,10 +244,10 @@ def fit(
 
 
 def review(run: Run, step: int, result: StepResult) -> None:
-    """Look at a step's numbers: note one that was skipped or that jumped, and end a run that learns nothing.
+    """Check a step's numbers: log a skipped step or a loss that jumped, and end a run that learns nothing.
 
     Raises:
-        RunError: more than `max_bad_steps` in a row had no finite loss or gradient.
+        RunError: more than `max_bad_steps` steps in a row had no finite loss or gradient.
     """
     loss, norm = result.numbers()
     average = run.progress.loss_average
@@ -264,7 +265,7 @@ def review(run: Run, step: int, result: StepResult) -> None:
 
 
 def validate(run: Run, step: int, evaluate: Evaluator, display: Display) -> None:
-    """Evaluate, log it, and keep the weights if they are the best so far."""
+    """Evaluate, log the result, and save the weights if they are the best so far."""
     started = time.perf_counter()
     bar = display.bar("Evaluating", evaluate.windows, unit="window")
     evaluation = evaluate(bar.advance)
@@ -279,7 +280,7 @@ def validate(run: Run, step: int, evaluate: Evaluator, display: Display) -> None
 
 
 def save_checkpoint(run: Run, step: int, optimizer: optim.MultiOptimizer, last: bool) -> None:
-    """Save all that a resume at `step` needs; `last` when training ends here."""
+    """Save everything that a resume at `step` needs; `last` says that training ends here."""
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
 

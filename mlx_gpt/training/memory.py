@@ -1,7 +1,8 @@
-"""What a run takes, measured: memory and time of real steps, with small micro-batches first.
+"""Measures the memory and the time that a run takes, by real steps with small micro-batches first.
 
-The forward and backward pass take memory that is linear in the micro-batch, so two sizes give it for all; an update
-takes the same for all. This holds for every model, objective, optimizer and device, and needs no coefficients.
+The forward and backward pass take memory that is linear in the micro-batch, so measuring two sizes gives it for every
+size; an update takes the same memory for every size. This holds for every model, objective, optimizer and device, and
+needs no coefficients.
 """
 
 import dataclasses
@@ -36,11 +37,11 @@ BUDGET = 10.0  # seconds that further trials may take, after the two that make a
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run is expected to take.
+    """The memory and time that a run is expected to take.
 
     Attributes:
-        peak: bytes, at the most.
-        step_seconds: of one step.
+        peak: the highest number of bytes at any time.
+        step_seconds: seconds of one step.
     """
 
     peak: int
@@ -49,10 +50,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What real steps took, with `windows` in a micro-batch.
+    """The memory and time that real steps took, with `windows` in a micro-batch.
 
     Attributes:
-        peak: bytes, at the most.
+        peak: the highest number of bytes at any time.
         backward_peak: bytes up to the end of the backward pass.
         update_peak: bytes in the update.
     """
@@ -71,7 +72,7 @@ class Line:
     trials: tuple[Trial, ...]
 
     def at(self, windows: int) -> Estimate:
-        """The estimate for micro-batches of so many windows."""
+        """Return the estimate for micro-batches of this many windows."""
         first, last = self.trials[0], self.trials[-1]
         if windows == last.windows:
             return Estimate(last.peak, last.step_seconds)
@@ -83,13 +84,13 @@ class Line:
             slope = max(0.0, at_last - at_first) / (last.windows - first.windows)
             return at_first + slope * (windows - first.windows)
 
-        # Where the update takes the most in both trials, the peaks alone would be a level line.
+        # If the update takes the most in both trials, the peaks alone would give a level line.
         peak = max(along(first.peak, last.peak), along(first.backward_peak, last.backward_peak), last.update_peak)
         return Estimate(math.ceil(peak), along(first.step_seconds, last.step_seconds))
 
 
 class _Phases:
-    """A process alone, as `make_step` takes ranks, which can note the peak before the update."""
+    """Takes the place of the ranks in `make_step` for one process, and notes the peak before the update."""
 
     rank, size = 0, 1
 
@@ -106,12 +107,12 @@ class _Phases:
 def plan_run(
     run: Run, make_step: Callable[..., Any], display: Display, *, overwrite: bool, show: bool, ignore_memory: bool
 ) -> None:
-    """Measure the run, choose its batch if that was left to us, and refuse what does not fit.
+    """Measure the run, choose its batch if the user left that to us, and refuse a run that does not fit.
 
     Args:
         make_step: as in `loop`.
         show: show the plan.
-        ignore_memory: plan a run that does not fit, too.
+        ignore_memory: plan the run even if it does not fit.
 
     Raises:
         UserError: it does not fit, or the disk has no room, or the run is over; the sentence says what to change.
@@ -144,8 +145,8 @@ def plan_run(
         run.ranks.in_turns(lambda: _refuse(problem))
     if run.progress.step > run.plan.total_steps:
         raise UserError(
-            f"{run.folder} is at step {run.progress.step:,} already, beyond the {run.plan.total_steps:,} that it would "
-            "end at: give more with --max-steps or --max-epochs."
+            f"{run.folder} is already at step {run.progress.step:,}, beyond step {run.plan.total_steps:,}, at which it "
+            "would end: raise --max-steps or --max-epochs."
         )
     if run.ranks.first:
         run_folder.check_room(run.folder, models.n_params(run.model), overwrite)
@@ -153,18 +154,19 @@ def plan_run(
 
 def _refuse(problem: str) -> None:
     if problem:
-        raise UserError(f"{problem} --ignore-memory starts it all the same.")
+        raise UserError(f"{problem} --ignore-memory starts it anyway.")
 
 
 def fit(
     training: TrainingConfig, estimate: Callable[[TrainingConfig], Estimate | None], device: Device
 ) -> tuple[TrainingConfig, str]:
-    """The settings to train with on `device`, and what is wrong with them: empty if they fit.
+    """Return the settings to train with on `device`, and what is wrong with them: "" if they fit.
 
-    They are those given; if the batch was left to us, it is chosen, and whether activations are computed twice.
+    These are the given settings. If the batch was left to us, this chooses it, and whether to compute activations
+    twice.
 
     Args:
-        estimate: what settings take; None where even trying them is not safe.
+        estimate: returns what settings take; None if it is not even safe to try them.
     """
     asked = training
     if training.auto_batch_size:
@@ -193,12 +195,12 @@ def fit(
 
 
 def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -> Line | None:
-    """Make real steps of the run with ever larger micro-batches, up to its own if that is quick and safe.
+    """Make real steps of the run with larger and larger micro-batches, up to the run's own if that is quick and safe.
 
-    Nothing of the run changes: the steps have a learning rate of 0 and an optimizer of their own.
+    The run does not change: the steps have a learning rate of 0 and their own optimizer.
 
     Returns:
-        The line through the two largest trials; None where even the smallest may take too much memory.
+        The line through the two largest trials; None if even the smallest may take too much memory.
     """
     # Weights, their gradients and AdamW's two means in float32, before any activation.
     if 16 * models.n_params(run.model) > run.device.usable:
@@ -212,7 +214,8 @@ def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -
         def is_quick(larger: int, line: Line = line) -> bool:
             return time.perf_counter() - began + STEPS * line.at(larger).step_seconds < BUDGET
 
-        # The further apart the two of a line, the less their noise counts. Two are made however long they take.
+        # The further apart the two trials of a line are, the less their noise matters. Two are made however long they
+        # take.
         sizes = [min(most, factor * windows) for factor in (4, 2)]
         larger = next(filter(is_quick, sizes), sizes[-1] if len(trials) == 1 else None)
         if larger is None or line.at(larger).peak > HEADROOM * run.device.usable:
@@ -260,7 +263,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
 
 
 def _take_peak() -> int:
-    """Bytes at the peak since the last call."""
+    """Return the peak in bytes since the last call."""
     peak: int = mx.get_peak_memory()
     mx.reset_peak_memory()
     return peak
@@ -274,9 +277,9 @@ def _free() -> None:
 
 
 def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
-    """Ways to take less memory, cheapest first; the windows per step stay the same.
+    """Yield ways to take less memory, cheapest first; the windows per step stay the same.
 
-    Smaller micro-batches change only the time; computing activations twice costs a third more of it; shorter windows
+    Smaller micro-batches change only the time; computing activations twice takes a third more time; shorter windows
     change what is learnt.
     """
     windows, seq_len = training.windows_per_step, training.seq_len
@@ -297,7 +300,7 @@ def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
 
 
 def flags(before: TrainingConfig, after: TrainingConfig) -> str:
-    """The command-line flags that turn the one into the other."""
+    """Return the command-line flags that turn `before` into `after`."""
     words = []
     for name in ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "seq_len"):
         value = getattr(after, name)

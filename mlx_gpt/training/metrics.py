@@ -1,4 +1,4 @@
-"""What a run reports: lines for people, records for plots."""
+"""The reports of a run: lines for people, and records for plots."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ class Monitor:
     """Writes `training.log` and `metrics.jsonl` and keeps the time.
 
     Args:
-        folder: of the run; None on a rank whose records nobody reads.
-        seconds: time that the run had used before.
-        resumed_at: the step of the checkpoint that it resumes from; later records are removed.
+        folder: the run's folder; None on a rank that keeps no records.
+        seconds: time that the run has used before.
+        resumed_at: the step of the checkpoint that the run resumes from; later records are removed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Monitor:
         self._aside += time.perf_counter() - started
 
     def facts(self, loss: float | None, learning_rate: float) -> dict[str, str]:
-        """The facts beside the progress bar."""
+        """Return the facts to show beside the progress bar."""
         return {
             "loss": f"{loss:.3f}" if loss is not None else "-",
             "lr": f"{learning_rate:.1e}",
@@ -73,7 +73,7 @@ class Monitor:
         }
 
     def _speed(self) -> float:
-        """Tokens trained per second since the last record; right after a record, those up to it."""
+        """Return the tokens trained per second since the last record; right after a record, the speed up to it."""
         if self._tokens:
             self._last_speed = self._tokens / max(1e-9, time.perf_counter() - self._mark - self._aside)
         return self._last_speed
@@ -144,15 +144,15 @@ class Monitor:
 
 
 def finite(number: float) -> float | None:
-    """The number, or None for one that JSON cannot write."""
+    """Return the number, or None if JSON cannot represent it."""
     return number if math.isfinite(number) else None
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, in order.
+    """Return the records of a run's metrics.jsonl, in order.
 
     Raises:
-        OSError: there are none.
+        OSError: the file cannot be read.
     """
     records = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n"):
@@ -164,7 +164,7 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 
 def improved_after(run: Path, step: int, best_loss: float | None) -> bool:
-    """Whether the metrics of a run have a lower validation loss after `step` than `best_loss`."""
+    """Return whether the metrics of a run have a validation loss below `best_loss` after `step`."""
     try:
         records = read_records(run)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a run is about to do, before it does it."""
+"""The plan of a run, made before the run starts."""
 
 import math
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Plan:
         sizes: of the model, in words.
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
-        total_steps: where it ends at the latest.
-        first_step: where it begins.
-        peak: bytes that each rank is expected to take; None where even trying was not safe.
-        step_seconds: that one step is expected to take.
-        ranks_here: how many of its ranks are on this host.
+        total_steps: the step at which the run ends at the latest.
+        first_step: the step at which it begins.
+        peak: bytes that each rank is expected to take; None if it was not even safe to try.
+        step_seconds: seconds that one step is expected to take.
+        ranks_here: number of its ranks that are on this host.
     """
 
     config: Config
@@ -44,15 +44,15 @@ class Plan:
     ranks_here: int = 1
 
     def epoch(self, step: int) -> int:
-        """Whole passes over the text that `step` steps have made."""
+        """Return how many whole passes over the text `step` steps have made."""
         return step * self.windows_per_step // self.windows_per_epoch
 
     def tokens(self, step: int) -> int:
-        """Tokens that `step` steps have trained on."""
+        """Return how many tokens `step` steps have trained on."""
         return step * self.windows_per_step * self.config.training.seq_len
 
     def lines(self) -> list[str]:
-        """The plan as a person reads it."""
+        """Return the plan as lines for a person."""
         training = self.config.training
         each = " on each rank" if training.ranks > 1 else ""
         steps = f"{self.total_steps:,}, each of {self.tokens(1):,} tokens"
@@ -79,7 +79,7 @@ class Plan:
             lines.append(f"Time         {self._time()}")
         if self.total_steps < FEW_STEPS and not training.max_steps:
             lines.append(
-                f"Hint         {self.total_steps} steps teach little. For so short a text take --preset tiny, or "
+                f"Hint         {self.total_steps} steps teach little. For such a short text use --preset tiny, or "
                 "smaller steps: --gradient-accumulation-steps 1 and a lower --batch-size."
             )
         return lines
@@ -139,12 +139,12 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
 
 
 def in_words(count: float) -> str:
-    """Bytes in words."""
+    """Return a number of bytes in words, such as "1.5 GiB"."""
     return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"
 
 
 def duration(seconds: float) -> str:
-    """A time in words, such as "2 h 10 min"."""
+    """Return a time in words, such as "2 h 10 min"."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

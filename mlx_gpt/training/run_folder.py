@@ -1,4 +1,4 @@
-"""A run's folder: claimed, refused, found again."""
+"""The folder of a run: how it is claimed, checked and found again."""
 
 import contextlib
 import fcntl
@@ -32,11 +32,11 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
 
     Raises:
         UserError: another process trains into it, or it holds another run and `overwrite` is not set, or it holds
-            something that is no run.
+            something that is not a run.
     """
     is_run = (folder / SETTINGS).exists()
     if folder.is_file() or (folder.is_dir() and not is_run and any(path.name[0] != "." for path in folder.iterdir())):
-        raise UserError(f"{folder} exists and is no run: choose another --out.")
+        raise UserError(f"{folder} exists and is not a run: choose another --out.")
     lock = Lock(folder)
     if (folder / SETTINGS).exists() and not overwrite:
         lock.release()
@@ -53,7 +53,7 @@ def check_room(folder: Path, n_params: int, overwrite: bool) -> None:
         overwrite: the contents of the folder will be removed first.
 
     Raises:
-        UserError: it has no room.
+        UserError: the disk has too little room.
     """
     # In float32: the weights, with AdamW's two means in the checkpoint.
     needed = n_params * (12 + 4 + 4)
@@ -118,10 +118,10 @@ class Lock:
 
 
 def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """The folder of the run to resume, and the checkpoint where one was named.
+    """Return the folder of the run to resume, and the checkpoint if one was named.
 
     Args:
-        resume: a checkpoint or run folder, or "newest" for the run that the settings given name, else the newest under
+        resume: a checkpoint or run folder; or "newest", for the run that the given settings name, else the newest under
             weights/.
 
     Raises:
@@ -142,12 +142,12 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
 
 
 def _run_of(saved: Path) -> Path:
-    """The run of a checkpoint, by the path that the checkpoint was named with where that leads there."""
+    """Return the run of a checkpoint, by the path that the user gave if that contains the run."""
     return saved.parent.parent if saved.parent.name == "checkpoints" else saved.resolve().parent.parent
 
 
 def newest_run(weights: Path, with_model: bool = False) -> Path:
-    """The run under `weights` that was trained last, or the last of those that have a model already.
+    """Return the run under `weights` that was trained last; with `with_model`, the last one that has a model already.
 
     Raises:
         UserError: there is none.
@@ -166,7 +166,7 @@ def newest_run(weights: Path, with_model: bool = False) -> Path:
 
 
 def config_of(path: Path) -> Config | None:
-    """The settings of the run at `path`, or of the run that the model directory at `path` is part of."""
+    """Return the settings of the run at `path`, or of the run that has the model directory at `path`."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / SETTINGS).is_file():
             return resolve(read_toml(folder / SETTINGS))
@@ -174,7 +174,7 @@ def config_of(path: Path) -> Config | None:
 
 
 def fingerprint_of(path: Path) -> str | None:
-    """The fingerprint of the tokens that the run at `path` was trained on; None before its first checkpoint."""
+    """Return the fingerprint of the tokens that the run at `path` was trained on; None before its first checkpoint."""
     for folder in (path, path.parent, path.parent.parent):
         for saved in checkpoint.all_checkpoints(folder):
             with contextlib.suppress(UserError):
@@ -183,13 +183,13 @@ def fingerprint_of(path: Path) -> str | None:
 
 
 def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
-    """The settings of a run, with those that may change changed.
+    """Return the settings of a run, with the given ones changed if they may change.
 
     Raises:
         UserError: a given setting would make it another run; the message names all of them.
     """
     saved = read_toml(run / SETTINGS)
-    if given.get("batch_size") == "auto":  # the batch chosen then stays, if it makes as many windows
+    if given.get("batch_size") == "auto":  # the batch that was chosen then stays, if a step has as many windows
         given = _chosen(saved, given)
     config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
@@ -214,7 +214,7 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def model_directory(path: Path) -> Path:
-    """The model directory that `path` means: itself, or a run's best, final or newest checkpoint.
+    """Return the model directory that `path` means: `path` itself, or a run's best, final or newest checkpoint.
 
     Raises:
         UserError: there is no such folder, or no model in it.
@@ -227,4 +227,4 @@ def model_directory(path: Path) -> Path:
             return candidate
     if (path / SETTINGS).is_file():
         raise UserError(f"{path} has no weights yet: its first evaluation or checkpoint writes them.")
-    raise UserError(f"{path} is no run and no model directory: it has neither config.json nor best/config.json.")
+    raise UserError(f"{path} is not a run or a model directory: it has neither config.json nor best/config.json.")

@@ -1,7 +1,7 @@
-"""From settings to a run that is ready to train.
+"""Turns settings into a run that is ready to train.
 
-`set_up` is a straight line: settings, folder, text, tokenizer, tokens, model. Rank 0 decides, and the other ranks get
-what it decided. Nothing in the run's folder changes before `take_folder`.
+`set_up` goes step by step: settings, folder, text, tokenizer, tokens, model. Rank 0 decides, and the other ranks get
+its decisions. Nothing in the run's folder changes before `take_folder`.
 """
 
 import contextlib
@@ -41,14 +41,14 @@ from mlx_gpt.training.run_folder import Lock
 
 @dataclass
 class Run:
-    """Everything that training holds.
+    """Everything that training needs.
 
     Attributes:
-        settings: what run.toml keeps.
-        config: the settings as they hold here: with the tokenizer's real size and the number of ranks.
+        settings: the settings that run.toml keeps.
+        config: the settings as they apply here, with the tokenizer's real size and the number of ranks.
         source: the checkpoint to resume from.
         damaged: newer checkpoints, each with what is wrong with it.
-        resumes: whether the run was there before.
+        resumes: whether the run existed before.
     """
 
     settings: Config
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it is written."""
+        """The folder that the run is written to."""
         return Path(self.config.out)
 
     @property
@@ -87,7 +87,7 @@ class Run:
         self.resources.__exit__(*exception)
 
     def batches(self) -> Iterator[tuple[mx.array, ...]]:
-        """This rank's micro-batches without end, from the first one that has not been trained on."""
+        """Return this rank's micro-batches without end, from the first one that has not been trained on."""
         training = self.training
         start = self.progress.step * training.windows_per_step
         shard = Shard(self.ranks.rank, self.ranks.size, training.windows_per_step)
@@ -98,11 +98,11 @@ class Run:
         return ((mx.array(windows_bt), weights_bt) for windows_bt in windows)
 
     def window_numbers(self, start: int, count: int) -> list[int]:
-        """Where windows begin in the text, in tokens."""
+        """Return where windows begin in the text, in tokens."""
         return window_numbers(self.tokens.train, self.training.seq_len, self.training.seed, start, count)
 
     def evaluator(self, tokens: np.ndarray | None = None, ranks: Ranks | None = None) -> Evaluator:
-        """What evaluates the model on the validation text."""
+        """Return the evaluator of the model on the validation text."""
         return Evaluator(
             self.model,
             self.tokens.val if tokens is None else tokens,
@@ -118,7 +118,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that is there, and the checkpoint to resume it from."""
+    """The settings of a run, and the checkpoint to resume it from, if there is one."""
 
     config: Config
     source: Path | None
@@ -159,7 +159,7 @@ def set_up(
         ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
 
         model = make_model(config, weights, tokenizer)
-        # The tokenizer may have fewer entries than were asked for; run.toml keeps what was asked.
+        # The tokenizer may have fewer entries than were asked for; run.toml keeps the number that was asked for.
         shape = dataclasses.replace(config.model, vocab_size=models.vocab_size(model))
         progress = Progress(**ranks.broadcast(dataclasses.asdict(begun.progress)))
         return Run(
@@ -203,15 +203,15 @@ def open_run(
     reporters.check(config.training.report_to)
     resources.enter_context(Lock(folder))
     if overwrite and not chosen:
-        raise UserError("--resume and --overwrite go together only where --resume names a checkpoint to go back to.")
+        raise UserError("--overwrite works with --resume only if --resume names a checkpoint to go back to.")
     return Resumed(config, *find_checkpoint(folder, chosen, overwrite))
 
 
 def share_out(training: TrainingConfig, ranks: int) -> TrainingConfig:
-    """The settings for as many ranks, which share the windows of each step.
+    """Return the settings for this many ranks, which share the windows of each step.
 
     Raises:
-        UserError: they can't share them evenly.
+        UserError: the ranks can't share the windows evenly.
     """
     windows = training.windows_per_step
     if windows % ranks:
@@ -226,12 +226,12 @@ def share_out(training: TrainingConfig, ranks: int) -> TrainingConfig:
 def find_checkpoint(
     folder: Path, chosen: Path | None, overwrite: bool
 ) -> tuple[Path | None, Progress, dict[Path, str]]:
-    """The checkpoint to resume from, how far it is, and newer ones that are damaged, each with what is wrong with it.
+    """Return the checkpoint to resume from, its progress, and the newer ones that are damaged, each with its fault.
 
-    There is none when the run was stopped before its first.
+    The checkpoint is None if the run was stopped before its first one.
 
     Raises:
-        UserError: the chosen one is damaged or, without `overwrite`, not the newest; or none of them is sound.
+        UserError: the chosen one is damaged or, without `overwrite`, not the newest; or none of them is intact.
     """
     if chosen:
         progress = checkpoint.read_progress(chosen)
@@ -247,16 +247,16 @@ def find_checkpoint(
         return *found, damaged
     if damaged:
         raise UserError(
-            "\n".join([*damaged.values(), f"No checkpoint in {folder} is sound: --overwrite starts again."])
+            "\n".join([*damaged.values(), f"No checkpoint in {folder} is intact: --overwrite starts again."])
         )
     return None, Progress(), {}
 
 
 def open_data(config: Config, display: Display) -> Corpus:
-    """The corpus that the settings name, prepared if it wasn't yet.
+    """Return the corpus that the settings name, and prepare it first if necessary.
 
     Raises:
-        UserError: it can't be read, or there is nothing in it.
+        UserError: the text can't be read, or there is none.
     """
     data = config.data
     return open_corpus(
@@ -273,7 +273,7 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
     """The tokenizer of the model directory `weights`, else the one that the settings name.
 
     Raises:
-        UserError: there is none, or it isn't one.
+        UserError: there is no such file, or it is not a tokenizer.
     """
     if weights:
         return Tokenizer.load(weights)
@@ -307,7 +307,7 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
 
 
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:
-    """Rank 0's tokenizer on every rank."""
+    """Return rank 0's tokenizer on every rank."""
     decided: Any = ranks.broadcast([tokenizer.to_json(), tokenizer.end_of_text] if tokenizer else None)
     return tokenizer or Tokenizer(HFTokenizer.from_str(decided[0]), decided[1])
 
@@ -316,7 +316,7 @@ def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> Non
     """Make sure that the text is the one that the run was trained on.
 
     Raises:
-        UserError: it isn't.
+        UserError: it is a different text.
     """
     if progress.fingerprint and progress.fingerprint != tokens.fingerprint:
         raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
@@ -326,14 +326,14 @@ def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
     """Make sure that this rank has the text of rank 0.
 
     Raises:
-        UserError: it hasn't.
+        UserError: it has a different text.
     """
     if tokens.fingerprint != of_rank_0:
-        raise UserError(f"The text in {config.data.data} on this host is not the one of rank 0: copy that here.")
+        raise UserError(f"The text in {config.data.data} on this host is not the one of rank 0: copy its text here.")
 
 
 def take_folder(run: Run, display: Display) -> None:
-    """Make the run's folder ready for training and begin its logs: from here on files change."""
+    """Make the run's folder ready for training and begin its logs. From here on, files change."""
     if run.ranks.first:
         _clear_and_write(run, display)
         _open_logs(run, display)
@@ -345,16 +345,16 @@ def take_folder(run: Run, display: Display) -> None:
 def _clear_and_write(run: Run, display: Display) -> None:
     out, step = run.folder, run.progress.step
     if run.resumes and not run.source:
-        display.line(f"{out} has no checkpoint yet: it starts from the beginning.")
+        display.line(f"{out} has no checkpoint yet: training starts from the beginning.")
     if not run.source:
         run_folder.clear(out)
     checkpoint.remove_unfinished(out)
     for folder, why in run.damaged.items():
         aside = checkpoint.set_aside(folder)
-        display.line(f"{why} It is set aside as {aside.name}, and an earlier one is taken.")
+        display.line(f"{why} It is set aside as {aside.name}, and an earlier one is used.")
     if checkpoint.later_than(out, step):  # with --overwrite
         checkpoint.remove_after(out, step, improved_after(out, step, run.progress.best_loss))
-    checkpoint.remove_older(out, step, run.training.keep_checkpoints)  # a kill may have come before that
+    checkpoint.remove_older(out, step, run.training.keep_checkpoints)  # which a kill may have prevented
     write_toml(run.settings, out / run_folder.SETTINGS)
     if not (out / "best").exists():
         run.progress = dataclasses.replace(run.progress, best_loss=None)

@@ -1,4 +1,4 @@
-"""What a run does, and says, when saving fails, the numbers go wrong or macOS ends the GPU's work."""
+"""Handles failed saves, numbers that are not finite, and work on the GPU that macOS ends, and explains them."""
 
 import contextlib
 import re
@@ -9,8 +9,8 @@ from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.setup import Run
 
 MAX_FAILED_SAVES = 3
-# What MLX says when a command buffer fails on Metal, with the system's own words. The first group is too long for the
-# watchdog that keeps the display alive, the second has no memory.
+# MLX's message when a command buffer fails on Metal quotes the system. The first words mean that the work took too long
+# for the watchdog that keeps the display alive, the second that memory ran out.
 TOO_LONG, NO_MEMORY = ("Timeout", "GPU Hang", "Impacting Interactivity"), ("Insufficient Memory",)
 METAL_FAILED = re.compile(r"\[METAL\] Command buffer execution failed: (.*)", re.DOTALL)
 
@@ -21,8 +21,8 @@ def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False)
     If it fails, as on a full disk, the run warns and trains on: everything saved before is still there.
 
     Raises:
-        RunError: saving failed for the third time since it last succeeded, or it was the `last` save of the run; on all
-            ranks.
+        RunError: saving failed for the third time since it last succeeded, or the `last` save of the run failed. All
+            ranks raise it.
     """
     saved, end = run.ranks.broadcast(_save(run, name, save, last) if run.ranks.first else (False, ""))
     if end:
@@ -52,7 +52,7 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
 
 
 def too_many_bad_steps(run: Run, step: int) -> RunError:
-    """The error that ends a run whose steps have had no finite loss for too long, with the way back."""
+    """Return the error that ends a run after too many steps without a finite loss. It says how to go back."""
     bad_steps, rate = run.progress.bad_steps, run.training.learning_rate
     before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
     start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
@@ -67,10 +67,10 @@ def too_many_bad_steps(run: Run, step: int) -> RunError:
 
 @contextlib.contextmanager
 def gpu_failures(run: Run) -> Iterator[None]:
-    """Explain it when macOS ends the GPU's work; any other error stays as it is.
+    """Explain an error of macOS that ended the GPU's work; leave any other error as it is.
 
     Raises:
-        RunError: macOS ended it; the sentence says why, and how to continue.
+        RunError: macOS ended the work; the sentence says why, and how to continue.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def gpu_failures(run: Run) -> Iterator[None]:
 
 
 def gpu_failure(run: Run, message: str) -> RunError | None:
-    """The error that ends a run after MLX's `message`; None unless macOS ended the GPU's work."""
+    """Return the error that ends a run after MLX's `message`; None unless macOS ended the GPU's work."""
     found = METAL_FAILED.search(message)
     why = found[1].strip().rstrip(".") if found else ""
     if any(words in why for words in TOO_LONG):
@@ -95,7 +95,7 @@ def gpu_failure(run: Run, message: str) -> RunError | None:
     if not (run.folder / run_folder.SETTINGS).is_file():  # the steps that measure a new run come before its folder
         words = f", then start again under `{awake.strip()}`" if awake else ""
         return RunError(f"{what}; nothing was written. {remedy}{words}, or take {smaller}.")
-    whole = ", which is whole" if checkpoint.all_checkpoints(run.folder) else ""
+    whole = ", which is complete" if checkpoint.all_checkpoints(run.folder) else ""
     return RunError(
         f"{what}; {_newest(run)}{whole}. A resumed run keeps its batch, so if it happens again, begin another run with "
         f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {run.folder}"
@@ -103,6 +103,6 @@ def gpu_failure(run: Run, message: str) -> RunError | None:
 
 
 def _newest(run: Run) -> str:
-    """Which checkpoint is the newest."""
+    """Say which checkpoint is the newest."""
     sound = checkpoint.all_checkpoints(run.folder)
     return f"the newest checkpoint is {sound[-1]}" if sound else "there is no checkpoint yet"

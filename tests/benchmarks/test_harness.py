@@ -1,4 +1,4 @@
-"""What all benchmarks share: workers' environment, files of results, and sentences about mistakes."""
+"""All benchmarks share the workers' environment, the files of results, and the sentences about mistakes."""
 
 import json
 import os

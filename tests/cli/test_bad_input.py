@@ -75,8 +75,8 @@ MISTAKES = [
     ("download --from-file none.zip", ["none.zip"]),
     # A file or folder of another kind
     ("generate --model ducks.txt --prompt Geese", ["ducks.txt"]),
-    ("generate --model weights --prompt Geese", ["weights is no run and no model directory"]),
-    ("eval --model model", ["model is no run", "FILE"]),
+    ("generate --model weights --prompt Geese", ["weights is not a run or a model directory"]),
+    ("eval --model model", ["model is not a run", "FILE"]),
     ("train --config broken.toml", ["broken.toml", "TOML"]),
     ("train --config binary.txt", ["binary.txt", "TOML"]),
     (TRAIN + "--tokenizer ducks.txt", ["ducks.txt is not a tokenizer.json"]),
@@ -141,9 +141,9 @@ MISTAKES = [
     ("download --dataset a/b --from-file ducks.txt", ["--dataset and --from-file"]),
     # A folder with somebody's work
     ("train --data ducks.txt --preset tiny --out weights/ducks", ["weights/ducks", "--resume", "--overwrite", "--out"]),
-    ("train --data ducks.txt --preset tiny --out model", ["model exists and is no run"]),
-    ("train --data ducks.txt --preset tiny --out model --overwrite", ["model exists and is no run"]),
-    ("train --data ducks.txt --preset tiny --out ducks.txt", ["ducks.txt exists and is no run"]),
+    ("train --data ducks.txt --preset tiny --out model", ["model exists and is not a run"]),
+    ("train --data ducks.txt --preset tiny --out model --overwrite", ["model exists and is not a run"]),
+    ("train --data ducks.txt --preset tiny --out ducks.txt", ["ducks.txt exists and is not a run"]),
     ("prepare two.csv --column answer --out mine", ["mine", "by hand"]),
     # A mistake together with --overwrite
     ("train --data none.csv --out weights/ducks --overwrite", ["none.csv"]),
@@ -319,7 +319,7 @@ def test_a_signal_while_training_saves_first(start, mlx_gpt, corpus, number, cod
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err.split("\n")[1:] == ["Stopping after this step, and saving. Ctrl-C again leaves at once.", ""]
+    assert err.split("\n")[1:] == ["Stopping after this step, and saving. Press Ctrl-C again to quit at once.", ""]
     told = r"^Stopped after step ([\d,]+)\. Continue with: mlx-gpt (train --resume run)$"
     ((stopped, go_on),) = re.findall(told, out, re.MULTILINE)
     step = int(stopped.replace(",", ""))
@@ -384,7 +384,7 @@ def test_a_bug_is_a_sentence_too_unless_the_user_asks_for_the_traceback(mlx_gpt,
     monkeypatch.setattr("mlx_gpt.api.load", fail)
     answer = mlx_gpt("generate", "--prompt", "Geese")
     assert answer.code == 1
-    assert answer.err.startswith("Error: Something unforeseen went wrong (ZeroDivisionError: duck).")
+    assert answer.err.startswith("Error: An unexpected error occurred (ZeroDivisionError: duck).")
     monkeypatch.setenv("MLX_GPT_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         cli.run(["generate", "--prompt", "Geese"])

@@ -1,4 +1,4 @@
-"""What each command does when nothing goes wrong."""
+"""Each command does its work when nothing goes wrong."""
 
 import contextlib
 import dataclasses
@@ -201,7 +201,7 @@ def test_doctor_without_the_device_that_was_asked_for(mlx_gpt, monkeypatch):
     monkeypatch.setattr(device, "WANTED", "tpu")
     answer = mlx_gpt("doctor")
     assert answer.code == 1
-    assert "Problem: MLX_GPT_DEVICE=tpu is no device" in answer.out
+    assert "Problem: MLX_GPT_DEVICE=tpu is not a device" in answer.out
 
 
 M3 = Mac("Apple M3 Max", 40, (14, 6, 1), 0)
@@ -421,13 +421,13 @@ def terminal(start):
 
 
 def test_a_dialogue_in_a_terminal(terminal, trained):
-    """Ctrl-C stops an answer without leaving, the arrow brings a line back, Ctrl-D leaves."""
+    """Ctrl-C stops a text without quitting, the arrow brings a line back, and Ctrl-D quits."""
     endless = ("--temperature", "0", "--repetition-penalty", "1", "--max-tokens", "1000000")
     window = terminal("generate", "--model", trained / "weights/ducks", "--interactive", *endless)
-    window.see("Ctrl-D leaves")
+    window.see("Ctrl-D quits")
     window.see("> ")
     # Python loses a Ctrl-C that comes after the prompt and before it waits for a key.
-    window.insist("\x03", "Ctrl-D leaves")
+    window.insist("\x03", "Ctrl-D quits")
     window.see("> ")
     window.type("The duck\n")
     window.see("The duck\r\n")

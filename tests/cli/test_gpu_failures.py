@@ -1,4 +1,4 @@
-"""macOS ends work on the GPU that takes too long or too much: the run says so and can be continued."""
+"""macOS ends work on the GPU that takes too long or too much memory: the run reports it and can be resumed."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_a_step_that_macos_ends_says_why_and_how_to_continue(mlx_gpt, corpus, br
     sentence = answer.err.splitlines()[-1]
     assert sentence.startswith("Error: macOS")
     assert f"({why}" in sentence
-    assert "the newest checkpoint is run/checkpoints/step-00000009, which is whole" in sentence
+    assert "the newest checkpoint is run/checkpoints/step-00000009, which is complete" in sentence
     assert "mlx-gpt train --resume run" in sentence
     assert ("Let the display sleep, then continue with: caffeinate -is mlx-gpt" in sentence) == (why != MEMORY)
     assert "a lower --batch-size and more --gradient-accumulation-steps" in sentence

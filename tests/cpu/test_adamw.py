@@ -1,4 +1,4 @@
-"""The CPU's update is `mlx.optimizers`' AdamW, or none where the gradients are not sound."""
+"""The CPU's update equals the AdamW of `mlx.optimizers`, and changes nothing if the gradients are not finite."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""The BLAS behind MLX on Linux: right products of every form, and in place however a program is started."""
+"""The BLAS behind MLX on Linux gives the right products, in every form, however a program is started."""
 
 import os
 import subprocess
@@ -26,6 +26,49 @@ print(blas.live)
     )
     assert not done.stderr
     return done.stdout.strip()
+
+
+@on_linux
+@pytest.mark.parametrize(
+    "module",
+    ["api", "models", "distributed", "evaluation", "objectives", "optim", "training.loop", "generation.engine"],
+)
+def test_it_is_in_place_whichever_module_comes_first(module):
+    """MLX has to be imported after the BLAS was loaded, or it keeps its own, a hundred times slower one."""
+    program = f"import mlx_gpt.{module}; from mlx_gpt.cpu import blas; print(blas.live)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("OpenBLAS"), done.stdout
+
+
+@on_linux
+def test_it_is_in_place_for_the_command_line(corpus, tmp_path):
+    program = (
+        "import sys; from mlx_gpt.cli import run; code = run(sys.argv[1:]); "
+        "from mlx_gpt.cpu import blas; print(blas.live, code)"
+    )
+    arguments = [
+        "train",
+        "--data",
+        str(corpus),
+        "--preset",
+        "tiny",
+        "--n-layer",
+        "1",
+        "--n-embd",
+        "16",
+        "--seq-len",
+        "8",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--dry-run", "--out", str(tmp_path / "run")],
+        env={**os.environ, "MLX_DISABLE_COMPILE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("OpenBLAS"), done.stderr
+    assert last.endswith(" 0"), done.stderr
 
 
 @pytest.mark.parametrize("transposed_b", [False, True])

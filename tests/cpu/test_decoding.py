@@ -1,4 +1,4 @@
-"""A network whose blocks are computed in parts, side by side, is the network."""
+"""A network whose blocks are computed in parts, side by side, gives the same results as the undivided network."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""The operations that training on a CPU spends its time in, against PyTorch's in float64.
+"""The operations that take most of the time of training on a CPU agree with PyTorch's in float64.
 
-Those of the loss are in tests/models/test_base.py, with the layer that a GPU computes.
+The tests of the loss are in tests/models/test_base.py, with the layer that a GPU computes.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The CPU's own way to compute and the plain one, which is the GPU's, give the same; and either can be had alone."""
+"""The CPU's own way to compute and the plain way, which is the GPU's, give the same; each can be used alone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Zips that are as hostile as they can be made are refused in one sentence and leave nothing behind."""
+"""Hostile zips are refused in one sentence and leave nothing behind."""
 
 import shutil
 import stat

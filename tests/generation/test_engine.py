@@ -1,4 +1,4 @@
-"""Prompt to text: the tokens that the model means, in whole characters, up to the right place."""
+"""A prompt is continued with the tokens that the model gives, in whole characters, up to the right place."""
 
 from itertools import takewhile
 from typing import Any
@@ -332,7 +332,7 @@ def test_a_request_that_is_dropped_frees_its_place_wherever_it_is(model, bpe):
 
 
 def test_more_samples_than_places_are_refused(model, bpe):
-    with pytest.raises(UserError, match="3 texts were asked for, and 2 at most"):
+    with pytest.raises(UserError, match="3 texts were asked for, but at most 2"):
         Engine(model, bpe, max_batch=2).add(Request([1], GenerationConfig(num_samples=3)))
 
 

@@ -1,4 +1,4 @@
-"""The layers that networks share, as they are and as their CPU twins, against PyTorch in float64."""
+"""The layers that networks share, and their CPU twins, agree with PyTorch in float64."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Model directories that are as hostile as they can be made: one sentence, or a model, and nothing else."""
+"""Hostile model directories give one sentence or a model, and nothing else."""
 
 import json
 import random

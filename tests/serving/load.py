@@ -2,7 +2,7 @@
 
     python -m tests.serving.load --model weights/demo --minutes 5
 
-starts `mlx-gpt serve` and has 1, 8 and 64 clients send it requests, that long each. `benchmarks/serving.py` compares
+starts `mlx-gpt serve`, and 1, 8 and 64 clients send it requests for five minutes each. `benchmarks/serving.py` compares
 its speed with that of mlx-lm's server.
 """
 

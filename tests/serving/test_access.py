@@ -1,4 +1,4 @@
-"""The server's guard: who may ask, how much, and for how long."""
+"""The server's guard limits who may send requests, how large, and for how long."""
 
 import json
 import re

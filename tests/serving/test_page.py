@@ -1,4 +1,4 @@
-"""What a person can do on the page, in a real Chromium."""
+"""A person uses the page in a real Chromium."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A tiny run on a tiny text, and what it leaves behind."""
+"""A tiny run on a tiny text, and the files that it leaves behind."""
 
 import contextlib
 import json

@@ -2,8 +2,8 @@
 
     python -m tests.training.killing --runs 50
 
-Each run is killed with SIGKILL several times, inside saves and evaluations too, and resumed. It has to end with the
-same bytes of weights and optimizer as the straight run, and with the same metrics but for times and memory.
+Each run is killed with SIGKILL several times, inside saves and evaluations too, and resumed. It must end with the same
+bytes of weights and optimizer as an undisturbed run, and with the same metrics except for times and memory.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Compare the memory that a run is expected to take with the peak of its real steps.
 
-Run as a script, it does so over a grid of shapes:  python -m tests.training.peaks
+As a script, it compares them over a grid of shapes: python -m tests.training.peaks
 """
 
 import contextlib  # noqa: I001 - mlx_gpt.device stands before mlx, so that a tuned BLAS can take its place

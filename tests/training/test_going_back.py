@@ -80,7 +80,7 @@ def test_the_best_model_stays_if_it_is_from_before(train):
 
 
 def test_going_back_takes_the_name_of_a_checkpoint(train):
-    with pytest.raises(UserError, match="only where --resume names a checkpoint"):
+    with pytest.raises(UserError, match="only if --resume names a checkpoint"):
         train("run", resume="run", overwrite=True)
 
 

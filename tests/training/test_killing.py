@@ -1,4 +1,4 @@
-"""A run that is killed anywhere ends as if it had not been. `killing.py` tries it more often."""
+"""A run that is killed at any point and resumed ends as if it had not been killed. `killing.py` tries it more often."""
 
 from .killing import compare
 

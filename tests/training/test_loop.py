@@ -1,4 +1,4 @@
-"""Training from settings to weights: what it leaves, where it ends, how it resumes, and what it refuses."""
+"""Training leaves the right files, ends where it should, resumes exactly, and refuses what it cannot do."""
 
 import dataclasses
 import errno
@@ -216,7 +216,7 @@ def test_a_run_that_needs_too_much_memory_starts_only_on_request(train, tight, m
     tight(usable)
     sentence = refusal(lambda: train("deep/run", max_steps=1, batch_size=4, gradient_accumulation_steps=1))
     assert sentence.startswith(f"Training would take {takes}, and ")
-    assert sentence.endswith(" --ignore-memory starts it all the same.")
+    assert sentence.endswith(" --ignore-memory starts it anyway.")
     assert not Path("deep").exists()
     outcome = train("deep/run", max_steps=1, batch_size=4, gradient_accumulation_steps=1, ignore_memory=True)
     assert outcome.finished
@@ -427,7 +427,7 @@ def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eag
 def test_resume_and_overwrite_go_together_only_to_go_back(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     before = contents(run)
-    assert "only where --resume names a checkpoint" in refusal(lambda: train(run, resume=run, overwrite=True))
+    assert "only if --resume names a checkpoint" in refusal(lambda: train(run, resume=run, overwrite=True))
     assert contents(run) == before
 
 
@@ -497,8 +497,8 @@ def test_a_folder_of_something_else_is_never_taken(train, tmp_path, overwrite):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "duck.jpg").write_bytes(b"duck")
-    assert "is no run" in refusal(lambda: train(folder, overwrite=overwrite))
-    assert "is no run" in refusal(lambda: train(folder / "duck.jpg", overwrite=overwrite))
+    assert "is not a run" in refusal(lambda: train(folder, overwrite=overwrite))
+    assert "is not a run" in refusal(lambda: train(folder / "duck.jpg", overwrite=overwrite))
     assert contents(folder) == {(folder / "duck.jpg").relative_to(folder): b"duck"}
 
 

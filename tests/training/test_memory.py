@@ -1,4 +1,4 @@
-"""What a run takes is measured before it starts, and refused with the flags that would fit."""
+"""A run is measured before it starts. One that does not fit is refused, with the flags that would make it fit."""
 
 import dataclasses
 import re
@@ -164,7 +164,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_touched(
     train, tmp_path, monkeypatch, eager, little_room
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^Training would take .* --ignore-memory starts it all the same\.$"):
+    with pytest.raises(UserError, match=r"^Training would take .* --ignore-memory starts it anyway\.$"):
         train("run", max_steps=1)
     assert not Path("run").exists()
 

@@ -1,4 +1,4 @@
-"""A step makes the numbers that PyTorch makes, and only its arguments decide them."""
+"""A step gives the same numbers as PyTorch, and they depend only on its arguments."""
 
 import dataclasses
 from types import SimpleNamespace

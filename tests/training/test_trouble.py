@@ -317,7 +317,7 @@ def test_a_hang_up_counts_as_sigterm(start, corpus):
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert err.strip() == "Stopping after this step, and saving. Ctrl-C again leaves at once."
+    assert err.strip() == "Stopping after this step, and saving. Press Ctrl-C again to quit at once."
     assert out.endswith(f"Stopped after step {steps_saved()[-1]:,}. Continue with: mlx-gpt train --resume run\n")
 
 
