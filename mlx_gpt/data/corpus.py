@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from mlx_gpt.data.readers import Dropped, read_documents
+from mlx_gpt.data.documents import Dropped, read_documents
 from mlx_gpt.data.report import Report, Split
 from mlx_gpt.data.sources import (
     BUILTIN,

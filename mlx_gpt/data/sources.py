@@ -7,7 +7,7 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.data.readers import Dropped, documents_in, read_documents
+from mlx_gpt.data.documents import Dropped, documents_in, read_documents
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, os_errors_explained
 from mlx_gpt.progress import ByteProgress, ignore_progress

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mlx_gpt.data.corpus import SPLITS, Corpus, usable
-from mlx_gpt.data.readers import read_documents
+from mlx_gpt.data.documents import read_documents
 from mlx_gpt.data.sources import find_files, hash_of
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import write_text_whole, write_whole

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gpt.data import readers
-from mlx_gpt.data.readers import Dropped, read_documents
+from mlx_gpt.data.documents import Dropped, read_documents
 from mlx_gpt.errors import UserError
 
 NASTY = "emoji 🦆, 漢字, NUL \0, \u2028 and \u0085 and \f, a BOM \ufeff, a lone \r, quotes \"' and a comma,\ttab"
@@ -265,11 +264,11 @@ def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
 
 
 def test_a_document_or_line_that_is_too_long_is_refused(read, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_DOCUMENT", 100)
+    monkeypatch.setattr("mlx_gpt.data.documents.MAX_DOCUMENT", 100)
     assert len(read("a.txt", "ten chars\n\n" * 20, documents="blank-line")) == 20
     with pytest.raises(UserError, match="--documents blank-line"):
         read("a.txt", "ten chars\n" * 20)
-    monkeypatch.setattr(readers, "MAX_LINE", 100)
+    monkeypatch.setattr("mlx_gpt.data.documents.MAX_LINE", 100)
     with pytest.raises(UserError, match="line of over"):
         read("a.txt", "x" * 101, documents="line")
 
