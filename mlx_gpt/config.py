@@ -58,7 +58,6 @@ class ModelConfig:
         at_least=0,
         below=1,
     )
-    layer_norm_epsilon: float = 1e-5  # GPT-2's value; a model from elsewhere may have another
 
 
 @dataclass(frozen=True)

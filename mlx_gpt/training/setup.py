@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -64,7 +63,6 @@ class Run:
     resumes: bool
     resources: contextlib.ExitStack
     ranks: Ranks = ALONE
-    ranks_here: int = 1
     failed_saves: int = 0
     plan: Plan = field(init=False)
     monitor: Monitor = field(init=False)
@@ -101,18 +99,18 @@ class Run:
         """Return where windows begin in the text, in tokens."""
         return window_numbers(self.tokens.train, self.training.seq_len, self.training.seed, start, count)
 
-    def evaluator(self, tokens: np.ndarray | None = None, ranks: Ranks | None = None) -> Evaluator:
+    def evaluator(self) -> Evaluator:
         """Return the evaluator of the model on the validation text."""
         return Evaluator(
             self.model,
-            self.tokens.val if tokens is None else tokens,
+            self.tokens.val,
             self.tokenizer.byte_lengths(),
             seq_len=self.training.seq_len,
             batch_size=self.training.micro_batch_size,
             limit=self.training.eval_windows,
             dtype=self.device.dtype(self.training.precision),
             on=self.device,
-            ranks=ranks or self.ranks,
+            ranks=self.ranks,
         )
 
 
@@ -176,7 +174,6 @@ def set_up(
             resumes=bool(resume),
             resources=resources.pop_all(),
             ranks=ranks,
-            ranks_here=ranks.here,
         )
 
 

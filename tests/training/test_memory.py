@@ -186,3 +186,20 @@ def test_a_run_that_fitted_when_it_began_may_continue(train, tmp_path, monkeypat
     outcome = train("run", resume="run", max_steps=2)
     assert outcome.step == 2
     assert any(line.startswith("WARNING      That is more than can safely be spared") for line in outcome.lines)
+
+
+def test_an_automatic_batch_is_timed_with_its_own_micro_steps(corpus, tmp_path, monkeypatch, eager):
+    """The first candidate takes all windows of a step at once, and those that fit take several micro-steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: dataclasses.replace(device(), usable=5 * 10**6))
+
+    def measure(run, make_step, training):
+        seconds = 0.01 * min(2, training.micro_steps)
+        return Line(tuple(Trial(n, n * 10**6, n * 10**6, 0, n * seconds) for n in (1, 2)))
+
+    monkeypatch.setattr(memory, "measure", measure)
+    display = Silent()
+    settings = {**TINY, "data": str(corpus), "out": "run", "batch_size": "auto", "gradient_accumulation_steps": 4}
+    loop.train(settings, display, dry_run=True)
+    assert any("Batch        4 x 16 tokens, 16 per step" in line for line in display.lines)
+    assert any("(1,600 tokens/s measured)" in line for line in display.lines)  # 64 windows of 16 tokens in 0.64 s

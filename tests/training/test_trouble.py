@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import pty
 import resource
@@ -24,7 +25,7 @@ from mlx_gpt.cli.train import StopSignals
 from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.models.directory import save_arrays
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint, run_folder, setup
+from mlx_gpt.training import checkpoint, loop, run_folder, setup
 
 from .conftest import TINY
 
@@ -168,6 +169,24 @@ def test_a_last_checkpoint_that_could_not_be_saved_is_no_success(train, disk, st
     full = after({3: lambda: disk.fills_up(200_000)})
     with pytest.raises(RunError, match=r"of step 3 .* newest checkpoint is run/checkpoints/step-00000002\. Make room"):
         train("run", **EACH_STEP, max_steps=3, stop_after=stop_after, tick=full)
+
+
+def test_a_best_model_that_could_not_be_saved_does_not_count(train, monkeypatch):
+    """Or nothing would be saved until the loss is below one whose weights are lost."""
+    save, failures = loop.save_model, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def save_when_there_is_room(folder, *rest):
+        if folder.name == "best" and failures:
+            raise failures.pop()
+        save(folder, *rest)
+
+    monkeypatch.setattr(loop, "save_model", save_when_there_is_room)
+    # A rate that ruins the weights: the first evaluation, whose model is not saved, has the lowest loss.
+    outcome = train("run", **(EACH_STEP | {"eval_every": 1}), max_steps=2, learning_rate=50.0, warmup_steps=0)
+    records = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    losses = [record["val_loss"] for record in records if "val_loss" in record]
+    assert losses[0] < min(losses[1:]) == outcome.best_loss
+    assert load("run/best")
 
 
 def test_a_final_model_that_could_not_be_saved_is_no_success(train):
