@@ -71,8 +71,10 @@ def obey(line: str, config: GenerationConfig) -> GenerationConfig:
         for known, value in flat(config).items():
             click.echo(f"{known:20} {value}", err=True)
     else:
-        kind = kinds.get(name, str)
-        if name in kinds and kind is not tuple and len(words) != 1:
+        if name not in kinds:
+            raise UserError(f"There is no command /{name}: /help lists them.")
+        kind = kinds[name]
+        if kind is not tuple and len(words) != 1:
             raise UserError(f"/{name} wants one value, as in /temperature 0.9.")
         try:
             value = tuple(words) if kind is tuple else kind(" ".join(words))

@@ -58,6 +58,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
         bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)
         bar.close()
+    display.line(f"Model          {path}")
     display.line(f"Tokens         {evaluation.tokens:,} ({evaluation.text_bytes:,} bytes of text)")
     display.line(f"Loss           {evaluation.loss:.4f} nats per token")
     display.line(f"Perplexity     {evaluation.perplexity:,.2f}")

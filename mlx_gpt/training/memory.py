@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_gpt import models
 from mlx_gpt.config import TrainingConfig
+from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.device import Device
 from mlx_gpt.errors import UserError
 from mlx_gpt.optim import make_optimizer
@@ -32,6 +33,7 @@ CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_
 STEPS = 3  # of a trial at least; the first compiles
 MORE_STEPS = 6  # at most, within `PATIENCE` seconds, for a better time
 PATIENCE = 0.5
+SLOW = 5.0  # seconds; after a first step that takes longer, only one more is made
 BUDGET = 10.0  # seconds that further trials may take, after the two that make a line
 
 
@@ -121,6 +123,8 @@ def plan_run(
 
     def estimate(training: TrainingConfig) -> Estimate | None:
         key = training.seq_len, training.grad_checkpoint, min(2, training.micro_steps)
+        if not lines:
+            display.line("Measuring a few steps, to know what memory and time the run takes ...")
         if key not in lines:
             lines[key] = measure(run, make_step, training)
         line = lines[key]
@@ -133,6 +137,11 @@ def plan_run(
     training, problem = run.training, ""
     if not run.resumes:
         training, problem = fit(run.training, estimate, run.device)
+    if problem and (windows := training.windows_per_step) > windows_per_epoch(run.tokens.train, training.seq_len):
+        problem = (
+            f"A step of {windows:,} windows is more than the whole text has: use a lower --batch-size or fewer "
+            "--gradient-accumulation-steps. It does not fit into memory, either."
+        )
     training = dataclasses.replace(training, **run.ranks.broadcast({name: getattr(training, name) for name in CHOSEN}))
     run.config = dataclasses.replace(run.config, training=training)
     run.settings = dataclasses.replace(run.settings, training=training)
@@ -237,12 +246,14 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     _free()
     optimizer, phases = make_optimizer(training), _Phases()
     step = make_step(run.model, optimizer, run.objective, training, run.device, phases)
+    began = time.perf_counter()
     mx.eval(step(0, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)
+    most_steps = MORE_STEPS if time.perf_counter() - began < SLOW else 2
     backward_peak, update_peak = phases.backward_peak or 0, _take_peak()
     seconds: list[float] = []
     began = mark = time.perf_counter()
     unread = step(1, 0.0, [batch] * micro_steps)
-    for number in range(2, MORE_STEPS):
+    for number in range(2, most_steps):
         # As in `fit`, the numbers of a step are read when the next one has begun.
         result = step(number, 0.0, [batch] * micro_steps)
         unread.numbers()

@@ -345,9 +345,9 @@ def test_a_mistake_in_the_dialogue_changes_nothing_and_ends_nothing(talk, line, 
     assert answer.out == "> " + talk("The duck").out
 
 
-def test_an_unknown_command_says_that_there_is_no_such_setting(talk):
+def test_an_unknown_command_says_that_there_is_none(talk):
     for line in ("/quit", "/exit now"):
-        assert "There is no setting" in talk(line).err
+        assert "There is no command /" in talk(line).err
 
 
 def test_bytes_that_are_not_text_do_not_end_the_dialogue(start, models):
