@@ -1,6 +1,7 @@
 """The dialogue of `mlx-gpt generate --interactive`."""
 
 import contextlib
+import difflib
 import io
 import shlex
 import sys
@@ -72,7 +73,9 @@ def obey(line: str, config: GenerationConfig) -> GenerationConfig:
             click.echo(f"{known:20} {value}", err=True)
     else:
         if name not in kinds:
-            raise UserError(f"There is no command /{name}: /help lists them.")
+            nearest = difflib.get_close_matches(name, kinds, n=1)
+            hint = f"did you mean /{nearest[0]}?" if nearest else "/help lists them."
+            raise UserError(f"There is no command /{name}: {hint}")
         kind = kinds[name]
         if kind is not tuple and len(words) != 1:
             raise UserError(f"/{name} wants one value, as in /temperature 0.9.")

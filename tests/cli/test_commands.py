@@ -332,7 +332,7 @@ def test_the_dialogue_explains_itself(talk):
         ("/temperature hot", "`temperature` must be a number, not 'hot'"),
         ("/temperature", "wants one value"),
         ("/temperature 1 2", "wants one value"),
-        ("/temperatur 1", "did you mean `temperature`?"),
+        ("/temperatur 1", "did you mean /temperature?"),
         ("/stop 'half", "/NAME VALUE"),
         ("/", "/NAME VALUE"),
         ("duck " * 40, "more than the model's context of 32"),
