@@ -5,6 +5,7 @@ size; an update takes the same memory for every size. This holds for every model
 needs no coefficients.
 """
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -33,7 +34,7 @@ CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_
 STEPS = 3  # of a trial at least; the first compiles
 MORE_STEPS = 6  # at most, within `PATIENCE` seconds, for a better time
 PATIENCE = 0.5
-SLOW = 5.0  # seconds; after a first step that takes longer, only one more is made
+SLOW = 2.0  # seconds; after a first step that takes longer, only one more is made
 BUDGET = 10.0  # seconds that further trials may take, after the two that make a line
 
 
@@ -124,7 +125,8 @@ def plan_run(
     def estimate(training: TrainingConfig) -> Estimate | None:
         key = training.seq_len, training.grad_checkpoint, min(2, training.micro_steps)
         if not lines:
-            display.line("Measuring a few steps, to know what memory and time the run takes ...")
+            with contextlib.suppress(OSError):  # the terminal may have gone; that does not end a run
+                display.line("Measuring a few steps, to know what memory and time the run takes ...")
         if key not in lines:
             lines[key] = measure(run, make_step, training)
         line = lines[key]
