@@ -1,5 +1,6 @@
 """The optimizer and the learning rate of a run, put together from `mlx.optimizers`."""
 
+import functools
 from collections.abc import Callable
 
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
@@ -12,6 +13,7 @@ import mlx.optimizers as optim
 from mlx_gpt.config import TrainingConfig
 
 Schedule = Callable[[int], float]
+BLOCK = 1024  # rates computed at a time
 
 
 def make_optimizer(training: TrainingConfig) -> optim.MultiOptimizer:
@@ -43,9 +45,14 @@ def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
     rising = optim.linear_schedule(highest / (warmup + 1), highest, max(1, warmup))
     joined = optim.join_schedules([rising, falling], [warmup])
 
+    @functools.lru_cache(maxsize=1)
+    def block(number: int) -> list[float]:
+        # Many at a time: asking MLX for a rate waits for the step that it is computing.
+        return joined(mx.arange(number * BLOCK, (number + 1) * BLOCK)).tolist()
+
     def rate(step: int) -> float:
-        with mx.stream(mx.cpu):  # a GPU would answer only after the steps that it is computing
-            return float(joined(mx.array(step)).item())
+        number, within = divmod(min(step, total_steps - 1), BLOCK)
+        return block(number)[within]
 
     return rate
 
