@@ -5,21 +5,20 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
+from mlx_gpt import tokenizer_training
 from mlx_gpt.errors import UserError, explain_os_error, shown
+from mlx_gpt.tokenizer_training import END_OF_TEXT, SPACE
 
-END_OF_TEXT = "<|endoftext|>"
 CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
 CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
 
-# White space as Unicode and the library define it. Python's own \s has four more control characters.
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # This splits text more coarsely than GPT-2 does (Radford et al. 2019): letters, digits and signs are one class. Each of
 # GPT-2's words lies within one chunk, and a chunk alone is split into the same words, so the ids of a text are the ids
 # of its chunks.
@@ -55,29 +54,14 @@ class Tokenizer:
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
         """Return the tokenizer of plain bytes: ids 0 to 255 are the bytes, and 256 ends a document."""
-        backend = HFTokenizer(models.BPE(vocab=BYTE_OF, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        return cls(backend)
+        return cls(tokenizer_training.byte_level(models.BPE(vocab=BYTE_OF, merges=[])))
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a byte-level BPE like GPT-2's (Sennrich et al. 2016, arXiv:1508.07909) on `documents`.
-
-        It has at most `vocab_size` entries, and fewer if the text has too few pairs that occur twice.
-        """
-        backend = HFTokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(documents, trainer)
-        return cls(backend)
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, read: Callable[[int], object] = lambda done: None
+    ) -> "Tokenizer":
+        """Train a byte-level BPE like GPT-2's; arguments as in `tokenizer_training.train`."""
+        return cls(tokenizer_training.train(texts, vocab_size, read))
 
     @classmethod
     def load(cls, path: str | Path, end_of_text: int | None = None) -> "Tokenizer":

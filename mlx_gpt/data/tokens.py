@@ -16,10 +16,10 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.progress import ByteProgress, Echo, ignore_progress
 from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
+from mlx_gpt.tokenizer_training import Sample
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
-TOKENIZER_BYTES = 32_000_000  # text that a tokenizer is trained on; twice as much gave 0.06 % fewer tokens
 # A document may be cut before a space that begins a word, because there GPT-2's split into words stays the same.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
@@ -38,17 +38,19 @@ class Tokens:
     fingerprint: str
 
 
-def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Echo) -> Tokenizer:
+def get_tokenizer(
+    wanted: str, vocab_size: int, corpus: Corpus, echo: Echo, progress: ByteProgress = ignore_progress
+) -> Tokenizer:
     """Return the tokenizer that `--tokenizer` names, training it if necessary.
 
-    The BPE of a corpus is trained once and loaded afterwards. It is trained on 32 MB, taken evenly from the whole
-    training text, or on the whole text if that is smaller.
+    The BPE of a corpus is trained once and loaded afterwards. It is trained on a `Sample` of the training text.
 
     Args:
         wanted: "bpe", "bytes" or the path of a tokenizer.json.
         vocab_size: entries of a BPE that is trained.
         corpus: the corpus that a BPE is trained on, and in whose folder it is kept.
         echo: called with a line if a tokenizer is trained.
+        progress: called with the bytes read so far: first of the corpus, then of the sample.
 
     Raises:
         UserError: there is no such tokenizer.
@@ -61,10 +63,11 @@ def get_tokenizer(wanted: str, vocab_size: int, corpus: Corpus, echo: Echo) -> T
     if path.exists():
         return Tokenizer.load(path)
     size = corpus.path("train").stat().st_size
-    sample = f"{TOKENIZER_BYTES // 10**6} of the {size // 10**6:,} MB of " if size > TOKENIZER_BYTES else ""
-    echo(f"Training a tokenizer of {vocab_size:,} entries on {sample}{corpus.name} ...")
-    texts = (text for text, _ in _pieces(corpus.documents("train")))
-    tokenizer = Tokenizer.train(_evenly(texts, TOKENIZER_BYTES / size), vocab_size)
+    sample = Sample(_counted((text for text, _ in _pieces(corpus.documents("train"))), size, progress))
+    part = f"{sample.bytes / 1e6:,.0f} of the {size / 1e6:,.0f} MB of " if sample.share < 1 else ""
+    echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
+    tokenizer = Tokenizer.train(sample, vocab_size, lambda done: progress(min(done, sample.bytes - 1), sample.bytes))
+    progress(sample.bytes, sample.bytes)
     write_text_whole(path, tokenizer.to_json())
     return tokenizer
 
@@ -159,14 +162,16 @@ def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
         yield document[start:], True
 
 
-def _evenly(texts: Iterable[str], fraction: float) -> Iterator[str]:
-    """Yield about this fraction of the texts, by length, spread evenly; a fraction of 1 or more yields all."""
-    seen = taken = 0
+def _counted(texts: Iterable[str], size: int, progress: ByteProgress) -> Iterator[str]:
+    """Yield the texts, calling `progress` about every megabyte and at the end; a file of `size` bytes has them."""
+    read = shown = 0
     for text in texts:
-        if taken <= fraction * seen:
-            yield text
-            taken += len(text)
-        seen += len(text)
+        yield text
+        read += len(text)
+        if read >= shown + 1_000_000:
+            shown = read
+            progress(min(read, size - 1), size)
+    progress(size, size)
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

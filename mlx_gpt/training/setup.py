@@ -274,7 +274,8 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
     """
     if weights:
         return Tokenizer.load(weights)
-    return get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line)
+    progress = display.progress("Training a tokenizer")
+    return get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
 
 
 def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn.Module:

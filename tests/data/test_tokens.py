@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 
+from mlx_gpt import tokenizer_training
 from mlx_gpt.data import tokens as tokens_module
 from mlx_gpt.data.tokens import PIECE_CHARACTERS, check_windows, get_tokenizer, tokenize
 from mlx_gpt.errors import UserError
 from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
+from mlx_gpt.tokenizer_training import Sample
 
 
 @pytest.fixture
@@ -152,32 +154,29 @@ def test_the_tokenizer_of_a_corpus_is_trained_once(make_corpus, sentences):
     assert get_tokenizer("bpe", 290, corpus, lines.append).vocab_size == 290
 
 
-def test_a_tokenizer_for_a_large_corpus_is_trained_on_an_even_sample(make_corpus, sentences, monkeypatch):
-    half = len(sentences) // 2
-    corpus = make_corpus(["zzz " + text for text in sentences[:half]] + ["qqq " + text for text in sentences[half:]])
-    size = corpus.path("train").stat().st_size
-    monkeypatch.setattr(tokens_module, "TOKENIZER_BYTES", size // 10)
-    sample: list[str] = []
-    train = Tokenizer.train
-
-    def record(texts, vocab_size):
-        sample.extend(texts)
-        return train(sample, vocab_size)
-
-    monkeypatch.setattr(Tokenizer, "train", record)
+def test_a_tokenizer_for_a_large_corpus_is_trained_on_a_sample(make_corpus, sentences, monkeypatch):
+    corpus = make_corpus(sentences)
+    monkeypatch.setattr(tokenizer_training, "SAMPLE_BYTES", corpus.path("train").stat().st_size // 10)
     lines: list[str] = []
-    get_tokenizer("bpe", 300, corpus, lines.append)
-    assert sum(map(len, sample)) == pytest.approx(sum(map(len, corpus.documents("train"))) / 10, rel=0.2)
-    assert sum(text.startswith("zzz") for text in sample) == pytest.approx(len(sample) / 2, rel=0.2)
+    tokenizer = get_tokenizer("bpe", 300, corpus, lines.append)
+    assert tokenizer.to_json() == Tokenizer.train(Sample(corpus.documents("train")), 300).to_json()
+    assert tokenizer.to_json() != Tokenizer.train(sentences, 300).to_json()
     assert "of the 0 MB of" in lines[0]
 
 
-def test_a_tokenizer_is_trained_on_a_long_document_in_pieces(make_corpus, long_text, monkeypatch):
-    corpus = make_corpus([long_text])
-    whole = get_tokenizer("bpe", 280, corpus, print).to_json()
+def test_a_tokenizer_is_trained_on_a_long_document_in_pieces(make_corpus, long_text):
+    whole = get_tokenizer("bpe", 280, make_corpus([long_text]), print).to_json()
     assert whole == Tokenizer.train([long_text], 280).to_json()
-    monkeypatch.setattr(tokens_module, "TOKENIZER_BYTES", 100_000)
-    assert get_tokenizer("bpe", 281, corpus, print).vocab_size == 281
+
+
+def test_the_progress_of_training_a_tokenizer_reaches_the_end_of_the_corpus_and_of_the_sample(make_corpus, long_text):
+    seen: list[tuple[int, int]] = []
+    corpus = make_corpus([long_text])
+    get_tokenizer("bpe", 300, corpus, print, lambda done, total: seen.append((done, total)))
+    size, sample = corpus.path("train").stat().st_size, len(long_text.encode())
+    assert [done for done, total in seen if total == size][-1] == size
+    assert [done for done, total in seen if total == sample][-1] == sample
+    assert {total for _, total in seen} == {size, sample}
 
 
 def test_a_tokenizer_may_be_bytes_or_a_path(byte_tokenizer, bpe, make_corpus):
