@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
@@ -101,13 +102,15 @@ class Tokenizer:
         """Return the ids of one text, without the end of a document.
 
         Args:
-            text: any text.
+            text: any text, such as a prompt.
             special: turn the names of special tokens into these tokens, which the text of a chat template needs.
 
         Raises:
-            UserError: the text is not valid Unicode, because it has half of a surrogate pair, or the tokenizer cannot
-                encode it.
+            UserError: the text is not a str, is not valid Unicode, because it has half of a surrogate pair, or the
+                tokenizer cannot encode it.
         """
+        if not isinstance(text, str):
+            raise UserError(f"Only text can be encoded, not {shown(repr(text))}: a prompt must be a str.")
         if not special:
             return self.encode_batch([text])[0]
         with failing_as(CANNOT_ENCODE):
@@ -184,7 +187,7 @@ class Tokenizer:
     @functools.cached_property
     def token_bytes(self) -> list[bytes] | None:
         """The bytes of each id if every token is a run of bytes, as in GPT-2; None for other kinds of tokenizer."""
-        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+        if [step for step in _decoding_steps(self.backend) if step != "Fuse"] != ["ByteLevel"]:
             return None
         pieces = [b""] * self.vocab_size
         added = self.backend.get_added_tokens_decoder()
@@ -290,6 +293,17 @@ def _check_merges(text: str) -> None:
         second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):
             raise ValueError(f"its merge {merge!r} continues a word without {prefix!r}")
+
+
+def _decoding_steps(backend: HFTokenizer) -> list[str]:
+    """Return the types of a tokenizer's decoders in the order in which they are applied."""
+
+    def steps(decoder: dict[str, Any]) -> list[str]:
+        if decoder["type"] == "Sequence":
+            return [step for part in decoder["decoders"] for step in steps(part)]
+        return [decoder["type"]]
+
+    return steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
 
 
 def _byte_characters() -> dict[int, str]:

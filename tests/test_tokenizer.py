@@ -79,6 +79,13 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
         tokenizer.encode("duck \ud83e")
 
 
+@pytest.mark.parametrize("prompt", [None, 7, b"duck", ["duck"]])
+def test_what_is_not_text_is_refused(tokenizer, prompt):
+    for special in (False, True):
+        with pytest.raises(UserError, match="Only text can be encoded, not"):
+            tokenizer.encode(prompt, special)
+
+
 def test_bytes_are_their_own_ids(byte_tokenizer):
     assert byte_tokenizer.encode("né") == list("né".encode())
     assert (byte_tokenizer.end_of_text, byte_tokenizer.vocab_size) == (256, 257)
@@ -248,6 +255,24 @@ def test_an_entry_that_is_not_a_run_of_bytes_decodes_to_itself(bpe, tmp_path):
     tokenizer = Tokenizer.load(path)
     assert tokenizer.decode([300]) == "".join(detokenized(tokenizer, [300])) == "鳥 "
     assert tokenizer.byte_lengths()[300] == 4
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.ByteLevel(),
+        decoders.Sequence([decoders.ByteLevel()]),
+        decoders.Sequence([decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])]),
+    ],
+)
+def test_an_added_token_decodes_to_itself(bpe, decoder):
+    backend = HFTokenizer.from_str(bpe.to_json())
+    backend.add_tokens(["đem"])  # GPT-2 writes the byte 0x11 as đ
+    backend.decoder = decoder
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode("naïve đem 🦆")
+    assert tokenizer.decode(ids) == "".join(detokenized(tokenizer, ids)) == "naïve đem 🦆"
+    assert tokenizer.byte_lengths()[ids].sum() == len("naïve đem 🦆".encode())
 
 
 @pytest.mark.parametrize(
