@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,12 @@ class Tokenizer:
         if self.token_bytes is None:
             return np.array([len(self.decode([i]).encode()) for i in range(self.vocab_size)])
         return np.array([len(piece) for piece in self.token_bytes])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash in hex of which id stands for which token. The layout of the file does not change it."""
+        entries = sorted(self.backend.get_vocab(with_added_tokens=True).items())
+        return blake2b(json.dumps(entries).encode(), digest_size=8).hexdigest()
 
     @functools.cached_property
     def _with_special(self) -> HFTokenizer:

@@ -32,6 +32,7 @@ PREFIX = "transformer."  # which transformers writes before the names of a GPT-2
 # Causal masks that old files store as if they were weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
 FLOATS = ("F32", "F16", "BF16")
+TRAINED_WITH = "tokenizer"  # the metadata that has the fingerprint of the tokenizer that weights were trained with
 # GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. In memory, both take many times that.
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
@@ -57,8 +58,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
         write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
     weights = model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
-    # Without this metadata transformers refuses the file.
-    write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, {"format": "pt"}))
+    metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint}  # without `format` transformers refuses the file
+    write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -174,20 +175,45 @@ def _as_mlx_lm_has_it(
 
 
 def load_tokenizer(folder: str | Path, model: nn.Module) -> Tokenizer:
-    """Read the tokenizer of a model directory.
+    """Read the tokenizer of a model directory, for its model.
 
     Raises:
-        UserError: there is none, or it has ids that the model does not know.
+        UserError: as in `read_tokenizer`, or it has ids that the model does not know.
     """
-    end_of_text = _read_json(Path(folder) / "config.json").get("eos_token_id")
-    end_of_text = end_of_text[0] if isinstance(end_of_text, list) and end_of_text else end_of_text
-    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json", end_of_text if isinstance(end_of_text, int) else None)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} entries and the weights "
             f"{models.vocab_size(model):,}: they don't belong together."
         )
     return tokenizer
+
+
+def read_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read the tokenizer of a model directory.
+
+    Raises:
+        UserError: there is none, or the weights say that they were trained with another.
+    """
+    end_of_text = _read_json(Path(folder) / "config.json").get("eos_token_id")
+    end_of_text = end_of_text[0] if isinstance(end_of_text, list) and end_of_text else end_of_text
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json", end_of_text if isinstance(end_of_text, int) else None)
+    if _tokenizer_of_weights(Path(folder) / "model.safetensors") not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{folder}: the weights were trained with another tokenizer than the tokenizer.json beside them: copy the "
+            "tokenizer.json of their run there."
+        )
+    return tokenizer
+
+
+def _tokenizer_of_weights(path: Path) -> str | None:
+    """Return the fingerprint of the tokenizer that weights were trained with; None if their file does not say."""
+    try:
+        with safe_open(path, framework="np") as file:
+            fingerprint: str | None = (file.metadata() or {}).get(TRAINED_WITH)
+            return fingerprint
+    except (OSError, SafetensorError):
+        return None  # `load_model` says what is wrong with the file
 
 
 def read_config(folder: Path) -> dict[str, Any]:

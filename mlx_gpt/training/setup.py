@@ -26,7 +26,7 @@ from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
-from mlx_gpt.models.directory import load_model
+from mlx_gpt.models.directory import load_model, read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
@@ -270,10 +270,10 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
     """The tokenizer of the model directory `weights`, else the one that the settings name.
 
     Raises:
-        UserError: there is no such file, or it is not a tokenizer.
+        UserError: there is no such file, it is not a tokenizer, or `weights` were trained with another.
     """
     if weights:
-        return Tokenizer.load(weights)
+        return read_tokenizer(weights)
     progress = display.progress("Training a tokenizer")
     return get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
 

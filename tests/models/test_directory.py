@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
+from mlx_gpt.models.directory import load_model, load_tokenizer, read_tokenizer, save_model
 from mlx_gpt.tokenizer import Tokenizer
 
 TEXTS = [
@@ -324,7 +324,23 @@ def test_a_file_that_is_no_text_is_refused(damaged, name):
     assert f"{name} is not" in refusal(damaged)
 
 
+def test_a_tokenizer_that_the_weights_were_not_trained_with_is_refused(damaged, sentences):
+    other = Tokenizer.train(sentences[:100], 290)
+    (damaged / "tokenizer.json").write_text(other.to_json())
+    assert "trained with another tokenizer" in refusal(damaged)
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        read_tokenizer(damaged)
+
+
+def test_a_tokenizer_that_transformers_wrote_again_is_the_same(damaged, model, bpe):
+    before = (damaged / "tokenizer.json").read_text()
+    transformers.AutoTokenizer.from_pretrained(damaged).save_pretrained(damaged)
+    assert (damaged / "tokenizer.json").read_text() != before
+    assert load_tokenizer(damaged, model).encode("duck") == bpe.encode("duck")
+
+
 def test_a_tokenizer_with_more_entries_than_the_weights_is_refused(damaged, sentences):
+    edit_weights(damaged, dict)  # which drops the fingerprint of the tokenizer
     bigger = Tokenizer.train(sentences, 310)
     (damaged / "tokenizer.json").write_text(bigger.to_json())
     assert "the tokenizer has 310 entries and the weights 300" in refusal(damaged)
