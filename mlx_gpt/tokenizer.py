@@ -4,7 +4,6 @@ import codecs
 import contextlib
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -16,16 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.errors import UserError, explain_os_error, shown
-from mlx_gpt.tokenizer_training import END_OF_TEXT, SPACE
+from mlx_gpt.tokenizer_training import END_OF_TEXT
 
 CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
 CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
-
-# This splits text more coarsely than GPT-2 does (Radford et al. 2019): letters, digits and signs are one class. Each of
-# GPT-2's words lies within one chunk, and a chunk alone is split into the same words, so the ids of a text are the ids
-# of its chunks.
-CHUNKS = re.compile(rf" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
-CACHE_CHARACTERS = 50_000_000  # characters of distinct chunks, plus 100 each for Python's overhead: about 100 MB
 
 
 class Tokenizer:
@@ -172,6 +165,28 @@ class Tokenizer:
         return blake2b(json.dumps(entries).encode(), digest_size=8).hexdigest()
 
     @functools.cached_property
+    def unknown(self) -> int | None:
+        """The id that stands for any text without a token of its own, as [UNK] does; None if there is no such id."""
+        model = self._model
+        unknown = model.get("unk_id")
+        if isinstance(name := model.get("unk_token"), str):
+            unknown = self.backend.token_to_id(name)
+        return unknown if isinstance(unknown, int) and unknown != self.end_of_text else None
+
+    @functools.cached_property
+    def drops_unknown(self) -> bool:
+        """Whether text without a token is left out. Of the library's models, BPE does so if it has no unknown token."""
+        model = self._model
+        complete = model.get("byte_fallback") or BYTE_OF.keys() <= self.backend.get_vocab().keys()
+        return model["type"] == "BPE" and model.get("unk_token") is None and not complete
+
+    @functools.cached_property
+    def _model(self) -> dict[str, Any]:
+        """The `model` of its tokenizer.json, without the vocabulary."""
+        model = json.loads(self.backend.to_str())["model"]
+        return {name: value for name, value in model.items() if name not in ("vocab", "merges")}
+
+    @functools.cached_property
     def _with_special(self) -> HFTokenizer:
         """The same tokenizer, except that it encodes the name of a special token as that token."""
         backend = HFTokenizer.from_str(self.backend.to_str())
@@ -204,39 +219,6 @@ class Tokenizer:
             elif i not in added or not added[i].special:
                 pieces[i] = token.encode()
         return pieces
-
-
-class CorpusEncoder:
-    """Encodes gigabytes of text, with the same ids as `Tokenizer.encode`.
-
-    The library spends most of its time in a regular expression, and a corpus repeats its words. If the tokenizer splits
-    text as GPT-2 does, each distinct chunk is therefore encoded once and looked up from then on.
-
-    Args:
-        tokenizer: the tokenizer to encode with.
-        dtype: the type of the ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
-        self._cache: dict[str, bytes] = {}
-        self._cached_characters = 0
-
-    def encode_batch(self, texts: Sequence[str]) -> list[bytes]:
-        """Return the ids of several texts, as the bytes of arrays of `dtype`. Errors as in `Tokenizer.encode`."""
-        if self._tokenizer.is_bytes or not self._tokenizer.splits_like_gpt2:
-            return self._encode(texts)
-        if self._cached_characters > CACHE_CHARACTERS:
-            self._cache.clear()
-            self._cached_characters = 0
-        chunked = [CHUNKS.findall(text) for text in texts]
-        new = list(set().union(*chunked) - self._cache.keys())
-        self._cache.update(zip(new, self._encode(new), strict=True))
-        self._cached_characters += sum(map(len, new)) + 100 * len(new)
-        return [b"".join(map(self._cache.__getitem__, chunks)) for chunks in chunked]
-
-    def _encode(self, texts: Sequence[str]) -> list[bytes]:
-        return [np.array(ids, self._dtype).tobytes() for ids in self._tokenizer.encode_batch(texts)]
 
 
 class Detokenizer:

@@ -29,7 +29,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     """
     from mlx_gpt import models
     from mlx_gpt.api import load
-    from mlx_gpt.data.tokens import encode_file, tokenize
+    from mlx_gpt.data.tokens import encode_file, lost_text, tokenize
     from mlx_gpt.evaluation import Evaluator
     from mlx_gpt.training import run_folder
     from mlx_gpt.training.setup import open_data
@@ -54,6 +54,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             tokens = both.val
         else:
             raise UserError(f"{path} is not a run, so it has no validation text: name a FILE.")
+        lost = lost_text([tokens], tokenizer)
         evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
         bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)
@@ -63,3 +64,5 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     display.line(f"Loss           {evaluation.loss:.4f} nats per token")
     display.line(f"Perplexity     {evaluation.perplexity:,.2f}")
     display.line(f"Bits per byte  {evaluation.bits_per_byte:.4f}")
+    for line in lost:
+        display.line(line)

@@ -11,11 +11,12 @@ import numpy as np
 
 from mlx_gpt.data.corpus import SPLITS, Corpus, usable
 from mlx_gpt.data.documents import read_documents
+from mlx_gpt.data.encoder import CorpusEncoder
 from mlx_gpt.data.sources import find_files, hash_of
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.progress import ByteProgress, Echo, ignore_progress
-from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
+from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.tokenizer_training import Sample
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
@@ -114,6 +115,29 @@ def encode_file(
     if len(tokens) < 2:
         raise UserError(f"{path} holds no text: name another file.")
     return tokens
+
+
+def lost_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> list[str]:
+    """Return a warning about the text that its ids do not hold; no line if they hold all of it."""
+    if tokenizer.drops_unknown:
+        return [
+            "WARNING: The tokenizer leaves out characters that it has no token for, and nothing counts them: make sure "
+            "that it has all those of the text."
+        ]
+    if tokenizer.unknown is None:
+        return []
+    parts = [ids[i : i + 2**24] for ids in tokens for i in range(0, len(ids), 2**24)]  # each comparison makes an array
+    unknown = sum(np.count_nonzero(part == tokenizer.unknown) for part in parts)
+    if not unknown:
+        return []
+    count, name = (
+        f"{unknown:,} of the {sum(map(len, parts)):,}",
+        shown(tokenizer.backend.id_to_token(tokenizer.unknown)),
+    )
+    return [
+        f"WARNING: {count} tokens of this text are {name}: the tokenizer does not know these words or characters, so "
+        "they are lost, and bits per byte mislead."
+    ]
 
 
 def check_windows(tokens: Tokens, seq_len: int) -> None:

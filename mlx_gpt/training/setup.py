@@ -20,7 +20,7 @@ from mlx_gpt import models
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data.batches import Shard, training_batches, window_numbers
 from mlx_gpt.data.corpus import Corpus, open_corpus
-from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, tokenize
+from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, lost_text, tokenize
 from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError
@@ -151,6 +151,8 @@ def set_up(
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
         tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding")))
+        for line in lost_text([tokens.train, tokens.val], tokenizer):
+            display.line(line)
         check_windows(tokens, config.training.seq_len)
         check_fingerprint(config, tokens, begun.progress)
         of_rank_0 = ranks.broadcast(tokens.fingerprint)

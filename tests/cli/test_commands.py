@@ -16,6 +16,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from mlx_gpt import device
 from mlx_gpt.cli import COMMANDS, doctor
@@ -74,6 +77,16 @@ def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
     assert value(measured.out, "Tokens") == tokens - 1
     by_file = mlx_gpt("eval", corpus / "val.txt", "--model", model / "final")
     assert value(by_file.out, "Loss") == pytest.approx(loss, abs=1e-4)
+
+
+def test_train_and_eval_say_how_much_of_a_text_the_tokenizer_does_not_know(mlx_gpt, train):
+    words = HFTokenizer(WordLevel({"[UNK]": 0, "The": 1, "duck": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.save("words.json")
+    assert "tokens of this text are [UNK]" in train("--tokenizer", "words.json").out
+    Path("text.txt").write_text("The duck barks.")
+    measured = mlx_gpt("eval", "text.txt", "--model", "run")
+    assert "WARNING: 2 of the 5 tokens of this text are [UNK]" in measured.out
 
 
 def test_eval_flags_change_what_is_measured(mlx_gpt, trained, corpus, tmp_path):

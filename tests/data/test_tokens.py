@@ -6,12 +6,15 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.data import tokens as tokens_module
-from mlx_gpt.data.tokens import PIECE_CHARACTERS, check_windows, get_tokenizer, tokenize
+from mlx_gpt.data.encoder import CorpusEncoder
+from mlx_gpt.data.tokens import PIECE_CHARACTERS, check_windows, get_tokenizer, lost_text, tokenize
 from mlx_gpt.errors import UserError
-from mlx_gpt.tokenizer import CorpusEncoder, Tokenizer
+from mlx_gpt.tokenizer import END_OF_TEXT, Tokenizer
 from mlx_gpt.tokenizer_training import Sample
 
 
@@ -185,6 +188,38 @@ def test_a_tokenizer_may_be_bytes_or_a_path(byte_tokenizer, bpe, make_corpus):
     assert get_tokenizer(str(_written(bpe, corpus.folder)), 999, corpus, print).to_json() == bpe.to_json()
     with pytest.raises(UserError, match=r"There is no nowhere\.json"):
         get_tokenizer("nowhere.json", 300, corpus, print)
+
+
+def word_level():
+    return Tokenizer(HFTokenizer(models.WordLevel({"[UNK]": 0, "duck": 1}, unk_token="[UNK]")))
+
+
+def unigram():
+    return Tokenizer(HFTokenizer(models.Unigram([("duck", -1.0), ("<unk>", 0.0)], unk_id=1)))
+
+
+@pytest.mark.parametrize(("make", "name"), [(word_level, "[UNK]"), (unigram, "<unk>")])
+def test_text_that_a_tokenizer_does_not_know_is_counted(make_corpus, make, name):
+    tokenizer = make()
+    tokens = tokenize(make_corpus(["duck", "zebra", "鳥"], ["duck"]), tokenizer)
+    (line,) = lost_text([tokens.train, tokens.val], tokenizer)
+    assert line.startswith(f"WARNING: 2 of the 8 tokens of this text are {name}: ")
+    assert lost_text([tokens.val], tokenizer) == []
+
+
+def test_a_tokenizer_that_drops_characters_is_warned_of(make_corpus):
+    tokenizer = Tokenizer(HFTokenizer(models.BPE({"a": 0, "b": 1}, merges=[])))
+    assert tokenizer.encode("abc") == tokenizer.encode("ab")
+    (line,) = lost_text([np.array(tokenizer.encode("abc"))], tokenizer)
+    assert "leaves out characters" in line
+
+
+def test_a_tokenizer_of_all_bytes_is_not_warned_of(tokenizer):
+    ids = np.array([*range(tokenizer.vocab_size)])
+    assert lost_text([ids], tokenizer) == []
+    backend = HFTokenizer.from_str(tokenizer.to_json())
+    backend.model.unk_token = END_OF_TEXT  # which GPT-2 names, and never uses
+    assert lost_text([ids], Tokenizer(backend)) == []
 
 
 # ---- a short text ---------------------------------------------------------------------------------------------------
