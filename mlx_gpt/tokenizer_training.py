@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = [END_OF_TEXT]  # which a tokenizer that is trained here has
+SPECIAL_TOKENS = [END_OF_TEXT]  # of every tokenizer that is trained here
 
 # White space as Unicode and the library define it. Python's own \s has four more control characters.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
