@@ -182,7 +182,8 @@ def test_overwrite_replaces_what_was_edited_or_made_from_other_files(source, tex
     prepare([source(texts, "other.jsonl")], tmp_path / "out")
     (tmp_path / "out" / "val.jsonl").write_text('"mine"')
     prepare([source(texts)], tmp_path / "out", overwrite=True)
-    assert sorted(sum(splits(tmp_path / "out"), [])) == sorted(texts)
+    train, val = splits(tmp_path / "out")
+    assert sorted(train + val) == sorted(texts)
 
 
 @pytest.mark.parametrize("name", ["train.txt", "val.txt"])

@@ -1,0 +1,74 @@
+"""Prepare and encode a text in place of another, interrupt that at every change to a file, and look at what is left.
+
+    python -m tests.data.interrupting FOLDER
+
+kills it with SIGKILL at each change.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.data.prepare import prepare
+from mlx_gpt.data.tokens import tokenize
+from mlx_gpt.tokenizer import Tokenizer
+from tests.faults import killed_at_each_change
+
+OLD = [f"The {number}th duck of old.\n" for number in range(30)]
+NEW = [f"Goose {number} is new.\n" for number in range(40)]
+
+
+def work(folder: Path) -> None:
+    """Do what is interrupted: prepare a file, and encode it."""
+    prepare([folder / "text.txt"], folder / "out")
+    tokenize(open_corpus(folder / "out"), Tokenizer.of_bytes())
+
+
+def start(folder: Path) -> None:
+    """Leave the old text prepared and encoded, and the new one ready to take its place."""
+    (folder / "text.txt").write_text("".join(OLD))
+    work(folder)
+    (folder / "text.txt").write_text("".join(NEW))
+
+
+def check_each(folder: Path, interruptions: Iterable[str]) -> int:
+    """Check after each interruption that nothing is lost, and that the next run leaves nothing unfinished.
+
+    Returns:
+        The number of interruptions.
+    """
+    count = 0
+    for interruption in interruptions:
+        count += 1
+        assert text_of(folder) in (OLD, NEW), f"{interruption}: the corpus is neither the old one nor the new one"
+        assert tokenized(folder) in (OLD, NEW), f"{interruption}: the tokens are neither the old ones nor the new ones"
+        work(folder)
+        assert text_of(folder) == tokenized(folder) == NEW, f"{interruption}: the next run did not do its work"
+        left = [path.name for path in folder.rglob(".*")]
+        assert not left, f"{interruption}: the next run left {left}"
+        for path in (folder / "out").iterdir():
+            path.unlink()
+        start(folder)
+    return count
+
+
+def text_of(folder: Path) -> list[str]:
+    """Return the lines of the corpus."""
+    corpus = open_corpus(folder / "out")
+    return "".join(text for split in ("train", "val") for text in corpus.documents(split)).splitlines(keepends=True)
+
+
+def tokenized(folder: Path) -> list[str]:
+    """Return the lines of the tokens."""
+    tokenizer = Tokenizer.of_bytes()
+    tokens = tokenize(open_corpus(folder / "out"), tokenizer)
+    return (tokenizer.decode(tokens.train) + tokenizer.decode(tokens.val)).splitlines(keepends=True)
+
+
+if __name__ == "__main__":
+    os.fsync = lambda handle: None  # a kill loses nothing that was written, and disks are slow
+    here = Path(sys.argv[1])
+    start(here)
+    print(check_each(here, killed_at_each_change(here, lambda: work(here))), "kills")
