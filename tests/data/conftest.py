@@ -1,6 +1,8 @@
-"""Documents, and files of them."""
+"""Documents, files of them, and folders that can't be written to."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,18 @@ def source(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Make a folder read-only, also for a superuser, who has every permission."""
+    access, locked = os.access, set()
+
+    def read_only(folder):
+        locked.add(folder)
+        folder.chmod(0o555)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in locked and access(path, mode))
+    yield read_only
+    for folder in locked:
+        folder.chmod(0o755)

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.prepare import prepare
 from mlx_gpt.data.tokens import tokenize
@@ -64,11 +66,12 @@ def tokenized(folder: Path) -> list[str]:
     """Return the lines of the tokens."""
     tokenizer = Tokenizer.of_bytes()
     tokens = tokenize(open_corpus(folder / "out"), tokenizer)
-    return (tokenizer.decode(tokens.train) + tokenizer.decode(tokens.val)).splitlines(keepends=True)
+    return (tokenizer.decode(tokens.train.tolist()) + tokenizer.decode(tokens.val.tolist())).splitlines(keepends=True)
 
 
 if __name__ == "__main__":
-    os.fsync = lambda handle: None  # a kill loses nothing that was written, and disks are slow
     here = Path(sys.argv[1])
-    start(here)
-    print(check_each(here, killed_at_each_change(here, lambda: work(here))), "kills")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
+        start(here)
+        print(check_each(here, killed_at_each_change(here, lambda: work(here))), "kills")
