@@ -146,19 +146,25 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process as Ctrl-C does, so that it cleans up, unless the program handles SIGTERM itself."""
+    """Let SIGTERM end the process only after it has cleaned up, unless the program handles SIGTERM itself."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 
+    received = False
+
     def unwind(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, unwind)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if received:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _move_all(ready: Path, folder: Path) -> None:

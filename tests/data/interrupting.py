@@ -2,7 +2,7 @@
 
     python -m tests.data.interrupting FOLDER
 
-kills it with SIGKILL at each change.
+kills it with SIGKILL at each change, and then a command that unpacks an archive in place of another.
 """
 
 import os
@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.data.kaggle import from_file
 from mlx_gpt.data.prepare import prepare
 from mlx_gpt.data.tokens import tokenize
 from mlx_gpt.tokenizer import Tokenizer
+from tests.data.zips import make_zip
 from tests.faults import killed_at_each_change
 
 OLD = [f"The {number}th duck of old.\n" for number in range(30)]
@@ -56,6 +58,32 @@ def check_each(folder: Path, interruptions: Iterable[str]) -> int:
     return count
 
 
+def check_unpacking(folder: Path) -> int:
+    """Kill `from_file` at each change, and check the same as `check_each`."""
+    folder.mkdir()
+
+    def unpack() -> list[Path]:
+        return from_file(folder / "ducks.zip", folder)
+
+    def replace() -> None:
+        (folder / "ducks.zip").write_bytes(make_zip({"new.txt": b"Geese."}))
+        unpack()
+
+    unpacked = folder / "ducks"
+    (folder / "ducks.zip").write_bytes(make_zip({"old.txt": b"Ducks."}))
+    unpack()
+    count = 0
+    for interruption in killed_at_each_change(folder, replace):
+        count += 1
+        there = {path.name for path in folder.rglob("*.txt") if path.parent in (unpacked, folder / ".ducks.old")}
+        assert there & {"old.txt", "new.txt"}, f"{interruption}: there is neither the old archive nor the new one"
+        (folder / "ducks.zip").write_bytes(make_zip({"old.txt": b"Ducks."}))
+        assert unpack() == [unpacked / "old.txt"], f"{interruption}: the next run did not do its work"
+        left = [path.name for path in folder.iterdir() if path.name not in ("ducks", "ducks.zip")]
+        assert not left, f"{interruption}: the next run left {left}"
+    return count
+
+
 def text_of(folder: Path) -> list[str]:
     """Return the lines of the corpus."""
     corpus = open_corpus(folder / "out")
@@ -74,4 +102,6 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
         start(here)
-        print(check_each(here, killed_at_each_change(here, lambda: work(here))), "kills")
+        kills = check_each(here, killed_at_each_change(here, lambda: work(here)))
+        kills += check_unpacking(here / "archives")
+    print(kills, "kills")
