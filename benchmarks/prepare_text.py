@@ -30,7 +30,8 @@ class Preparation:
 
     def prepare(self) -> dict[str, Any]:
         """Read the text, drop repeated documents, split the rest and write it."""
-        from mlx_gpt.data.corpus import open_corpus, prepare
+        from mlx_gpt.data.corpus import open_corpus
+        from mlx_gpt.data.prepare import prepare
 
         result = timed(lambda: prepare([self._text], self._folder / "corpus", documents="line"))
         self._corpus = open_corpus(self._folder / "corpus")

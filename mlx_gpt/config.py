@@ -74,7 +74,7 @@ class DataConfig:
         choices=DOCUMENTS,
     )
     column: str = setting("", "Column that holds the text. [default: `text`, or the only long one]")
-    val_fraction: float = setting(0.1, "Fraction of the documents to keep for validation.", above=0, below=1)
+    val_fraction: float = setting(0.1, "Fraction of the text to keep for validation.", above=0, below=1)
     tokenizer: str = setting(
         "bpe",
         "`bpe` trains one on the text (on 32 MB at most), `bytes` uses plain bytes, a PATH loads a tokenizer.json.",

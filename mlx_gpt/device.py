@@ -35,6 +35,7 @@ if WANTED == "cpu" or (WANTED == "gpu" and mx.is_available(mx.gpu)):
 
 GIB = 2**30
 CHUNK_CPU, CHUNK_GPU = 128, 512  # tokens of a prompt that are read at a time
+_process = 0  # the first that asked for the device
 Tree = Any
 """Arrays in nested dicts, lists and tuples."""
 
@@ -155,8 +156,17 @@ def device() -> Device:
     """Return the device that MLX computes on by default.
 
     Raises:
-        UserError: `MLX_GPT_DEVICE` names a device that is not here, or `MLX_GPT_BLAS` a library that does not load.
+        UserError: `MLX_GPT_DEVICE` names a device that is not here, or `MLX_GPT_BLAS` a library that does not load; or
+            this process is a fork of one that computes with MLX.
     """
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        # The threads that MLX waits for are not copied, so it would wait for ever.
+        raise UserError(
+            "MLX can't compute in a process that was forked from one that uses it: start processes with "
+            'multiprocessing.get_context("spawn").'
+        )
     if WANTED not in ("", "cpu", "gpu"):
         raise UserError(f"MLX_GPT_DEVICE={WANTED} is not a device: set it to cpu or gpu, or unset it.")
     if WANTED == "gpu" and not mx.is_available(mx.gpu):

@@ -1,25 +1,44 @@
-"""Writing files so that a reader finds the whole file or none."""
+"""Writing files so that a reader finds the whole file or none, and nothing is left of a process that died.
 
+Whatever is unfinished stands in a hidden file or folder that its process has locked. The system releases the lock when
+the process ends, however it ends, so the next writer in the same folder knows which of them to remove.
+"""
+
+import contextlib
+import fcntl
 import os
+import re
+import shutil
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+
+UNFINISHED = re.compile(r"\..*\.\d+-\d+\.part(\.\w+)?")  # named by `_unfinished`
+READY = ".ready"
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that readers see the old content or the new, never half of it.
 
-    `write` fills a temporary file beside `path`, which is then renamed to `path`. The temporary name belongs to this
-    thread alone, and keeps the suffix because some writers choose the format by it.
+    `write` fills a temporary file beside `path`, which is then renamed to `path`. The temporary name keeps the suffix
+    because some writers choose the format by it.
+
+    Raises:
+        OSError: the file cannot be written. The error names `path`.
     """
-    part = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
+    part = _part(path)
     try:
-        write(part)
-        sync(part)
-        part.replace(path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        with _unfinished(part, Path.touch):
+            write(part)
+            sync(part)
+            part.replace(path)
+            sync(path.parent)
+    except OSError as error:
+        if error.filename == str(part):
+            error.filename = str(path)  # the name that a person knows
+        raise
 
 
 def write_text_whole(path: Path, text: str) -> None:
@@ -31,6 +50,45 @@ def write_text_whole(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder inside `folder`, on the same disk, which is removed at the end with everything in it."""
+    part = _part(folder / "folder")
+    with _unfinished(part, Path.mkdir):
+        yield part
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Move all files of `staged`, a `temporary_folder` of `folder`, to `folder`, as if at one moment.
+
+    If the process dies before that moment, `folder` is as it was. If it dies after it, `finish_publishing` does the
+    rest.
+    """
+    finish_publishing(folder)
+    for path in sorted(staged.iterdir()):
+        sync(path)
+    sync(staged)
+    ready = staged.rename(folder / READY)
+    sync(folder)
+    _move_all(ready, folder)
+
+
+def finish_publishing(folder: Path) -> None:
+    """Move the files that a process which died had published, but not all moved. Call this before reading `folder`."""
+    ready = folder / READY
+    if ready.is_dir():
+        with contextlib.suppress(FileNotFoundError), _locked(ready):  # another process has moved them
+            _move_all(ready, folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files and folders in `folder` whose process has ended."""
+    for path in folder.glob(".*.part*"):
+        if UNFINISHED.fullmatch(path.name):
+            with contextlib.suppress(OSError), _locked(path, wait=False):
+                _remove(path)
+
+
 def sync(path: Path) -> None:
     """Have the operating system write a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -38,3 +96,83 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _part(path: Path) -> Path:
+    """Return a name beside `path` that belongs to this thread alone."""
+    return path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
+
+
+@contextlib.contextmanager
+def _unfinished(part: Path, make: Callable[[Path], None]) -> Iterator[None]:
+    """Make `part`, lock it, and remove what is left of it at the end, also when Ctrl-C or SIGTERM ends the process."""
+    remove_leftovers(part.parent)
+    with _unwinding_on_sigterm(), contextlib.ExitStack() as lock:
+        try:
+            while True:
+                make(part)
+                # Another process may have removed it before it was locked.
+                with contextlib.suppress(FileNotFoundError):
+                    lock.enter_context(_locked(part))
+                    break
+            yield
+        finally:
+            _remove(part)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a file or folder.
+
+    Some network file systems have no locks. Those who wait do without; those who do not wait get the `OSError`.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        OSError: it is locked, and `wait` is false.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if wait:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle), path.stat()):
+            raise FileNotFoundError
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process only after it has cleaned up, unless the program handles SIGTERM itself."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    received = False
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if received:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _move_all(ready: Path, folder: Path) -> None:
+    for path in sorted(ready.iterdir()):
+        path.replace(folder / path.name)
+    sync(folder)
+    ready.rmdir()
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -32,6 +32,18 @@ def test_the_device_is_the_one_that_mlx_describes(monkeypatch):
     assert device() == Device("metal", "a Mac", 16 * GIB, WORKING_SET, accelerated=False)
 
 
+def test_a_fork_of_a_process_that_computes_gets_an_error_and_does_not_wait_for_ever():
+    device()
+    child = os.fork()
+    if not child:
+        try:
+            device()
+        except UserError as error:
+            os._exit(0 if "spawn" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_cuda_gpu_has_what_is_free_on_it():
     info: dict[str, str | int] = {"device_name": "a GPU", "total_memory": 80 * GIB, "free_memory": 60 * GIB}
     assert describe(False, True, info) == Device("cuda", "a GPU", 80 * GIB, 60 * GIB)

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mlx_gpt.cli.options import SettingsCommand
-from mlx_gpt.cli.prepare import out_option, prepare, text_options
+from mlx_gpt.cli.prepare import out_option, overwrite_option, prepare, text_options
 from mlx_gpt.errors import UserError
 
 
@@ -18,9 +18,12 @@ from mlx_gpt.errors import UserError
     "--raw", default="data/raw", show_default=True, metavar="FOLDER", help="Folder to keep the downloaded files in."
 )
 @out_option
+@overwrite_option
 @click.option("--force", is_flag=True, help="Download the dataset even if it is already there.")
 @text_options
-def command(dataset: str | None, from_file: str | None, raw: str, out: str, force: bool, **settings: str) -> None:
+def command(
+    dataset: str | None, from_file: str | None, raw: str, out: str, overwrite: bool, force: bool, **settings: str
+) -> None:
     """Get a dataset from Kaggle, or one downloaded by hand, and prepare it."""
     from mlx_gpt.data import kaggle
 
@@ -30,4 +33,4 @@ def command(dataset: str | None, from_file: str | None, raw: str, out: str, forc
         files = kaggle.from_file(Path(from_file), Path(raw), echo=click.echo)
     else:
         files = kaggle.download(dataset or kaggle.DEFAULT_DATASET, Path(raw), force=force, echo=click.echo)
-    prepare(files, out, settings)
+    prepare(files, out, overwrite, settings)

@@ -12,25 +12,30 @@ from mlx_gpt.settings import build
 out_option = click.option(
     "--out", default=PREPARED, show_default=True, metavar="FOLDER", help="Folder to write the corpus to."
 )
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace the corpus in --out, even if it was edited or made from other files."
+)
 text_options = settings_options(DataConfig, only=("documents", "column", "val_fraction"))
 
 
 @click.command("prepare", cls=SettingsCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @out_option
+@overwrite_option
 @text_options
-def command(paths: tuple[str, ...], out: str, **settings: str) -> None:
+def command(paths: tuple[str, ...], out: str, overwrite: bool, **settings: str) -> None:
     """Turn files, or folders of files, into a corpus to train on.
 
     This reads CSV, TSV, JSONL, plain text and, with the extra mlx-gpt[parquet], Parquet. It leaves out empty and
-    repeated documents. The hash of a document's text decides whether it goes to training or validation.
+    repeated documents. The hash of a document's text decides whether it goes to training or validation, unless that
+    would leave one of them too small.
     """
-    prepare([Path(path) for path in paths], out, settings)
+    prepare([Path(path) for path in paths], out, overwrite, settings)
 
 
-def prepare(paths: list[Path], out: str, settings: dict[str, str]) -> None:
+def prepare(paths: list[Path], out: str, overwrite: bool, settings: dict[str, str]) -> None:
     """Prepare files, with a progress bar and a report."""
-    from mlx_gpt.data.corpus import prepare as prepare_corpus
+    from mlx_gpt.data.prepare import prepare as prepare_corpus
 
     display = Terminal()
     config: DataConfig = build(DataConfig, given(settings))
@@ -40,6 +45,7 @@ def prepare(paths: list[Path], out: str, settings: dict[str, str]) -> None:
         column=config.column,
         documents=config.documents,
         val_fraction=config.val_fraction,
+        overwrite=overwrite,
         progress=display.progress("Preparing"),
     )
     for line in report.lines():

@@ -7,17 +7,17 @@ beside it, which is removed however the work ends. The last step is a rename.
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_gpt.data.archive import TEXT_SUFFIXES, check_space, extract
 from mlx_gpt.errors import UserError, explain_os_error, os_errors_explained
-from mlx_gpt.files import sync, write_text_whole
+from mlx_gpt.files import sync, temporary_folder, write_text_whole
 from mlx_gpt.progress import Echo, ignore_line
 
 DEFAULT_DATASET = "carlmcbrideellis/llm-7-prompt-training-dataset"
@@ -57,6 +57,7 @@ def download(dataset: str, folder: Path, *, force: bool = False, echo: Echo = ig
     page = f"https://www.kaggle.com/datasets/{owner}/{name}" + (f"/versions/{version}" if version else "")
     target = Path(folder) / (f"{owner}-{name}" + (f"-v{version}" if version else ""))
 
+    _recover(target)
     files = None if force else _complete_files(target, source)
     if files is not None:
         echo(f"Using {target}, which is already downloaded.")
@@ -100,6 +101,7 @@ def from_file(path: Path, folder: Path, *, echo: Echo = ignore_line) -> list[Pat
         raise UserError(f"Cannot read {path} because of its suffix: give a .zip or one of {', '.join(TEXT_SUFFIXES)}.")
 
     target = Path(folder) / (path.stem.strip(". ") or "archive")
+    _recover(target)
     _refuse_foreign(target)
     with _temporary_folder(target.parent) as temporary:
         return _install(path, target, temporary, path.name, echo)
@@ -226,8 +228,8 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
     """Make a temporary folder inside `folder`, on the same disk, so that a complete folder can be moved by a rename."""
     with os_errors_explained(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".unfinished-", dir=folder, ignore_cleanup_errors=True) as temporary:
-            yield Path(temporary)
+        with temporary_folder(folder) as temporary:
+            yield temporary
 
 
 def _install(zip_path: Path, target: Path, temporary: Path, source: str, echo: Echo) -> list[Path]:
@@ -246,15 +248,25 @@ def _install(zip_path: Path, target: Path, temporary: Path, source: str, echo: E
 
 
 def _swap_in(new: Path, target: Path) -> None:
-    old = new.with_name("old")  # inside the temporary folder, so it is removed together with it
+    old = _aside(target)
     try:
         if target.exists():
             target.rename(old)
         new.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
+    finally:
+        _recover(target)
+
+
+def _aside(target: Path) -> Path:
+    """Return where the old dataset stands while the new one takes its place."""
+    return target.with_name(f".{target.name}.old")
+
+
+def _recover(target: Path) -> None:
+    """Put the old dataset back if the new one did not take its place, also after a kill; else remove it."""
+    old = _aside(target)
+    if old.exists():
+        shutil.rmtree(old) if target.exists() else old.rename(target)
 
 
 def _complete_files(target: Path, source: str) -> list[Path] | None:

@@ -21,7 +21,7 @@ class Report:
         kept: number of documents kept.
         characters: total length of the documents kept.
         train, val: sizes of the two splits.
-        cut: whether every document was cut in two, because one split would have been empty.
+        note: a sentence that says why the split is by length, or "".
         skipped: files in the folders that are not text.
     """
 
@@ -31,7 +31,7 @@ class Report:
     characters: int
     train: Split
     val: Split
-    cut: bool
+    note: str
     skipped: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -40,12 +40,12 @@ class Report:
         rows += [("dropped", count, reason, "") for reason, count in sorted(self.dropped.items())]
         rows += [("kept", self.kept, "documents", f"{self.characters:,} characters")]
         for name, split in (("train", self.train), ("val", self.val)):
-            unit = "beginnings" if name == "train" else "ends"
-            rows += [(name, split.documents, unit if self.cut else "documents", f"{split.characters:,} characters")]
+            rows += [(name, split.documents, "documents", f"{split.characters:,} characters")]
         number = max(len(f"{row[1]:,}") for row in rows)
         word = max(len(row[2]) for row in rows)
         size = max(len(row[3]) for row in rows)
         lines = [f"{a:8} {b:>{number},} {c:{word}}  {d:>{size}}".rstrip() for a, b, c, d in rows]
+        lines += [self.note] if self.note else []
         return lines + [f"skipped, not text: {path}" for path in self.skipped]
 
     def __str__(self) -> str:

@@ -9,10 +9,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlx_gpt.data.corpus import SPLITS, Corpus, usable
+from mlx_gpt.data.corpus import Corpus, usable
 from mlx_gpt.data.documents import read_documents
 from mlx_gpt.data.encoder import CorpusEncoder
 from mlx_gpt.data.sources import find_files, hash_of
+from mlx_gpt.data.split import SPLITS
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.progress import ByteProgress, Echo, ignore_progress
@@ -60,7 +61,7 @@ def get_tokenizer(
         return Tokenizer.of_bytes()
     if wanted != "bpe":
         return Tokenizer.load(wanted)
-    path = corpus.folder / f"{corpus.fingerprint[:16]}-{vocab_size}.tokenizer.json"
+    path = corpus.made(f"{corpus.fingerprint[:16]}-{vocab_size}.tokenizer.json")
     if path.exists():
         return Tokenizer.load(path)
     size = corpus.path("train").stat().st_size
@@ -69,14 +70,23 @@ def get_tokenizer(
     echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
     tokenizer = Tokenizer.train(sample, vocab_size, lambda done: progress(min(done, sample.bytes - 1), sample.bytes))
     progress(sample.bytes, sample.bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_whole(path, tokenizer.to_json())
     return tokenizer
 
 
+def tokens_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Return the fingerprint that the tokens of a corpus have, without encoding it.
+
+    It depends on the text and the tokenizer alone. A text that was moved or copied keeps it.
+    """
+    return hash_of(corpus.fingerprint, tokenizer.to_json())[:16]
+
+
 def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = ignore_progress) -> Tokens:
     """Encode a corpus, or open the files of an earlier call if neither the corpus nor the tokenizer has changed."""
-    fingerprint = hash_of(corpus.fingerprint, tokenizer.to_json())[:16]
-    paths = [corpus.folder / f"{fingerprint}.{split}.npy" for split in SPLITS]
+    fingerprint = tokens_fingerprint(corpus, tokenizer)
+    paths = [corpus.made(f"{fingerprint}.{split}.npy") for split in SPLITS]
     missing = [(split, path) for split, path in zip(SPLITS, paths, strict=True) if not path.exists()]
     total = sum(corpus.path(split).stat().st_size for split, _ in missing)
     done = 0
@@ -85,6 +95,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = igno
         def advance(encoded: int, before: int = done) -> None:
             progress(min(before + encoded, total), total)
 
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, functools.partial(_encode, corpus.documents(split), tokenizer, advance))
         done += corpus.path(split).stat().st_size
         progress(done, total)

@@ -67,6 +67,20 @@ def test_from_a_table_to_a_model_that_talks(mlx_gpt, sentences, tmp_path):
     assert value(measured.out, "Loss") == pytest.approx(losses[-1], abs=1e-3)  # 1,024 windows are all there are
 
 
+@pytest.mark.parametrize("command", ["prepare {}", "download --from-file {}"])
+def test_another_text_replaces_the_corpus_only_with_overwrite(mlx_gpt, command):
+    for name in ("one.txt", "two.txt"):
+        Path(name).write_text(f"{name}\n" * 50)
+    one, two = command.format("one.txt").split(), command.format("two.txt").split()
+    assert [mlx_gpt(*one).code, mlx_gpt(*one).code] == [0, 0]
+    refused = mlx_gpt(*two)
+    assert refused.code == 2
+    assert "data/processed holds the text of one.txt" in refused.err
+    assert "one.txt" in Path("data/processed/train.jsonl").read_text()
+    assert mlx_gpt(*two, "--overwrite").code == 0
+    assert "two.txt" in Path("data/processed/train.jsonl").read_text()
+
+
 def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
     model = trained / "weights/ducks"
     measured = mlx_gpt("eval", "--model", model)

@@ -285,6 +285,17 @@ def test_an_interruption_while_unpacking_changes_nothing(
     assert tree(folder) == before
 
 
+def test_a_dataset_that_was_being_replaced_when_the_process_died_is_there_again(
+    server: FakeKaggle, folder: Path
+) -> None:
+    download("owner/name", folder)
+    before = tree(folder)
+    (folder / "owner-name").rename(folder / ".owner-name.old")
+    server.body = b"the network is not asked"
+    download("owner/name", folder)
+    assert tree(folder) == before
+
+
 @pytest.mark.parametrize(
     "dataset", ["", "name", "a/b/c", "a/b/0", "a/b/1/2", "../b", "a/..", "/a/b", "a b/c", "a/b\n/c"]
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_gpt.data.corpus import prepare
+from mlx_gpt.data.prepare import prepare
 from mlx_gpt.data.sources import BUILTIN, find_files, find_sources, read_sources
 from mlx_gpt.errors import UserError
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,8 +12,17 @@ from tokenizers import models
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.data import tokens as tokens_module
+from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.encoder import CorpusEncoder
-from mlx_gpt.data.tokens import PIECE_CHARACTERS, check_windows, get_tokenizer, lost_text, tokenize
+from mlx_gpt.data.prepare import prepare
+from mlx_gpt.data.tokens import (
+    PIECE_CHARACTERS,
+    check_windows,
+    get_tokenizer,
+    lost_text,
+    tokenize,
+    tokens_fingerprint,
+)
 from mlx_gpt.errors import UserError
 from mlx_gpt.tokenizer import END_OF_TEXT, Tokenizer
 from mlx_gpt.tokenizer_training import Sample
@@ -142,6 +152,40 @@ def test_progress_ends_at_the_total(bpe, make_corpus, sentences, monkeypatch):
     assert len(seen) > 5
     assert seen[-1] == (total, total)
     assert {of for _, of in seen} == {total}
+
+
+def test_the_tokens_of_a_read_only_folder_are_kept_in_the_cache(
+    bpe, byte_tokenizer, make_corpus, tmp_path_factory, read_only
+):
+    folder = make_corpus(["duck"], ["goose"]).folder
+    tokenize(make_corpus(["duck"], ["goose"]), bpe)
+    before = sorted(folder.iterdir())
+    read_only(folder)
+    lines: list[str] = []
+    cache = tmp_path_factory.mktemp("cache")
+    corpus = open_corpus(folder, cache=cache, echo=lines.append)
+    tokens = tokenize(corpus, byte_tokenizer)
+    assert byte_tokenizer.decode(tokens.train) == "duck"
+    get_tokenizer("bpe", 270, corpus, lines.append)
+    assert sorted(folder.iterdir()) == before
+    [made] = cache.iterdir()
+    assert str(made) in lines[0]
+    tokenize(corpus, bpe)  # its tokens are in the folder already
+    assert len(list(made.iterdir())) == 3, "two splits and a tokenizer"
+
+
+def test_a_text_keeps_its_fingerprint_wherever_it_lies(bpe, source, texts, tmp_path):
+    def fingerprint(data, here):
+        return tokens_fingerprint(open_corpus(data, cache=here / "cache"), bpe)
+
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    path = source(texts)
+    copies = [shutil.copy(path, tmp_path / "a" / "b" / "renamed.jsonl"), path]
+    prepare([path], tmp_path / "prepared")
+    shutil.copytree(tmp_path / "prepared", tmp_path / "a" / "moved")
+    found = {fingerprint(data, tmp_path / "a") for data in [*copies, tmp_path / "prepared", tmp_path / "a" / "moved"]}
+    corpus = open_corpus(tmp_path / "prepared")
+    assert found == {tokens_fingerprint(corpus, bpe)} == {tokenize(corpus, bpe).fingerprint}
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

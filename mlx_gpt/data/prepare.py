@@ -1,0 +1,182 @@
+"""Turns documents into train.jsonl and val.jsonl, without duplicates, for a person to read and edit."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+
+from mlx_gpt.data.documents import Dropped
+from mlx_gpt.data.report import Report
+from mlx_gpt.data.sources import (
+    FORMAT_VERSION,
+    REPORT,
+    Source,
+    find_sources,
+    hash_file,
+    hash_of,
+    prepared_record,
+    read_sources,
+    source_fingerprint,
+    source_size,
+)
+from mlx_gpt.data.split import SPLITS, divide, split_file
+from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.files import finish_publishing, publish, temporary_folder
+from mlx_gpt.progress import ByteProgress, ignore_progress
+
+
+def normalise(text: str) -> str:
+    """Return `text` with CRLF and lone CR replaced by LF, and every other character unchanged."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def prepare(
+    paths: Iterable[Path | str],
+    folder: Path | str,
+    *,
+    column: str = "",
+    documents: str = "auto",
+    val_fraction: float = 0.1,
+    overwrite: bool = False,
+    progress: ByteProgress = ignore_progress,
+) -> Report:
+    """Write the documents of `paths` to `folder`, as train.jsonl and val.jsonl, with a report.json beside them.
+
+    Empty and repeated documents are dropped. `divide` says which of the others are validation.
+
+    `folder` changes only at the very end. If anything fails before that, it stays as it was.
+
+    Args:
+        paths: files, folders or "builtin".
+        folder: the folder to write to; created if it is missing.
+        column: as in `read_documents`.
+        documents: as in `read_documents`.
+        val_fraction: the share of the text, between 0 and 1, that goes to validation.
+        overwrite: replace a corpus that was edited, or made from other paths.
+        progress: called with the bytes read so far.
+
+    Raises:
+        UserError: a source cannot be read, no document is left, or `folder` has a corpus that would be lost.
+    """
+    folder, paths = Path(folder), list(paths)
+    if not 0 < val_fraction < 1:
+        raise UserError(f"The validation fraction must be between 0 and 1, not {val_fraction}: 0.1 is usual.")
+    sources, skipped = find_sources(paths)
+    fingerprint = source_fingerprint(sources, column, documents, val_fraction)
+    with os_errors_explained(f"write to {folder}"):
+        finish_publishing(folder)
+        _refuse_to_overwrite(folder, paths, sources, fingerprint, overwrite)
+    dropped: Counter[str] = Counter()
+    texts = _distinct(read_sources(sources, column, documents, progress), dropped)
+    with os_errors_explained(f"write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as staged:
+            kept, sizes, note = divide(texts, staged, val_fraction)
+            if not kept.documents:
+                raise UserError(_nothing_left(dropped))
+            report = Report(
+                documents=kept.documents + dropped.total(),
+                dropped=dict(dropped),
+                kept=kept.documents,
+                characters=kept.characters,
+                train=sizes["train"],
+                val=sizes["val"],
+                note=note,
+                skipped=tuple(map(str, skipped)),
+            )
+            record = asdict(report) | {
+                "paths": [str(path) for path in paths],
+                "sources": [{"path": str(source), "bytes": source_size(source)} for source in sources],
+                "settings": {
+                    "column": column,
+                    "documents": documents,
+                    "val_fraction": val_fraction,
+                    "format": FORMAT_VERSION,
+                },
+                "source_fingerprint": fingerprint,
+                "fingerprint": fingerprint_of(staged, "text", ""),
+            }
+            text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+            (staged / REPORT).write_text(text, encoding="utf-8")
+            publish(staged, folder)
+    return report
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """Return the .jsonl or .txt file of a split, if there is one.
+
+    Raises:
+        UserError: there are two.
+    """
+    found = [path for path in (split_file(folder, split), folder / f"{split}.txt") if path.is_file()]
+    if len(found) == 2:
+        raise UserError(f"{folder} has both {split}.jsonl and {split}.txt: move one of them away.")
+    return found[0] if found else None
+
+
+def fingerprint_of(folder: Path, column: str, cut: str) -> str:
+    """Hash the two files of `folder`, each with the setting that decides how it is read."""
+    files = [path for split in SPLITS if (path := find_split(folder, split))]
+    return hash_of([(hash_file(path), cut if path.suffix == ".txt" else column or "text") for path in files])
+
+
+def _distinct(documents: Iterable[str | Dropped], dropped: Counter[str]) -> Iterator[tuple[int, str]]:
+    """Yield each text once, normalised, with the number that `divide` goes by. Count other documents in `dropped`.
+
+    Only the hash of each text, 16 bytes, is kept in memory.
+    """
+    seen: set[bytes] = set()
+    for document in documents:
+        if isinstance(document, Dropped):
+            dropped[document.reason] += 1
+        elif not document.strip():
+            dropped["empty"] += 1
+        else:
+            text = normalise(document)
+            digest = blake2b(text.encode(), digest_size=16).digest()
+            if digest in seen:
+                dropped["repeated"] += 1
+            else:
+                seen.add(digest)
+                yield int.from_bytes(digest[:8], "big"), text
+
+
+def _nothing_left(dropped: Counter[str]) -> str:
+    if not dropped:
+        return "There are no documents to prepare: name files with text in them."
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+    return f"Nothing is left to train on, because every document was dropped ({reasons}): check the file and --column."
+
+
+def _refuse_to_overwrite(
+    folder: Path, paths: list[Path | str], sources: list[Source], fingerprint: str, overwrite: bool
+) -> None:
+    """Refuse a `folder` in which a file would be lost that cannot be made again by the same command.
+
+    Raises:
+        UserError: a train or val file is a source, or was written or edited by hand, or was made from other paths.
+    """
+    there = [path for split in SPLITS for path in (split_file(folder, split), folder / f"{split}.txt") if path.exists()]
+    if both := {path.resolve() for path in there} & {Path(source).resolve() for source in sources}:
+        raise UserError(f"{both.pop()} is a source and would be overwritten: choose another folder to write to.")
+    if by_hand := [path.name for path in there if path.suffix == ".txt"]:
+        raise UserError(
+            f"{folder} has a {by_hand[0]} that was written or edited by hand: move it away or choose another folder."
+        )
+    if not there or overwrite:
+        return
+    record = prepared_record(folder)
+    if record.get("fingerprint") != fingerprint_of(folder, "text", ""):
+        raise UserError(
+            f"{folder} has a {there[0].name} that was written or edited by hand: choose another folder with --out, or "
+            "replace it with --overwrite."
+        )
+    made_from = {path: Path(path).resolve() for path in record.get("paths", ())}
+    now = {Path(path).resolve() for path in (*paths, *sources)}
+    lost = [path for path, resolved in made_from.items() if resolved not in now]
+    if lost and record["source_fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder} holds the text of {lost[0]}: choose another folder with --out, or replace it with --overwrite."
+        )

@@ -1,0 +1,97 @@
+"""An interruption at any change to a file leaves the old corpus or the new one, and no leftovers after the next run."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.files import remove_leftovers, temporary_folder, write_text_whole, write_whole
+from tests.data import interrupting
+from tests.faults import at_each_change, disk_full, raising
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("strike", [disk_full, raising(KeyboardInterrupt)], ids=["full disk", "Ctrl-C"])
+def test_an_error_at_any_change_loses_nothing(tmp_path, monkeypatch, strike):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # disks are slow
+    interrupting.start(tmp_path)
+    strikes = at_each_change(tmp_path, lambda: interrupting.work(tmp_path), strike)
+    assert interrupting.check_each(tmp_path, strikes) > 20
+
+
+def test_a_kill_at_any_change_loses_nothing(tmp_path):
+    command = [sys.executable, "-m", "tests.data.interrupting", str(tmp_path)]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert int(answer.stdout.split()[0]) > 20
+
+
+def test_sigterm_ends_the_process_after_it_has_cleaned_up(tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from mlx_gpt.files import write_whole\n"
+        "write_whole(Path(sys.argv[1]), lambda part: os.kill(os.getpid(), signal.SIGTERM))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program, tmp_path / "tokens.npy"], cwd=ROOT, check=False)
+    assert answer.returncode == -signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    def write(part):
+        part.write_bytes(b"half")
+        # What follows is done by other processes: their locks are others, too.
+        remove_leftovers(tmp_path)
+        write_text_whole(tmp_path / "b.npy", "whole")
+        assert part.read_bytes() == b"half"
+
+    with temporary_folder(tmp_path) as staged:
+        (staged / "train.jsonl").write_text("half")
+        write_whole(tmp_path / "a.npy", write)
+        assert (staged / "train.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npy"]
+
+
+def test_leftovers_of_a_dead_process_are_removed_and_nothing_else(tmp_path):
+    dead = [".tokens.train.4711-140000.part.npy", ".model.4711-140000.part.safetensors", ".run.4711-140000.part"]
+    own = [".notes.part", ".4711-140000.party", "a.4711-140000.part.npy", ".hidden"]
+    for name in [*dead[:2], *own]:
+        (tmp_path / name).touch()
+    (tmp_path / dead[2]).mkdir()
+    (tmp_path / dead[2] / "train.jsonl").touch()
+    write_text_whole(tmp_path / "file", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*own, "file"])
+
+
+def test_leftovers_of_other_texts_in_the_cache_are_removed(tmp_path):
+    cache = tmp_path / "cache"
+    for folder in (cache / "other-1234", tmp_path / "data"):
+        folder.mkdir(parents=True)
+        (folder / ".abc.train.4711-140000.part.npy").touch()
+    for split in ("train", "val"):
+        (tmp_path / "data" / f"{split}.txt").write_text(f"{split}\n")
+    open_corpus(tmp_path / "data", cache=cache)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_folder_without_locks_keeps_its_leftovers(tmp_path, monkeypatch):
+    def unsupported(handle, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    (tmp_path / ".a.4711-140000.part").touch()
+    write_text_whole(tmp_path / "file", "text")  # works without a lock
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.4711-140000.part", "file"]
+
+
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text_whole(tmp_path / "gone" / "tokens.npy", "")
+    assert caught.value.filename == str(tmp_path / "gone" / "tokens.npy")
