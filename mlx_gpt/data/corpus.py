@@ -116,7 +116,8 @@ def prepare(
     sources, skipped = find_sources(paths)
     _refuse_to_overwrite(folder, sources)
     dropped: Counter[str] = Counter()
-    texts = _distinct(read_sources(sources, column, documents, progress), dropped)
+    first: dict[str, str] = {}
+    texts = _distinct(read_sources(sources, column, documents, progress), dropped, first)
     with os_errors_explained(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         # Inside `folder`, so that the finished files can be moved by renaming, which never leaves half a file.
@@ -126,7 +127,7 @@ def prepare(
             kept = sum(size.documents for size in sizes.values())
             characters = sum(size.characters for size in sizes.values())
             if not kept:
-                raise UserError(_nothing_left(dropped))
+                raise UserError(_nothing_left(dropped, first))
             if cut := not all(size.documents for size in sizes.values()):
                 sizes = _cut_each(staged, "train" if sizes["train"].documents else "val", val_fraction)
             report = Report(
@@ -138,6 +139,7 @@ def prepare(
                 val=sizes["val"],
                 cut=cut,
                 skipped=tuple(map(str, skipped)),
+                first=first,
             )
             record = asdict(report) | {
                 "sources": [{"path": str(source), "bytes": source_size(source)} for source in sources],
@@ -151,7 +153,8 @@ def prepare(
                 "fingerprint": _fingerprint(staged, "text", ""),
             }
             text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-            (staged / REPORT).write_text(text, encoding="utf-8")
+            # File names that are not UTF-8 become JSON's own escapes.
+            (staged / REPORT).write_text(text, encoding="utf-8", errors="backslashreplace")
             _publish(staged, folder)
     return report
 
@@ -215,15 +218,19 @@ def open_corpus(
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def _distinct(documents: Iterable[str | Dropped], dropped: Counter[str]) -> Iterator[tuple[bytes, str]]:
+def _distinct(
+    documents: Iterable[str | Dropped], dropped: Counter[str], first: dict[str, str]
+) -> Iterator[tuple[bytes, str]]:
     """Yield each text once, normalised, with its hash, and count the other documents in `dropped`.
 
-    Only the hash of each text, 16 bytes, is kept in memory.
+    The place of the first that was dropped for a reason is put into `first`. Only the hash of each text, 16 bytes, is
+    kept in memory.
     """
     seen: set[bytes] = set()
     for document in documents:
         if isinstance(document, Dropped):
             dropped[document.reason] += 1
+            first.setdefault(document.reason, document.place)
         elif not document.strip():
             dropped["empty"] += 1
         else:
@@ -272,10 +279,11 @@ def _write(folder: Path, texts: Iterable[tuple[str, str]]) -> dict[str, Split]:
     return {split: Split(documents[split], characters[split]) for split in SPLITS}
 
 
-def _nothing_left(dropped: Counter[str]) -> str:
+def _nothing_left(dropped: Counter[str], first: dict[str, str]) -> str:
     if not dropped:
         return "There are no documents to prepare: name files with text in them."
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+    places = {reason: f", first in {place}" for reason, place in first.items()}
+    reasons = "; ".join(f"{count:,} {reason}{places.get(reason, '')}" for reason, count in dropped.most_common())
     return f"Nothing is left to train on, because every document was dropped ({reasons}): check the file and --column."
 
 
