@@ -14,7 +14,7 @@ from mlx_gpt.errors import UserError
 MARKS = ("\t", "|", ";", ",")  # the separators of fields, beginning with the one that occurs least in prose
 NO_MARK = "\uffff"  # separates nothing: Unicode has no character of this number
 COMMENT = "comment above the header"
-SPACED_QUOTE = re.compile(' +"')
+SENTENCE = re.compile(r"[.,;!?](\s|$)")  # a mark of a sentence, which few names have
 
 
 # ---- CSV ------------------------------------------------------------------------------------------------------------
@@ -36,23 +36,41 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
             yield Dropped(COMMENT, f"{path}, line {number:,}")
     head = head[above:]
     mark = mark or _separator(head, column, tabs)
-    spaced = any(SPACED_QUOTE.match(field) for row in _parsed(head, mark) for field in row)
+    spaced = _has_spaced_quotes(head, _parsed(head, mark), mark)
+    record: list[str] = []  # the lines of the row that is being read
+
+    def recorded() -> Iterator[str]:
+        for line in file:
+            record.append(line)
+            yield line
+
     # Strict, because otherwise a quotation mark that is never closed would swallow the rest of the file.
-    table = csv.reader(file, delimiter=mark, strict=True, skipinitialspace=spaced)
+    table = csv.reader(recorded(), delimiter=mark, strict=True, skipinitialspace=spaced)
     header = [name.strip() for name in next((row for _, row in numbered(table, path, "header row") if row), [])]
     header[:1] = [name.lstrip("# ") for name in header[:1]]
-    rows = ((number, row) for number, row in numbered(table, path, "row") if row)
+    record.clear()
+
+    def checked() -> Iterator[tuple[int, list[str], str]]:
+        for number, row in numbered(table, path, "row"):
+            odd = not spaced and _has_spaced_quotes(record, [row], mark)
+            record.clear()
+            if row:
+                yield number, row, "a space before a quotation mark" if odd else ""
+
+    rows = checked()
     sample = list(islice(rows, SAMPLE))
-    index = _text_index(path, header, [row for _, row in sample], column)
-    faults = [(number, fault) for number, row in sample if (fault := _fault(row, len(header), index, spaced))]
+    index = _text_index(path, header, [row for _, row, _ in sample], column)
+    faults = [(number, why) for number, row, odd in sample if (why := odd or _fault(row, len(header), index))]
     if len(faults) > len(sample) / 2:
         raise UserError(
             f"{path} has {len(header)} columns by its first row, but most rows do not fit (row {faults[0][0]:,} has "
             f"{faults[0][1]}): name every column there, and put quotation marks around text with separators in it."
         )
-    for number, row in chain(sample, rows):
-        if fault := _fault(row, len(header), index, spaced):
-            yield Dropped(fault, f"{path}, row {number:,}")
+    if not column and len(header) == 1 and not named_column(header, ""):
+        yield Dropped("first row, taken for the column's name", f"{path}, header row")
+    for number, row, odd in chain(sample, rows):
+        if why := odd or _fault(row, len(header), index):
+            yield Dropped(why, f"{path}, row {number:,}")
         else:
             yield row[index]
 
@@ -116,6 +134,18 @@ def _parsed(head: list[str], mark: str) -> list[list[str]]:
     return [row for row in islice(csv.reader(head, delimiter=mark), SAMPLE) if row]
 
 
+def _has_spaced_quotes(record: list[str], rows: list[list[str]], mark: str) -> bool:
+    """Return whether lines have a field with a space before its quotation marks, which did not count in `rows`."""
+    if not any(' "' in line for line in record):
+        return False
+    others = csv.reader(record, delimiter=mark, skipinitialspace=True)
+    before, after = (
+        sum(field.startswith(" ") and field.lstrip(" ").startswith('"') for row in some for field in row)
+        for some in (rows, islice(others, SAMPLE))
+    )
+    return before > after
+
+
 def _text_index(path: Path, header: list[str], sample: list[list[str]], column: str) -> int:
     """Return the index of the text column, after checking that the first row is a header."""
     if not sample:
@@ -127,7 +157,7 @@ def _text_index(path: Path, header: list[str], sample: list[list[str]], column: 
         )
     values = {name: [row[i] for row in sample if i < len(row)] for i, name in enumerate(header)}
     name = text_column(path, header, values, column)
-    if not named and (len(name) >= LONG or name.endswith((".", "!"))):
+    if not named and (len(name) >= LONG or SENTENCE.search(name)):
         raise UserError(
             f"{path} may have no header, because its first row is like a text: add one that names the columns, "
             "or name the column with --column."
@@ -153,14 +183,14 @@ def _is_data(cell: str) -> bool:
     return len(cell) > 100 or "\n" in cell or re.fullmatch(r"[-+]?\d*\.?\d+", cell) is not None
 
 
-def _fault(row: list[str], columns: int, index: int, spaced: bool) -> str:
-    """Return why a row would not be read as a person reads it, or ""."""
+def _fault(row: list[str], columns: int, index: int) -> str:
+    """Return why a row does not fit the header, or ""."""
     if any(field.strip() for field in row[columns:]):
         return "more fields than the header"
-    if index >= len(row):
+    # A line break without quotation marks cuts a row in two, and the rest of a text may then be in another column. A
+    # row of one field can hold nothing but the text if that is the first column.
+    if len(row) < columns and (index > 0 or len(row) > 1):
         return "too few fields"
-    if not spaced and SPACED_QUOTE.match(row[index]):
-        return "a space before its quotation mark"
     return ""
 
 

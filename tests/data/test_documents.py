@@ -47,6 +47,12 @@ def parquet(path, **columns):
         ("european.csv", "id;text\n1;one, two\n", ["one, two"]),
         ("blank-rows.csv", "\ntext\n\none\n\n", ["one"]),
         ("nul.csv", 'text,n\n"a\0b",1\n', ["a\0b"]),
+        (
+            "broken-row.csv",
+            "id,text,n\n1,one,0\n2,two\nand more,0\n3,three,0\n4,four,0\n",
+            ["one", Dropped("too few fields"), Dropped("too few fields"), "three", "four"],
+        ),
+        ("broken-text.csv", "text,n\none,0\ntwo\nand more,0\n", ["one", "two", "and more"]),
         ("trailing.csv", "id,text\n1,one,\n2,two, \n", ["one", "two"]),
         (
             "long-row.csv",
@@ -59,7 +65,7 @@ def parquet(path, **columns):
         (
             "late-space.csv",
             "text,n\n" + "one,1\n" * 20_000 + ' "two",2\n',
-            ["one"] * 20_000 + [Dropped("a space before its quotation mark")],
+            ["one"] * 20_000 + [Dropped("a space before a quotation mark")],
         ),
         ("comments.csv", "# made by me, 2024\n\nid,text\n1,one\n", [Dropped("comment above the header"), "one"]),
         ("hash-text.csv", "#text,n\none,1\n", ["one"]),
@@ -188,7 +194,6 @@ def test_documents_are_yielded_before_the_file_is_read_to_its_end(tmp_path):
         ("Text,TITLE", f"short,{PROSE}", "", "short"),
         ("Text,text", "capital,exact", "", "exact"),
         ("id,essay,label", f"7,{PROSE},0.5", "", PROSE),
-        ("sentence", "short", "", "short"),
         (" text ,n", "short,1", "", "short"),
         ("text,title", "one,two", "title", "two"),
         ("text,Title", "one,two", "title", "two"),
@@ -196,6 +201,11 @@ def test_documents_are_yielded_before_the_file_is_read_to_its_end(tmp_path):
 )
 def test_the_text_column_is_found(read, header, row, column, expected):
     assert read("a.csv", f"{header}\n{row}\n", column=column) == [expected]
+
+
+def test_the_only_name_of_a_table_is_counted_as_it_may_be_a_text(read):
+    assert read("a.csv", "Hello\nyou\n") == [Dropped("first row, taken for the column's name"), "you"]
+    assert read("a.csv", "Hello\nyou\n", column="hello") == ["you"]
 
 
 @pytest.mark.parametrize("line", ["# made by me, 2024\nid,body", "#id,body"])
