@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlx_gpt.config import DOCUMENTS
+from mlx_gpt.data.csv_rows import read_csv
 from mlx_gpt.data.decoding import MAX_DOCUMENT, ignore_bytes, lines, numbered, pieces
 from mlx_gpt.data.json_rows import read_json
+from mlx_gpt.data.parquet_rows import read_parquet
 from mlx_gpt.data.rows import Dropped
 from mlx_gpt.data.sniffing import format_of, refusal
-from mlx_gpt.data.tables import read_csv, read_parquet
 from mlx_gpt.errors import UserError, os_errors_explained
 
 __all__ = ["Dropped", "documents_in", "read_documents"]
