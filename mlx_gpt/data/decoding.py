@@ -79,7 +79,7 @@ def lines(path: Path, advance: Callable[[int], None] = ignore_bytes) -> Iterator
             line.append(part)
             size += len(part)
             if size > MAX_LINE:
-                raise UserError(f"{path} has a line of over {MAX_LINE // 10**6:,} MB: break it into shorter ones.")
+                raise UserError(f"{path} has a line of over {MAX_LINE // 10**6:,} million characters: break it.")
             if part.endswith(("\n", "\r")):
                 yield "".join(line)
                 line, size = [], 0

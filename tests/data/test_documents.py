@@ -406,6 +406,10 @@ def test_a_document_or_line_that_is_too_long_is_refused(read, monkeypatch):
     monkeypatch.setattr("mlx_gpt.data.decoding.MAX_LINE", 100)
     with pytest.raises(UserError, match="line of over"):
         read("a.txt", "x" * 101, documents="line")
+    monkeypatch.setattr("mlx_gpt.data.json_rows.MAX_LINE", 100)
+    assert read("a.json", json.dumps(["x" * 50] * 10_000)) == ["x" * 50] * 10_000
+    with pytest.raises(UserError, match="line 2 has a value of over"):
+        read("a.json", '["short",\n"' + "x" * 2 * HEAD + '"]')
 
 
 def test_an_unknown_way_to_cut_text_lists_the_known_ones(read):

@@ -51,7 +51,10 @@ def test_a_file_that_is_named_is_never_skipped(tmp_path):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="has no text file"):
+    with pytest.raises(UserError, match=r"has no text file.* text files\.$"):
+        find_files([tmp_path])
+    (tmp_path / "a.json").write_text('["a text"]')
+    with pytest.raises(UserError, match=r"has no text file.* name its \.json files"):
         find_files([tmp_path])
 
 
