@@ -26,7 +26,7 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
     file = lines(path, advance)
     for number, line in numbered(islice(file, layout.above), path, "line"):
         if line.startswith("#"):
-            yield Dropped("comment above the header", f"{path}, line {number:,}")
+            yield Dropped("commented out above the header", f"{path}, line {number:,}")
     table = _Table(path, file, layout)
     rows = table.rows()
     sample = list(islice(rows, SAMPLE))
@@ -87,9 +87,10 @@ def _text_index(path: Path, header: list[str], sample: list[list[str]], column: 
         )
     values = {name: [row[i] for row in sample if i < len(row)] for i, name in enumerate(header)}
     name = text_column(path, header, values, column)
-    if not named and (len(name) >= LONG or SENTENCE.search(name)):
+    like_the_rows = any(cell and cell in values[cell] for cell in header)
+    if not named and (like_the_rows or len(name) >= LONG or SENTENCE.search(name)):
         raise UserError(
-            f"{path} may have no header, because its first row is like a text: add one that names the columns, "
+            f"{path} may have no header, because its first row is like the others: add one that names the columns, "
             "or name the column with --column."
         )
     if not named and len(header) == 1:

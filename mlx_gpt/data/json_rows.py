@@ -29,9 +29,7 @@ def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[str | D
         names = list(dict.fromkeys(chain.from_iterable(objects)))
         values = {name: [row[name] for row in objects if isinstance(row.get(name), str)] for name in names}
         values = {name: found for name, found in values.items() if found}
-        nested = [
-            name for name in names if any(isinstance(row.get(name), list | dict) and row[name] for row in objects)
-        ]
+        nested = [name for name in names if any(_has_strings_inside(row.get(name)) for row in objects)]
         sure = bool(column) or bool(named_column(names, column))
         # A column that the user names may come after the sample, so only the end of the file shows that it does not.
         if not column or named_column(names, column):
@@ -53,6 +51,17 @@ def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[str | D
         yield row if isinstance(row, str) else Dropped("not a string", place)
     if not seen:
         text_column(path, names, values, wanted, nested, len(sample))
+
+
+def _has_strings_inside(value: Any) -> bool:
+    # Without recursion, because values can be as deep as Python's stack.
+    inside = [value] if isinstance(value, dict | list) else []
+    while inside:
+        item = inside.pop()
+        if isinstance(item, str):
+            return True
+        inside += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return False
 
 
 def _refuse_new_columns(place: str, row: dict[str, Any], known: set[str], column: str) -> None:

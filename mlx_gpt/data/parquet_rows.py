@@ -24,10 +24,14 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
             kind = kind.value_type
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
+    def holds_strings_inside(kind: pa.DataType) -> bool:
+        inside = [kind.field(i).type for i in range(kind.num_fields)]
+        return any(holds_strings(item) or holds_strings_inside(item) for item in inside)
+
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            nested = [field.name for field in schema if pa.types.is_nested(field.type)]
+            nested = [field.name for field in schema if holds_strings_inside(field.type)]
             strings = [field.name for field in schema if holds_strings(field.type)]
             if len(set(schema.names)) < len(schema.names):
                 raise UserError(f"{path} has two columns of one name: rename one of them.")

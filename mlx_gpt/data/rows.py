@@ -52,7 +52,7 @@ def text_column(
         names: all columns.
         values: the sampled values of each column that holds strings.
         wanted: the column that the user names, or "".
-        nested: the columns that hold lists or objects.
+        nested: the columns that hold strings inside lists or objects.
         rows: the number of rows in the sample.
 
     Raises:

@@ -67,7 +67,7 @@ def parquet(path, **columns):
             "text,n\n" + "one,1\n" * 20_000 + ' "two",2\n',
             ["one"] * 20_000 + [Dropped("a space before a quotation mark")],
         ),
-        ("comments.csv", "# made by me, 2024\n\nid,text\n1,one\n", [Dropped("comment above the header"), "one"]),
+        ("comments.csv", "# made by me, 2024\n\nid,text\n1,one\n", [Dropped("commented out above the header"), "one"]),
         ("hash-text.csv", "#text,n\none,1\n", ["one"]),
         ("excel.csv", "sep=;\nid;text\n1;one, two\n", ["one, two"]),
         ("blank-first.csv", "\nid;text\n1;one, two\n", ["one, two"]),
@@ -245,6 +245,17 @@ def test_conversations_are_refused_by_name(tmp_path, name, row, what):
         assert list(read_documents(path, column=column)) == [row[column]] * 3
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_lists_of_numbers_hold_no_text(tmp_path, name):
+    path = tmp_path / name
+    row = {"body": "short", "vector": [0.5, 1.5], "box": {"x": 1}}
+    if name == "a.parquet":
+        parquet(path, **{column: [value] * 2 for column, value in row.items()})
+    else:
+        path.write_text(f"{json.dumps(row)}\n" * 2)
+    assert list(read_documents(path)) == ["short"] * 2
+
+
 def test_a_text_beside_a_conversation_is_read(read):
     assert read("a.jsonl", '{"messages": [{"role": "user"}], "text": "one"}\n') == ["one"]
 
@@ -270,6 +281,7 @@ def test_the_only_column_of_strings_is_the_text_however_short(tmp_path, name):
         ("a.jsonl", '{"a": "x", "b": "y"}\n', "c", ["no column 'c'", "a, b"]),
         ("a.csv", f"1,{PROSE * 3}\n2,{PROSE}\n", "", ["no header", "`text`"]),
         ("a.csv", "I am a text.\nI am one, too\n", "", ["no header", "--column"]),
+        ("a.csv", f"ham,hello\nspam,{PROSE}\nham,{PROSE}\n", "", ["no header", "--column"]),
         ("a.csv", "My report\nid,body\n1,one\n2,two\n", "", ["one name in its first row", "names all columns"]),
         ("a.csv", "id,text\n1,one,more\n2,two,more\n", "", ["row 1", "more fields than the header", "quotation"]),
         ("a.csv", "body\tid\none,1\ntwo,2\na,3\n", "id", ["row 1", "too few fields"]),
@@ -316,6 +328,7 @@ def test_an_unclear_column_is_refused_with_the_names_to_choose_from(read, name, 
         ("a.json", '[\n"one",\n"two"\n"three"\n]', ["line 4", "no comma"]),
         ("a.json", '["one"]\n["two"]\n', ["line 2", "follows an array"]),
         ("a.json", '["one",\n"two"', ["line 2", "not valid JSON"]),
+        ("a.json", '{"deep": ' + "[" * 900 + '"x"' + "]" * 900 + "}", ["a.json"]),
         ("a.json", '{"text": "one", "text": "two"}', ["line 1", "one name twice"]),
         ("a.parquet", b"PAR1 but no more", ["not Parquet"]),
         ("a.zip", b"PK\x03\x04rest", ["zip archive"]),
