@@ -36,7 +36,7 @@ def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[str | D
             column = text_column(path, names, values, column, nested, len(sample))
         known = set(values)
     else:
-        column = column or "text"
+        column, sure = column or "text", True
     seen = not objects
     for line, row in chain(sample, rows):
         place = f"{path}, line {line:,}"

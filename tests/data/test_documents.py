@@ -218,6 +218,7 @@ def test_a_column_that_comes_late_is_read_if_it_is_named(read):
     content = '{"title": "x"}\n' * 150 + '{"title": "x", "body": "late"}\n'
     assert read("a.jsonl", content, column="body") == [Dropped("column missing")] * 150 + ["late"]
     assert read("a.jsonl", content, column="title") == ["x"] * 151
+    assert read("a.jsonl", '"x"\n' * 150 + '{"title": "x", "text": "late"}\n') == ["x"] * 150 + ["late"]
 
 
 @pytest.mark.parametrize(
