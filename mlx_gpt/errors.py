@@ -11,6 +11,10 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with code 2. In Python it is an ordinary `ValueError`.
     """
 
+    def __init__(self, message: str = "") -> None:
+        """Make an error with this sentence."""
+        super().__init__(printable(message))
+
 
 class RunError(RuntimeError):
     """A run that cannot continue: the message is one sentence that says why, and how to continue it.
@@ -73,6 +77,11 @@ def os_errors_explained(task: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(explain_os_error(error, task)) from error
+
+
+def printable(text: str) -> str:
+    """Return `text` so that UTF-8 can hold it: Python reads file names in other encodings as lone surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def shown(found: object, most: int = 80) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from mlx_gpt.config import PREPARED, Config
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, printable
 from mlx_gpt.files import write_text_whole
 from mlx_gpt.presets import PRESETS
 
@@ -81,7 +81,7 @@ def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
     if not given.get("preset"):
         given["preset"] = "tiny" if given["data"] == "builtin" else "medium"
     if not given.get("out"):
-        name = Path(str(given["data"])).resolve().stem  # resolved, because "." has no name
+        name = printable(Path(str(given["data"])).resolve().stem)  # resolved, because "." has no name
         given["out"] = f"weights/{given['preset']}-{name}"
     values = PRESETS.get(str(given["preset"]), {}) | given
     problems = _problems(Config, values)
@@ -158,7 +158,7 @@ def _wrong(value: Any, setting: Setting) -> str:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     if kind is str:
-        return ""
+        return "" if value == printable(value) else "in UTF-8 to be kept in run.toml (rename the file)"
     if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:
         return "a finite number"
     fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())

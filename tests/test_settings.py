@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,12 @@ def test_an_unknown_setting_unlike_any_other_is_refused_with_a_hint_to_the_help(
     (sentence,) = problems(lambda: resolve({"zzz": 1}))
     assert "`zzz`" in sentence
     assert "--help" in sentence
+
+
+def test_a_path_that_toml_cannot_hold_is_refused_in_one_sentence():
+    (sentence,) = problems(lambda: resolve({"data": os.fsdecode(b"caf\xe9.txt")}))
+    assert "`data` must be in UTF-8" in sentence
+    sentence.encode()
 
 
 def test_a_table_is_refused(toml):

@@ -16,6 +16,7 @@ from mlx_gpt.files import sync
 from mlx_gpt.progress import Echo, ignore_line
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".md", ".parquet")
+JSON_SUFFIX = ".json"  # beside other files it is mostly metadata, so it counts as text only where there is nothing else
 
 # 20 GB of text are about five billion tokens, more than one Mac trains on in months. Deflate can reach 1000:1, but text
 # stays near 5:1 and the most repetitive table near 50:1. Below the harmless size any ratio is allowed, because small
@@ -29,11 +30,16 @@ MAX_DIRECTORY = 100 * 10**6  # bytes of the table of members: a thousand for eac
 MAX_NAME, MAX_PATH = 255, 700
 
 
-def is_text_like(name: str) -> bool:
+def is_text_like(name: str, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> bool:
     """Return whether a zip's member is worth unpacking: it holds text and is not hidden (macOS adds `._x.csv`)."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix.lower() in TEXT_SUFFIXES and not hidden
+    return path.suffix.lower() in suffixes and not hidden
+
+
+def is_json(name: str) -> bool:
+    """Return whether a zip's member is a .json file that is not hidden."""
+    return is_text_like(name, (JSON_SUFFIX,))
 
 
 def extract(
@@ -47,7 +53,8 @@ def extract(
     Args:
         zip_path: the zip.
         folder: where its members go; it must not exist yet.
-        wanted: returns, given a member's name, whether to unpack that member.
+        wanted: returns, given a member's name, whether to unpack that member. By default these are the text files, or
+            the .json files if there are no others.
         echo: called with a line that names the members that are skipped.
 
     Raises:
@@ -116,13 +123,14 @@ def _choose(
     files = [member for member in members if not member.is_dir()]
     _check_clashes(files, zip_path)
 
+    if wanted is is_text_like and not any(wanted(member.filename) for member in files):
+        wanted = is_json
     chosen = [member for member in files if wanted(member.filename)]
     others = [_shown(member) for member in files if not wanted(member.filename)]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not chosen:
-        raise UserError(
-            f"{zip_path.name} holds {listed or 'nothing'} and no {', '.join(TEXT_SUFFIXES)} file: use another zip."
-        )
+        suffixes = ", ".join((*TEXT_SUFFIXES, JSON_SUFFIX))
+        raise UserError(f"{zip_path.name} holds {listed or 'nothing'} and no {suffixes} file: use another zip.")
     if others:
         echo(f"Skipping files that are not text: {listed}.")
     _check_contents(chosen, zip_path)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.data.archive import TEXT_SUFFIXES, check_space, extract
+from mlx_gpt.data.archive import JSON_SUFFIX, TEXT_SUFFIXES, check_space, extract
 from mlx_gpt.errors import UserError, explain_os_error, os_errors_explained
 from mlx_gpt.files import sync, temporary_folder, write_text_whole
 from mlx_gpt.progress import Echo, ignore_line
@@ -95,10 +95,11 @@ def from_file(path: Path, folder: Path, *, echo: Echo = ignore_line) -> list[Pat
         raise UserError(f"There is no file {path}: check the path.")
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the zip or the CSV in it, or run `mlx-gpt prepare` with the folder.")
-    if path.suffix.lower() in TEXT_SUFFIXES:
+    suffixes = (*TEXT_SUFFIXES, JSON_SUFFIX)
+    if path.suffix.lower() in suffixes:
         return [path]
     if path.suffix.lower() != ".zip":
-        raise UserError(f"Cannot read {path} because of its suffix: give a .zip or one of {', '.join(TEXT_SUFFIXES)}.")
+        raise UserError(f"Cannot read {path} because of its suffix: give a .zip or one of {', '.join(suffixes)}.")
 
     target = Path(folder) / (path.stem.strip(". ") or "archive")
     _recover(target)

@@ -69,13 +69,14 @@ def prepare(
         finish_publishing(folder)
         _refuse_to_overwrite(folder, paths, sources, fingerprint, overwrite)
     dropped: Counter[str] = Counter()
-    texts = _distinct(read_sources(sources, column, documents, progress), dropped)
+    first: dict[str, str] = {}
+    texts = _distinct(read_sources(sources, column, documents, progress), dropped, first)
     with os_errors_explained(f"write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with temporary_folder(folder) as staged:
             kept, sizes, note = divide(texts, staged, val_fraction)
             if not kept.documents:
-                raise UserError(_nothing_left(dropped))
+                raise UserError(_nothing_left(dropped, first))
             report = Report(
                 documents=kept.documents + dropped.total(),
                 dropped=dict(dropped),
@@ -85,6 +86,7 @@ def prepare(
                 val=sizes["val"],
                 note=note,
                 skipped=tuple(map(str, skipped)),
+                first=first,
             )
             record = asdict(report) | {
                 "paths": [str(path) for path in paths],
@@ -99,7 +101,8 @@ def prepare(
                 "fingerprint": fingerprint_of(staged, "text", ""),
             }
             text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-            (staged / REPORT).write_text(text, encoding="utf-8")
+            # File names that are not UTF-8 become JSON's own escapes.
+            (staged / REPORT).write_text(text, encoding="utf-8", errors="backslashreplace")
             publish(staged, folder)
     return report
 
@@ -122,15 +125,19 @@ def fingerprint_of(folder: Path, column: str, cut: str) -> str:
     return hash_of([(hash_file(path), cut if path.suffix == ".txt" else column or "text") for path in files])
 
 
-def _distinct(documents: Iterable[str | Dropped], dropped: Counter[str]) -> Iterator[tuple[int, str]]:
+def _distinct(
+    documents: Iterable[str | Dropped], dropped: Counter[str], first: dict[str, str]
+) -> Iterator[tuple[int, str]]:
     """Yield each text once, normalised, with the number that `divide` goes by. Count other documents in `dropped`.
 
-    Only the hash of each text, 16 bytes, is kept in memory.
+    The place of the first that was dropped for a reason is put into `first`. Only the hash of each text, 16 bytes, is
+    kept in memory.
     """
     seen: set[bytes] = set()
     for document in documents:
         if isinstance(document, Dropped):
             dropped[document.reason] += 1
+            first.setdefault(document.reason, document.place)
         elif not document.strip():
             dropped["empty"] += 1
         else:
@@ -143,10 +150,11 @@ def _distinct(documents: Iterable[str | Dropped], dropped: Counter[str]) -> Iter
                 yield int.from_bytes(digest[:8], "big"), text
 
 
-def _nothing_left(dropped: Counter[str]) -> str:
+def _nothing_left(dropped: Counter[str], first: dict[str, str]) -> str:
     if not dropped:
         return "There are no documents to prepare: name files with text in them."
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+    places = {reason: f", first in {place}" for reason, place in first.items()}
+    reasons = "; ".join(f"{count:,} {reason}{places.get(reason, '')}" for reason, count in dropped.most_common())
     return f"Nothing is left to train on, because every document was dropped ({reasons}): check the file and --column."
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mlx_gpt.errors import printable
+
 
 @dataclass(frozen=True)
 class Split:
@@ -22,7 +24,8 @@ class Report:
         characters: total length of the documents kept.
         train, val: sizes of the two splits.
         note: a sentence that says why the split is by length, or "".
-        skipped: files in the folders that are not text.
+        skipped: files in the folders that are not text, or .json.
+        first: the place of the first document dropped, by reason, where a file has one.
     """
 
     documents: int
@@ -33,6 +36,7 @@ class Report:
     val: Split
     note: str
     skipped: tuple[str, ...]
+    first: dict[str, str]
 
     def lines(self) -> list[str]:
         """Return the report as aligned lines of text."""
@@ -44,9 +48,17 @@ class Report:
         number = max(len(f"{row[1]:,}") for row in rows)
         word = max(len(row[2]) for row in rows)
         size = max(len(row[3]) for row in rows)
-        lines = [f"{a:8} {b:>{number},} {c:{word}}  {d:>{size}}".rstrip() for a, b, c, d in rows]
+        lines = []
+        for a, b, c, d in rows:
+            place = self.first.get(c, "") if a == "dropped" else ""
+            lines.append(
+                f"{a:8} {b:>{number},} {c:{word}}  {f'first in {place}' if place else f'{d:>{size}}'}".rstrip()
+            )
         lines += [self.note] if self.note else []
-        return lines + [f"skipped, not text: {path}" for path in self.skipped]
+        for path in self.skipped:
+            why = "a .json file, read only where it is named" if path.lower().endswith(".json") else "not text"
+            lines.append(f"skipped, {why}: {path}")
+        return [printable(line) for line in lines]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

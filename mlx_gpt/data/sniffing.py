@@ -22,6 +22,14 @@ MAGIC = (
     (b"SQLite format 3\x00", "a SQLite database", "export the table as CSV"),
     (b"PAR1\x15", "a Parquet file", "give it the suffix .parquet"),
 )
+# UTF-32 first, because its mark begins with that of UTF-16.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32-LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32-BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16-LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16-BE"),
+    (codecs.BOM_UTF8, "UTF-8"),
+)
 OFFICE = {".docx": ("a Word document", "save its text as .txt"), ".xlsx": ("an Excel workbook", "save it as CSV")}
 
 
@@ -30,11 +38,17 @@ def format_of(path: Path) -> str:
     return FORMATS.get(path.suffix.lower(), "text")
 
 
+def byte_order_mark(head: bytes) -> tuple[bytes, str]:
+    """Return the byte order mark with which a file begins, and its encoding; two empty values if there is none."""
+    return next(((mark, encoding) for mark, encoding in BYTE_ORDER_MARKS if head.startswith(mark)), (b"", ""))
+
+
 def refusal(path: Path) -> str:
     """Return the sentence that says why the file at `path` cannot hold text; "" if it can.
 
     A NUL alone does not make a file binary: it is legal text, and real corpora have a few. A file is binary if it has
-    control characters and is not UTF-8, or if nearly half of it is NULs, as in UTF-16 without a byte order mark.
+    control characters and is not UTF-8, or if nearly half of it is NULs, as in UTF-16 or UTF-32 without a byte order
+    mark.
 
     Raises:
         OSError: the file cannot be opened or read.
@@ -55,10 +69,10 @@ def refusal(path: Path) -> str:
         return f"{path} is a safetensors file: give a file of text."
     if head[257:262] == b"ustar":
         return f"{path} is a tar archive: {UNPACK}."
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if byte_order_mark(head)[1].startswith(("UTF-16", "UTF-32")):
         return ""
     if len(head) >= 32 and head.count(0) > 0.4 * len(head):
-        return f"{path} is binary, or UTF-16 without a byte order mark: save it as UTF-8."
+        return f"{path} is binary, or UTF-16 or UTF-32 without a byte order mark: save it as UTF-8."
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # incremental, as `head` may end inside a character
     except UnicodeDecodeError:

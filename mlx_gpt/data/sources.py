@@ -49,7 +49,10 @@ def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
                 skip = reason or (file != path and file.suffix.lower() == ".json")
                 (skipped if skip else files).append(file)
             if set(inside) <= set(skipped):
-                raise UserError(f"The folder {path} has no text file in it: name one with CSV, JSONL or text files.")
+                others = ", or name its .json files" if any(file.suffix.lower() == ".json" for file in inside) else ""
+                raise UserError(
+                    f"The folder {path} has no text file in it: name one with CSV, JSONL or text files{others}."
+                )
     return files, skipped
 
 

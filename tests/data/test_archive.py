@@ -196,6 +196,14 @@ def test_the_caller_chooses_the_members(tmp_path: Path) -> None:
     ]
 
 
+def test_json_is_unpacked_where_there_is_no_other_text(tmp_path: Path) -> None:
+    files = {"a/data.json": b'["a text"]', "a/.hidden.json": b"{}", "photo.png": b"x"}
+    alone = write(tmp_path / "a.zip", make_zip(files))
+    assert extract(alone, tmp_path / "a") == [tmp_path / "a/a/data.json"]
+    beside = write(tmp_path / "b.zip", make_zip(files | {"a.csv": CSV}))
+    assert extract(beside, tmp_path / "b") == [tmp_path / "b/a.csv"]
+
+
 def test_extract_never_adds_to_a_folder(tmp_path: Path) -> None:
     archive = write(tmp_path / "a.zip", make_zip(FILES))
     mine = write(tmp_path / "here/mine.csv", b"")

@@ -1,5 +1,9 @@
 """The right files are found, in a fixed order."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 from mlx_gpt.data.prepare import prepare
@@ -47,7 +51,10 @@ def test_a_file_that_is_named_is_never_skipped(tmp_path):
 
 def test_a_folder_without_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="has no text file"):
+    with pytest.raises(UserError, match=r"has no text file.* text files\.$"):
+        find_files([tmp_path])
+    (tmp_path / "a.json").write_text('["a text"]')
+    with pytest.raises(UserError, match=r"has no text file.* name its \.json files"):
         find_files([tmp_path])
 
 
@@ -55,3 +62,21 @@ def test_each_source_counts_once(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     sources, _ = find_sources([tmp_path, BUILTIN, tmp_path / "a.txt", BUILTIN])
     assert sources == [tmp_path / "a.txt", BUILTIN]
+
+
+def test_a_file_name_that_is_not_utf8_is_read_and_reported_readably(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('"a text"\n"another text"\n5\n')
+    except OSError:
+        pytest.skip("this file system allows only UTF-8")
+    (tmp_path / os.fsdecode(b"l\xe9er.txt")).touch()
+    report = prepare([tmp_path], tmp_path / "out")
+    assert report.kept == 2
+    assert "first in" in str(report)
+    assert "skipped, not text" in str(report)
+    str(report).encode()
+    sources = json.loads((tmp_path / "out" / "report.json").read_bytes())["sources"]
+    assert [Path(source["path"]) for source in sources] == [tmp_path / os.fsdecode(b"caf\xe9.jsonl")]
+    with pytest.raises(UserError) as caught:
+        find_files([tmp_path / os.fsdecode(b"l\xe9er.txt")])
+    str(caught.value).encode()

@@ -1,0 +1,125 @@
+"""Read the rows of a CSV file."""
+
+import csv
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from mlx_gpt.data.csv_layout import SEPARATORS, Layout, has_spaced_quotes, layout_of
+from mlx_gpt.data.decoding import MAX_DOCUMENT, lines, numbered
+from mlx_gpt.data.rows import LONG, SAMPLE, Dropped, named_column, text_column
+from mlx_gpt.errors import UserError
+
+SENTENCE = re.compile(r"[.,;!?](\s|$)")  # a mark of a sentence, which few names have
+
+
+def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: bool) -> Iterator[str | Dropped]:
+    """Yield the documents of a CSV file, or of a TSV file (`tabs`).
+
+    Raises:
+        UserError: as in `read_documents`.
+    """
+    # The limit holds for the whole process, so it is only ever raised. Its default, 128 KB, is less than many chapters.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_DOCUMENT))
+    layout = layout_of(path, column, tabs=tabs)
+    file = lines(path, advance)
+    for number, line in numbered(islice(file, layout.above), path, "line"):
+        if line.startswith("#"):
+            yield Dropped("commented out above the header", f"{path}, line {number:,}")
+    table = _Table(path, file, layout)
+    rows = table.rows()
+    sample = list(islice(rows, SAMPLE))
+    index = _text_index(path, table.header, [row for _, row, _ in sample], column)
+    columns = len(table.header)
+    faults = [(number, why) for number, row, fault in sample if (why := fault or _misfit(row, columns, index))]
+    if len(faults) > len(sample) / 2:
+        raise UserError(
+            f"{path} has {columns} columns by its first row, but most rows do not fit (row {faults[0][0]:,} has "
+            f"{faults[0][1]}): name every column there, and put quotation marks around text with separators in it."
+        )
+    if not column and columns == 1 and not named_column(table.header, ""):
+        yield Dropped("first row, taken for the column's name", f"{path}, header row")
+    for number, row, fault in chain(sample, rows):
+        if why := fault or _misfit(row, columns, index):
+            yield Dropped(why, f"{path}, row {number:,}")
+        else:
+            yield row[index]
+
+
+class _Table:
+    """A table's rows, each compared with the lines from which it was parsed."""
+
+    def __init__(self, path: Path, file: Iterator[str], layout: Layout) -> None:
+        self._path, self._layout = path, layout
+        self._record: list[str] = []  # the lines of the row that is being parsed
+        # Strict, because otherwise a quotation mark that is never closed would swallow the rest of the file.
+        self._reader = csv.reader(
+            self._recorded(file), delimiter=layout.separator, strict=True, skipinitialspace=layout.spaced
+        )
+        header = next((row for _, row in numbered(self._reader, path, "header row") if row), [])
+        # A header may begin with the # of a comment.
+        self.header = [name.strip() if i else name.lstrip("# ").strip() for i, name in enumerate(header)]
+        self._record.clear()
+
+    def rows(self) -> Iterator[tuple[int, list[str], str]]:
+        """Yield each row that is not blank with its number and, if it was parsed otherwise than it reads, the fault."""
+        for number, row in numbered(self._reader, self._path, "row"):
+            fault = not self._layout.spaced and has_spaced_quotes(self._record, [row], self._layout.separator)
+            self._record.clear()
+            if row:
+                yield number, row, "a space before a quotation mark" if fault else ""
+
+    def _recorded(self, file: Iterator[str]) -> Iterator[str]:
+        for line in file:
+            self._record.append(line)
+            yield line
+
+
+def _text_index(path: Path, header: list[str], sample: list[list[str]], column: str) -> int:
+    """Return the index of the text column, after checking that the first row is a header."""
+    if not sample:
+        raise UserError(f"{path} has no rows under its first one: give it a header, such as `text`, and rows.")
+    named = named_column(header, column)
+    if not column and not named and any(map(_is_data, header)):
+        raise UserError(
+            f"{path} has no header: add a first row with the columns' names, with `text` for the one to read."
+        )
+    values = {name: [row[i] for row in sample if i < len(row)] for i, name in enumerate(header)}
+    name = text_column(path, header, values, column)
+    like_the_rows = any(cell and cell in values[cell] for cell in header)
+    if not named and (like_the_rows or len(name) >= LONG or SENTENCE.search(name)):
+        raise UserError(
+            f"{path} may have no header, because its first row is like the others: add one that names the columns, "
+            "or name the column with --column."
+        )
+    if not named and len(header) == 1:
+        _refuse_title(path, sample)
+    return header.index(name)
+
+
+def _refuse_title(path: Path, sample: list[list[str]]) -> None:
+    """Refuse rows of several fields under a first row that has one, which may be a title above the header."""
+    for separator in SEPARATORS:
+        counts = {row[0].count(separator) for row in sample}
+        if len(sample) > 1 and len(counts) == 1 and counts != {0}:
+            raise UserError(
+                f"{path} has one name in its first row, but several fields in the others: "
+                "begin with a row that names all columns, with `text` for the one to read."
+            )
+
+
+def _is_data(cell: str) -> bool:
+    """Return whether a cell of the first row is more likely a value (a number or prose) than a column's name."""
+    return len(cell) > 100 or "\n" in cell or re.fullmatch(r"[-+]?\d*\.?\d+", cell) is not None
+
+
+def _misfit(row: list[str], columns: int, index: int) -> str:
+    """Return why a row does not fit the header, or ""."""
+    if any(field.strip() for field in row[columns:]):
+        return "more fields than the header"
+    # A line break without quotation marks cuts a row in two, and the rest of a text may then be in another column. A
+    # row of one field can hold nothing but the text if that is the first column.
+    if len(row) < columns and (index > 0 or len(row) > 1):
+        return "too few fields"
+    return ""

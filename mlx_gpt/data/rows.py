@@ -1,0 +1,102 @@
+"""What the rows of CSV, JSON and Parquet have in common: which column is the text, and what is dropped."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_gpt.errors import UserError, shown
+
+SAMPLE = 100  # rows that are read to find the text column
+LONG = 40  # characters: labels, ids and UUIDs (36) are shorter on average, prose is longer
+
+ONE_TEXT = "They are not supported yet: write each as one text, in a column `text`"
+# The columns by which files of conversations are known, and what to call their rows. A column that is there alone must
+# hold lists, because the same name on a column of strings may well be the text.
+CONVERSATIONS = (
+    (("messages",), "conversations"),
+    (("conversations",), "conversations"),
+    (("conversation",), "conversations"),
+    (("chosen", "rejected"), "pairs of a chosen and a rejected answer"),
+    (("prompt", "completion"), "pairs of a prompt and its completion"),
+    (("prompt", "response"), "pairs of a prompt and its response"),
+    (("instruction", "output"), "instructions with their answers"),
+    (("instruction", "response"), "instructions with their answers"),
+)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Takes the place of a document for a row without usable text.
+
+    Attributes:
+        reason: short, so that it can be counted.
+        place: the file and the row or line, for people.
+    """
+
+    reason: str
+    place: str = field(default="", compare=False)
+
+
+def text_column(
+    path: Path,
+    names: Sequence[str],
+    values: Mapping[str, list[str]],
+    wanted: str,
+    nested: Collection[str] = (),
+    rows: int = SAMPLE,
+) -> str:
+    """Return the name of the text column by the rule that `read_documents` states.
+
+    Args:
+        path: the table's file, for the message.
+        names: all columns.
+        values: the sampled values of each column that holds strings.
+        wanted: the column that the user names, or "".
+        nested: the columns that hold strings inside lists or objects.
+        rows: the number of rows in the sample.
+
+    Raises:
+        UserError: no column fits, or several do; or the rows are conversations.
+    """
+    name = named_column(names, wanted)
+    known = {other.lower() for other in names}
+    lists = {other.lower() for other in nested}
+    what = next((w for pair, w in CONVERSATIONS if (known if len(pair) > 1 else lists).issuperset(pair)), "")
+    if name and names.count(name) > 1:
+        raise UserError(f"{path} has {names.count(name)} columns called {shown(name)!r}: rename all but one.")
+    if name and (name in values or name not in nested):
+        return name
+    columns = _listed(names)
+    strings = [other for other in values if other not in nested]
+    if what:
+        instead = f", or read one of its columns with --column ({_listed(strings)})" if strings else ""
+        raise UserError(f"{path} holds {what} (its columns are {columns}). {ONE_TEXT}{instead}.")
+    if name:
+        raise UserError(f"{path} has lists or objects in its column {shown(name)!r}: write each text as one string.")
+    if wanted:
+        raise UserError(f"{path} has no column {wanted!r}: name one of its columns with --column ({columns}).")
+    long = [name for name, found in values.items() if found and sum(map(len, found)) >= LONG * len(found)]
+    # A short text beside lists or objects may be the title of what is in them; one object alone, the whole file's.
+    for candidates in (long if rows > 1 else [],) if nested else (list(values), long):
+        if len(candidates) == 1:
+            return candidates[0]
+    if nested:
+        instead = f", or name one of the columns of strings with --column ({_listed(strings)})" if strings else ""
+        raise UserError(
+            f"{path} may have its texts in {_listed(list(nested))}, inside lists or objects: "
+            f"write one object with a `text` on each line{instead}."
+        )
+    raise UserError(
+        f"It is not clear which column of {path} is the text: name it with --column NAME, one of {columns}."
+    )
+
+
+def named_column(names: Sequence[str], wanted: str) -> str:
+    """Return the column that is called `wanted`, or `text` if that is "", in any capitals; "" if there is none."""
+    name = wanted or "text"
+    alike = [name] if name in names else [other for other in names if other.lower() == name.lower()]
+    return alike[0] if len(set(alike)) == 1 else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(shown(name, 43) for name in names[:20]) + (", ..." if len(names) > 20 else "")
