@@ -1,6 +1,5 @@
 """The output of a command: lines on stdout, and progress bars on stderr if that is a terminal."""
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -52,8 +51,7 @@ class TerminalBar:
         """Advance the bar by `amount` units, and show these facts beside it."""
         if facts:
             self._bar.set_postfix(facts, refresh=False)
-        with contextlib.suppress(OSError):  # the work continues if the terminal is closed
-            self._bar.update(amount)
+        self._bar.update(amount)
 
     def reach(self, done: int) -> None:
         """Advance the bar to `done`."""
@@ -61,5 +59,4 @@ class TerminalBar:
 
     def close(self) -> None:
         """Remove the bar."""
-        with contextlib.suppress(OSError):
-            self._bar.close()
+        self._bar.close()
