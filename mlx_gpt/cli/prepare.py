@@ -7,6 +7,7 @@ import click
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import PREPARED, DataConfig
+from mlx_gpt.errors import typed
 from mlx_gpt.settings import build
 
 out_option = click.option(
@@ -44,5 +45,5 @@ def prepare(paths: list[Path], out: str, settings: dict[str, str]) -> None:
     )
     for line in report.lines():
         display.line(line)
-    where = "" if Path(out) == Path(PREPARED) else f" --data {out}"
-    display.line(f"Written to {out}. Train on it with: mlx-gpt train{where}")
+    where = [] if Path(out) == Path(PREPARED) else ["--data", out]
+    display.line(f"Written to {out}. Train on it with: {typed('train', *where)}")

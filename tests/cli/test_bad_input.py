@@ -314,17 +314,17 @@ def read_until(stream, beginning):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_training_saves_first(start, mlx_gpt, corpus, number, code):
-    process = start(*endless(corpus), "--out", "run")
+    process = start(*endless(corpus), "--out", "a run")
     read_until(process.stdout, "Step 2,")
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert err.split("\n")[1:] == ["Stopping after this step, and saving. Press Ctrl-C again to quit at once.", ""]
-    told = r"^Stopped after step ([\d,]+)\. Continue with: mlx-gpt (train --resume run)$"
+    told = r"^Stopped after step ([\d,]+)\. Continue with: mlx-gpt (train --resume 'a run')$"
     ((stopped, go_on),) = re.findall(told, out, re.MULTILINE)
     step = int(stopped.replace(",", ""))
-    assert Path(f"run/checkpoints/step-{step:08d}/training.json").exists()
-    answer = mlx_gpt(*go_on.split(), "--max-steps", step + 1)
+    assert Path(f"a run/checkpoints/step-{step:08d}/training.json").exists()
+    answer = mlx_gpt(*shlex.split(go_on), "--max-steps", step + 1)
     assert answer.code == 0
     assert f"after step {step}." in answer.out
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from mlx_gpt.cli.generate import DIVIDER
 from mlx_gpt.cpu import kernels
 from mlx_gpt.mac import Mac
 from mlx_gpt.presets import PRESETS
+from tests.cli.conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -62,6 +64,15 @@ def test_from_a_table_to_a_model_that_talks(mlx_gpt, sentences, tmp_path):
     measured = mlx_gpt("eval")
     assert measured.code == 0
     assert value(measured.out, "Loss") == pytest.approx(losses[-1], abs=1e-3)  # 1,024 windows are all there are
+
+
+def test_the_commands_that_are_suggested_can_be_pasted(mlx_gpt, text):
+    prepared = mlx_gpt("prepare", text, "--out", "Läufe é/my $text")
+    (line,) = re.findall("Train on it with: mlx-gpt (.*)", prepared.out)
+    trained = mlx_gpt(*shlex.split(line), *TINY, "--out", "weights/Läufe é/e 1")
+    assert trained.code == 0, trained.err
+    (line,) = re.findall("Talk to it with: mlx-gpt (.*)", trained.out)
+    assert mlx_gpt(*shlex.split(line), stdin="The duck\n").code == 0
 
 
 def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
