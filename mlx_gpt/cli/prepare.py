@@ -23,8 +23,8 @@ text_options = settings_options(DataConfig, only=("documents", "column", "val_fr
 def command(paths: tuple[str, ...], out: str, **settings: str) -> None:
     """Turn files, or folders of files, into a corpus to train on.
 
-    This reads CSV, TSV, JSONL, plain text and, with the extra mlx-gpt[parquet], Parquet. It leaves out empty and
-    repeated documents. The hash of a document's text decides whether it goes to training or validation.
+    This reads CSV, TSV, JSONL, plain text and, with the extra `parquet`, Parquet. It leaves out empty and repeated
+    documents. The hash of a document's text decides whether it goes to training or validation.
     """
     prepare([Path(path) for path in paths], out, settings)
 

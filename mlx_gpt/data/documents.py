@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from mlx_gpt.config import DOCUMENTS
 from mlx_gpt.data.sniffing import HEAD, format_of, refusal
 from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.packages import install
 
 HAND_MADE = ("train.txt", "val.txt")  # corpora that people write by hand, one document per line
 MAX_DOCUMENT = 100_000_000  # characters, thirty times War and Peace; preparing holds four copies in memory
@@ -257,7 +258,7 @@ def _parquet(path: Path, column: str, advance: Callable[[int], None]) -> Iterato
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"Reading {path} needs pyarrow: pip install 'mlx-gpt[parquet]'") from error
+        raise UserError(f"Reading {path} needs pyarrow: {install('parquet')}.") from error
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow

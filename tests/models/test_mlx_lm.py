@@ -371,4 +371,4 @@ def test_a_model_that_remembers_something_else_says_so(bpe):
 
 def test_without_mlx_lm_it_says_what_to_install(damaged, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'mlx-gpt[models]'" in refusal(damaged)
+    assert "pip install -e '.[models]'" in refusal(damaged)

@@ -115,7 +115,7 @@ def test_a_reporter_that_fails_later_gives_one_warning(train, monkeypatch):
 def test_a_missing_package_is_reported_before_anything_is_changed(train, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer", None)
-    sentence = rf"^--report-to {name} needs a package: pip install 'mlx-gpt\[{name}\]'\.$"
+    sentence = rf"^--report-to {name} needs a package: run `pip install -e '\.\[{name}\]'` in the project's folder\.$"
     with pytest.raises(UserError, match=sentence):
         train("run", report_to=[name])
     assert not Path("run").exists()
