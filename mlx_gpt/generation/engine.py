@@ -5,7 +5,6 @@ step, so that texts in progress wait for one chunk at most.
 """
 
 import dataclasses
-import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.generation.cache import BatchCache, Rows
 from mlx_gpt.generation.sampling import likeliest, penalise, penalises, sample
 from mlx_gpt.generation.stop_strings import Piece, Reason, Text, Token
-from mlx_gpt.seeds import seed_from
+from mlx_gpt.seeds import fresh_seed, seed_from
 from mlx_gpt.tokenizer import Detokenizer, Tokenizer
 
 Logprobs = tuple[mx.array, mx.array, mx.array]  # as of `likeliest`
@@ -115,8 +114,7 @@ class Engine:
         count = request.config.num_samples
         if count > self.max_batch:
             raise UserError(f"{count} texts were asked for, but at most {self.max_batch} are made at a time.")
-        seed = request.config.seed
-        seed = random.SystemRandom().randrange(2**62) if seed is None else seed
+        seed = fresh_seed() if request.config.seed is None else request.config.seed
         texts = [_Text(request, i, seed + i, self._tokenizer, self._entries) for i in range(count)]
         self._queue.append(self._prompt(texts, request.prompt))
 
