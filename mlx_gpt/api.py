@@ -47,7 +47,7 @@ def stream(model: nn.Module, tokenizer: Tokenizer, prompt: str, **settings: Any)
         settings: those of `GenerationConfig`: `max_tokens`, `temperature`, `seed`, ...
 
     Raises:
-        UserError: a setting is unknown or out of its bounds, or the prompt is empty or too long.
+        UserError: a setting is unknown or out of its bounds, or the prompt is not text, empty or too long.
     """
     return stream_pieces(model, tokenizer, prompt, build(GenerationConfig, settings))
 

@@ -122,6 +122,8 @@ def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
             arguments[f.metadata["auto"]] = True
         elif f.name in values:
             kind, value = kind_of(hints[f.name]), values[f.name]
+            if kind is tuple and isinstance(value, str):
+                value = [value]
             arguments[f.name] = kind(value) if kind in (float, tuple) and value is not None else value
     return config_class(**arguments)
 
@@ -136,7 +138,8 @@ def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
             hint = f"did you mean `{nearest[0]}`?" if nearest else "--help lists the settings."
             problems[name] = f"There is no setting `{name}`: {hint}"
         elif wrong := _wrong(value, known[name]):
-            problems[name] = f"`{name}` must be {wrong}, not {value!r}."
+            found = value[0] if isinstance(value, tuple) and len(value) == 1 else value  # a flag that was given once
+            problems[name] = f"`{name}` must be {wrong}, not {found!r}."
     return problems
 
 
@@ -166,9 +169,10 @@ def _wrong(value: Any, setting: Setting) -> str:
 
 
 def _wrong_list(value: Any, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
-        return "a list of strings"
-    return "" if not choices or set(value) <= set(choices) else f"a list of {', '.join(choices)}"
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        return "a text or a list of texts, none of them empty"
+    return "" if not choices or set(texts) <= set(choices) else f"one or several of {', '.join(choices)}"
 
 
 def kind_of(annotation: Any) -> type:

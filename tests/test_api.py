@@ -96,6 +96,16 @@ def test_stream_gives_the_text_of_generate_piece_by_piece(directory):
     assert text_of(both, 1) not in ("", text_of(both, 0))
 
 
+def test_stop_is_a_text_or_several(directory):
+    model, tokenizer = mlx_gpt.load(directory)
+    settings = {"max_tokens": 12, "seed": 1}
+    whole = mlx_gpt.generate(model, tokenizer, "The duck", **settings)
+    stop = whole[4:7]
+    for way in (stop, (stop,), [stop, "never there"]):
+        assert mlx_gpt.generate(model, tokenizer, "The duck", stop=way, **settings) == whole[: whole.index(stop)]
+    assert mlx_gpt.generate(model, tokenizer, "The duck", stop=(), **settings) == whole
+
+
 def test_load_opens_a_run_and_a_model_directory_in_either_precision(directory):
     exact, _ = mlx_gpt.load(str(directory), precision="float32")
     short, _ = mlx_gpt.load(directory, precision="bfloat16")
@@ -104,13 +114,17 @@ def test_load_opens_a_run_and_a_model_directory_in_either_precision(directory):
         mlx_gpt.load(directory, precision="float99")
 
 
-REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
+REFUSALS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "an unknown setting": ({"temprature": 1.0}, "The duck", "did you mean `temperature`"),
     "a value out of bounds": ({"temperature": -1}, "The duck", "`temperature` must be at least 0, not -1"),
     "a value of another kind": ({"max_tokens": "many"}, "The duck", "`max_tokens` must be a whole number"),
     "an empty prompt": ({}, "", "prompt is empty"),
     "a long prompt": ({}, "duck " * 40, "context of 32"),
     "half a character": ({}, "\ud800", "not valid Unicode"),
+    "no prompt": ({}, None, "The prompt must be text, not NoneType"),
+    "bytes": ({}, b"The duck", "The prompt must be text, not bytes"),
+    "an empty stop string": ({"stop": ""}, "The duck", "`stop` must be a text or a list of texts, none of them empty"),
+    "an empty stop string among others": ({"stop": (".", "")}, "The duck", "none of them empty, not ('.', '')"),
     "several samples": ({"num_samples": 2}, "The duck", "stream"),
 }
 

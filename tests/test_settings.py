@@ -221,11 +221,12 @@ def test_the_message_for_infinity_asks_for_a_finite_number():
     assert "finite" in sentence
 
 
-@pytest.mark.parametrize("value", ["END", [1], ("",)], ids=repr)
-def test_stop_strings_must_be_a_list_of_texts(value):
+@pytest.mark.parametrize("value", ["", [1], ("",), None], ids=repr)
+def test_stop_strings_must_be_texts(value):
     (sentence,) = problems(lambda: build(GenerationConfig, {"stop": value}))
     assert "`stop`" in sentence
     assert build(GenerationConfig, {"stop": ["a", "b"]}).stop == ("a", "b")
+    assert build(GenerationConfig, {"stop": "END"}).stop == ("END",)
 
 
 # ---- every setting --------------------------------------------------------------------------------------------------

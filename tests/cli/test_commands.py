@@ -286,7 +286,9 @@ def test_stdout_is_only_text_and_the_speed_goes_to_stderr(mlx_gpt, models):
 def test_a_model_directory_a_run_and_the_newest_run_are_found(mlx_gpt, trained, monkeypatch):
     same = ("--prompt", "The duck", "--seed", "1", "--max-tokens", "5")
     monkeypatch.chdir(trained)
-    newest = mlx_gpt("generate", *same).out
+    answer = mlx_gpt("generate", *same)
+    assert answer.err.startswith("Model: weights/ducks, the newest run.\n")
+    newest = answer.out
     assert newest == mlx_gpt("generate", "--model", "weights/ducks", *same).out
     assert newest == mlx_gpt("generate", "--model", "weights/ducks/best", *same).out
 
