@@ -87,6 +87,15 @@ def shown(found: object, most: int = 80) -> str:
     return text if text.isprintable() else ascii(text)
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether text can be written as UTF-8, as the name of a file that has other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def typed(*words: object) -> str:
     """Return a command of mlx-gpt that can be pasted into a shell, such as `mlx-gpt generate --model 'my run'`.
 

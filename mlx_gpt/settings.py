@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from mlx_gpt.config import PREPARED, Config
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, is_utf8
 from mlx_gpt.files import write_text_whole
 from mlx_gpt.presets import PRESETS
 
@@ -161,7 +161,7 @@ def _wrong(value: Any, setting: Setting) -> str:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     if kind is str:
-        return ""
+        return "" if is_utf8(value) else "valid Unicode, as run.toml keeps it"
     if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:
         return "a finite number"
     fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())

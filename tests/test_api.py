@@ -1,6 +1,9 @@
 """`import mlx_gpt`: the commands as functions."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +156,21 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         mlx_gpt.load(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_folder_whose_name_is_not_utf8_is_refused(directory, tmp_path):
+    name = os.fsdecode(b"na\xefve")
+    shutil.copytree(directory, tmp_path / name)
+    with pytest.raises(mlx_gpt.UserError, match="the name is not UTF-8"):
+        mlx_gpt.load(name)
+    with pytest.raises(mlx_gpt.UserError, match="`out` must be valid Unicode"):
+        mlx_gpt.train(data="builtin", out=name)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="goose"):
         mlx_gpt.goose  # noqa: B018
     assert all(getattr(mlx_gpt, name) for name in mlx_gpt.__all__)
+
+
+def test_a_notebook_completes_the_public_names_and_no_others():
+    assert [name for name in dir(mlx_gpt) if not name.startswith("_")] == sorted(mlx_gpt.__all__)
