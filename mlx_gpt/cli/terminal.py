@@ -1,5 +1,6 @@
 """The output of a command: lines on stdout, and progress bars on stderr if that is a terminal."""
 
+import errno
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +12,20 @@ from mlx_gpt.progress import ByteProgress
 
 # Short enough to leave room for the facts beside the bar in 80 columns.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 
 
 class Terminal:
     """A display of lines and bars on a terminal, or of lines alone in a pipe."""
 
     def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        with tqdm.external_write_mode():
-            click.echo(text)
+        """Print a line above the bar. It is dropped if its reader has gone, and the work continues."""
+        try:
+            with tqdm.external_write_mode():
+                click.echo(text)
+        except OSError as error:
+            if error.errno not in READER_GONE:
+                raise
 
     def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "TerminalBar":
         """Show a bar with the remaining time."""

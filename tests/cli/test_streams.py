@@ -51,10 +51,20 @@ def test_characters_that_stdout_lacks_are_written_as_escapes(generate):
     assert ran.stdout.startswith(b"L\xe4ufer \\u9d28")
 
 
-def test_messages_that_nobody_reads_change_no_exit_code(start):
+@pytest.fixture
+def gone():
+    """A pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
-    try:
-        assert start("generate", "--model", "none", stderr=writer).wait(timeout=60) == 2
-    finally:
-        os.close(writer)
+    yield writer
+    os.close(writer)
+
+
+def test_messages_that_nobody_reads_change_no_exit_code(start, gone):
+    assert start("generate", "--model", "none", stderr=gone).wait(timeout=60) == 2
+
+
+def test_training_prepares_and_trains_although_nobody_reads_its_lines(start, gone, text, tmp_path):
+    process = start("train", "--data", text, *TINY, "--out", "run", stdout=gone, stderr=gone)
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "run/final/model.safetensors").exists()
