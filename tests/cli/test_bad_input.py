@@ -363,7 +363,7 @@ def test_ctrl_c_in_any_command_shows_no_traceback(mlx_gpt, here, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mlx_gpt.api.load", interrupt)
-    for command in ("generate --prompt Geese", "eval ducks.txt"):
+    for command in ("generate --model model --prompt Geese", "eval ducks.txt"):
         answer = mlx_gpt(*command.split())
         assert (answer.code, answer.out, answer.err.strip()) == (130, "", "Interrupted.")
 
