@@ -12,7 +12,9 @@ from mlx_gpt import models
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Engine, Request, bytes_per_token
+from mlx_gpt.generation.cache import bytes_per_token
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.seeds import fresh_seed
 from mlx_gpt.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ import transformers
 from mlx_gpt import device
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Piece, Text, Token
 from mlx_gpt.generation.stream import Stats, stream
 from mlx_gpt.models.directory import save_model

@@ -21,7 +21,8 @@ from mlx_gpt import generate, load
 from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Token
 from mlx_gpt.models import directory
 from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
