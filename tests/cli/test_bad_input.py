@@ -390,9 +390,9 @@ def test_a_bug_is_a_sentence_too_unless_the_user_asks_for_the_traceback(mlx_gpt,
         raise ZeroDivisionError("duck")
 
     monkeypatch.setattr("mlx_gpt.api.load", fail)
-    answer = mlx_gpt("generate", "--prompt", "Geese")
+    answer = mlx_gpt("generate", "--model", "model", "--prompt", "Geese")
     assert answer.code == 1
     assert answer.err.startswith("Error: An unexpected error occurred (ZeroDivisionError: duck).")
     monkeypatch.setenv("MLX_GPT_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
-        cli.run(["generate", "--prompt", "Geese"])
+        cli.run(["generate", "--model", "model", "--prompt", "Geese"])
