@@ -170,9 +170,10 @@ def _wrong(value: Any, setting: Setting) -> str:
 
 def _wrong_list(value: Any, choices: tuple[str, ...]) -> str:
     texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        return "a text or a list of texts, none of them empty"
-    return "" if not choices or set(texts) <= set(choices) else f"one or several of {', '.join(choices)}"
+    fits = isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts)
+    if fits and (not choices or set(texts) <= set(choices)):
+        return ""
+    return f"one or several of {', '.join(choices)}" if choices else "a text or a list of texts, none of them empty"
 
 
 def kind_of(annotation: Any) -> type:
