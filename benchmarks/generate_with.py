@@ -88,7 +88,7 @@ class Ours(MLXGenerator):
         from mlx.utils import tree_flatten
 
         from mlx_gpt import models
-        from mlx_gpt.generation.engine import bytes_per_token
+        from mlx_gpt.generation.cache import bytes_per_token
 
         weights = sum(weight.nbytes for _, weight in tree_flatten(self._model.parameters()))
         return device_facts(self.device) | {
@@ -109,7 +109,7 @@ class Ours(MLXGenerator):
     def _read(self, ids_bt: Any, capacity: int) -> float:
         """Seconds to read B prompts, up to the logits of their next tokens."""
         from mlx_gpt import models
-        from mlx_gpt.generation.engine import make_cache
+        from mlx_gpt.generation.cache import make_cache
 
         started = time.perf_counter()
         B, T = ids_bt.shape
@@ -123,7 +123,8 @@ class Ours(MLXGenerator):
 
     def generate(self, prompt: list[int], batch_size: int, new_tokens: int) -> Iterator[int]:
         from mlx_gpt.config import GenerationConfig
-        from mlx_gpt.generation.engine import Engine, Request
+        from mlx_gpt.generation.engine import Engine
+        from mlx_gpt.generation.requests import Request
 
         config = GenerationConfig(
             max_tokens=new_tokens, temperature=0.0, repetition_penalty=1.0, num_samples=batch_size, seed=0

@@ -37,4 +37,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    # What a notebook completes: the public names alone, without this module's imports and submodules.
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

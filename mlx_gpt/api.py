@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.device import device
 from mlx_gpt.distributed import is_first
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, is_utf8
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.generation.stream import stream as stream_pieces
 from mlx_gpt.models.directory import load_model, load_tokenizer
@@ -34,6 +34,8 @@ def load(path: str | Path, precision: str = "auto") -> tuple[nn.Module, Tokenize
     """
     build(TrainingConfig, {"precision": precision})  # its error says which precisions there are
     folder = model_directory(Path(path))
+    if not is_utf8(str(folder)):
+        raise UserError(f"MLX cannot open {folder}, because the name is not UTF-8: rename it.")
     here = device()
     here.wire_memory()
     model = load_model(folder, here.dtype(precision))
@@ -47,7 +49,7 @@ def stream(model: nn.Module, tokenizer: Tokenizer, prompt: str, **settings: Any)
         settings: those of `GenerationConfig`: `max_tokens`, `temperature`, `seed`, ...
 
     Raises:
-        UserError: a setting is unknown or out of its bounds, or the prompt is empty or too long.
+        UserError: a setting is unknown or out of its bounds, or the prompt is not text, empty or too long.
     """
     return stream_pieces(model, tokenizer, prompt, build(GenerationConfig, settings))
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import shlex
 from collections.abc import Iterator
 
 
@@ -92,3 +94,37 @@ def shown(found: object, most: int = 80) -> str:
     text = str(found)
     text = text if len(text) <= most else text[: most - 3] + "..."
     return text if text.isprintable() else ascii(text)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether text can be written as UTF-8, as the name of a file that has other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def typed(*words: object) -> str:
+    """Return a command of mlx-gpt that can be pasted into a shell, such as `mlx-gpt generate --model 'my run'`.
+
+    Args:
+        words: what follows `mlx-gpt`: the command, and each flag and value by itself.
+    """
+    return " ".join(_quoted(str(word)) for word in ("mlx-gpt", *words))
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell, if it needs that."""
+    if word.isprintable():
+        return shlex.quote(word)
+    # Control characters, and bytes of a name that is not UTF-8. bash and zsh read them in this form.
+    escaped = "".join(
+        f"\\{character}"
+        if character in "\\'"
+        else character
+        if character.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+        for character in word
+    )
+    return f"$'{escaped}'"

@@ -1,4 +1,4 @@
-"""Finds the packages that installed the library that MLX runs on.
+"""Says how to install what is missing, and finds the packages that installed the library that MLX runs on.
 
 On Linux `mlx` itself has no backend: `mlx-cpu`, `mlx-cuda-12` and `mlx-cuda-13` each install `mlx/lib/libmlx.so`, the
 same file. An environment should have one of them. pip does not notice a second one, and uninstalling either deletes the
@@ -8,6 +8,11 @@ file of the other.
 import importlib.metadata
 
 LIBRARY = "mlx/lib/libmlx.so"
+
+
+def install(extra: str, upgrade: bool = False) -> str:
+    """Say how to install an extra of this package, which is on no index; to be read after a colon."""
+    return f"run `pip install {'--upgrade ' if upgrade else ''}-e '.[{extra}]'` in the project's folder"
 
 
 def backends() -> dict[str, str]:

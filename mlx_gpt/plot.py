@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt.errors import UserError
+from mlx_gpt.packages import install
 from mlx_gpt.training.metrics import read_records
 
 PANELS = (
@@ -58,7 +59,7 @@ def draw(runs: Sequence[Path], target: Path) -> None:
         matplotlib.use("Agg")  # it needs no window
         from matplotlib import pyplot
     except ImportError:
-        raise UserError("Plotting needs matplotlib: pip install 'mlx-gpt[plot]'.") from None
+        raise UserError(f"Plotting needs matplotlib: {install('plot')}.") from None
 
     metrics = [read_metrics(run) for run in runs]
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,

@@ -1,5 +1,7 @@
 """Seeds for random numbers that can be drawn again."""
 
+import random
+
 
 def seed_from(*numbers: int) -> int:
     """Mix several numbers, such as (seed, step, micro-step), into one 63-bit seed; each tuple has its own.
@@ -13,3 +15,8 @@ def seed_from(*numbers: int) -> int:
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         mixed ^= mixed >> 31
     return mixed >> 1
+
+
+def fresh_seed() -> int:
+    """Return a seed that nobody can predict."""
+    return random.SystemRandom().randrange(2**62)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from mlx_gpt.config import PREPARED, Config
-from mlx_gpt.errors import UserError, printable
+from mlx_gpt.errors import UserError, is_utf8, printable
 from mlx_gpt.files import write_text_whole
 from mlx_gpt.presets import PRESETS
 
@@ -122,6 +122,8 @@ def _fill(config_class: type, values: Mapping[str, Any]) -> Any:
             arguments[f.metadata["auto"]] = True
         elif f.name in values:
             kind, value = kind_of(hints[f.name]), values[f.name]
+            if kind is tuple and isinstance(value, str):
+                value = [value]
             arguments[f.name] = kind(value) if kind in (float, tuple) and value is not None else value
     return config_class(**arguments)
 
@@ -136,7 +138,8 @@ def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
             hint = f"did you mean `{nearest[0]}`?" if nearest else "--help lists the settings."
             problems[name] = f"There is no setting `{name}`: {hint}"
         elif wrong := _wrong(value, known[name]):
-            problems[name] = f"`{name}` must be {wrong}, not {value!r}."
+            found = value[0] if isinstance(value, tuple) and len(value) == 1 else value  # a flag that was given once
+            problems[name] = f"`{name}` must be {wrong}, not {found!r}."
     return problems
 
 
@@ -158,7 +161,7 @@ def _wrong(value: Any, setting: Setting) -> str:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     if kind is str:
-        return "" if value == printable(value) else "in UTF-8 to be kept in run.toml (rename the file)"
+        return "" if is_utf8(value) else "valid Unicode, as run.toml keeps it"
     if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:
         return "a finite number"
     fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())
@@ -166,9 +169,11 @@ def _wrong(value: Any, setting: Setting) -> str:
 
 
 def _wrong_list(value: Any, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
-        return "a list of strings"
-    return "" if not choices or set(value) <= set(choices) else f"a list of {', '.join(choices)}"
+    texts = (value,) if isinstance(value, str) else value
+    fits = isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts)
+    if fits and (not choices or set(texts) <= set(choices)):
+        return ""
+    return f"one or several of {', '.join(choices)}" if choices else "a text or a list of texts, none of them empty"
 
 
 def kind_of(annotation: Any) -> type:

@@ -22,6 +22,7 @@ WORDS = re.compile(rf" ?[^\W_]+| ?(?:[^\w{SPACE}]|_)+|[{SPACE}]+")
 # The library takes two seconds and 110 MB for each megabyte of distinct words. A merge that changes a word shortens it,
 # and the library walks the whole word to do so, so the time also grows with the length of the words.
 WORD_CHARACTERS = 256
+PATIENCE = 5.0  # seconds that an interrupted training may take to stop reading
 WORD_BYTES = 4_000_000
 SAMPLE_BYTES = 32_000_000  # twice as much gave 0.06 % fewer tokens
 
@@ -101,45 +102,52 @@ def train(texts: Iterable[str], vocab_size: int, read: Callable[[int], object] =
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    done = 0
+    done, stopped, all_read = 0, threading.Event(), threading.Event()
 
-    def counted(stopped: threading.Event) -> Iterator[str]:
+    def counted() -> Iterator[str]:
         nonlocal done
         for text in texts:
             if stopped.is_set():
                 raise InterruptedError
             yield text
             done += len(text.encode())
+        all_read.set()
 
-    _interruptibly(lambda stopped: backend.train_from_iterator(counted(stopped), trainer), lambda: read(done))
+    def work() -> None:
+        try:
+            backend.train_from_iterator(counted(), trainer)
+        finally:
+            all_read.set()
+
+    try:
+        _interruptibly(work, lambda: read(done))
+    finally:
+        stopped.set()
+        # The library's threads call Python for each text, and would crash if the interpreter ended meanwhile.
+        all_read.wait(PATIENCE)
     return backend
 
 
-def _interruptibly(work: Callable[[threading.Event], object], meanwhile: Callable[[], object]) -> None:
+def _interruptibly(work: Callable[[], object], meanwhile: Callable[[], object]) -> None:
     """Call `work` in a thread, because the library does not answer Ctrl-C, and `meanwhile` every tenth of a second.
 
-    After Ctrl-C nobody waits for the thread any more. Its event asks it to stop; otherwise it ends with its work or
-    with the process.
+    After Ctrl-C nobody waits for the thread any more: it ends with its work or with the process.
     """
-    stopped = threading.Event()
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            work(stopped)
+            work()
             outcome.put(None)
         except BaseException as error:  # a panic of the library raises a bare BaseException
             outcome.put(error)
 
     threading.Thread(target=run, daemon=True).start()  # the interpreter ends without waiting for such a thread
-    try:
-        while True:
-            with contextlib.suppress(queue.Empty):
-                error = outcome.get(timeout=0.1)
-                break
-            meanwhile()
-    finally:
-        stopped.set()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            error = outcome.get(timeout=0.1)
+            break
+        meanwhile()
     if error:
         raise error
 

@@ -1,6 +1,9 @@
 """`import mlx_gpt`: the commands as functions."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,16 @@ def test_stream_gives_the_text_of_generate_piece_by_piece(directory):
     assert text_of(both, 1) not in ("", text_of(both, 0))
 
 
+def test_stop_is_a_text_or_several(directory):
+    model, tokenizer = mlx_gpt.load(directory)
+    settings = {"max_tokens": 12, "seed": 1}
+    whole = mlx_gpt.generate(model, tokenizer, "The duck", **settings)
+    stop = whole[4:7]
+    for way in (stop, (stop,), [stop, "never there"]):
+        assert mlx_gpt.generate(model, tokenizer, "The duck", stop=way, **settings) == whole[: whole.index(stop)]
+    assert mlx_gpt.generate(model, tokenizer, "The duck", stop=(), **settings) == whole
+
+
 def test_load_opens_a_run_and_a_model_directory_in_either_precision(directory):
     exact, _ = mlx_gpt.load(str(directory), precision="float32")
     short, _ = mlx_gpt.load(directory, precision="bfloat16")
@@ -104,13 +117,17 @@ def test_load_opens_a_run_and_a_model_directory_in_either_precision(directory):
         mlx_gpt.load(directory, precision="float99")
 
 
-REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
+REFUSALS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "an unknown setting": ({"temprature": 1.0}, "The duck", "did you mean `temperature`"),
     "a value out of bounds": ({"temperature": -1}, "The duck", "`temperature` must be at least 0, not -1"),
     "a value of another kind": ({"max_tokens": "many"}, "The duck", "`max_tokens` must be a whole number"),
     "an empty prompt": ({}, "", "prompt is empty"),
     "a long prompt": ({}, "duck " * 40, "context of 32"),
     "half a character": ({}, "\ud800", "not valid Unicode"),
+    "no prompt": ({}, None, "The prompt must be text, not NoneType"),
+    "bytes": ({}, b"The duck", "The prompt must be text, not bytes"),
+    "an empty stop string": ({"stop": ""}, "The duck", "`stop` must be a text or a list of texts, none of them empty"),
+    "an empty stop string among others": ({"stop": (".", "")}, "The duck", "none of them empty, not ('.', '')"),
     "several samples": ({"num_samples": 2}, "The duck", "stream"),
 }
 
@@ -139,7 +156,21 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         mlx_gpt.load(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_folder_whose_name_is_not_utf8_is_refused(directory, tmp_path):
+    name = os.fsdecode(b"na\xefve")
+    shutil.copytree(directory, tmp_path / name)
+    with pytest.raises(mlx_gpt.UserError, match="the name is not UTF-8"):
+        mlx_gpt.load(name)
+    with pytest.raises(mlx_gpt.UserError, match="`out` must be valid Unicode"):
+        mlx_gpt.train(data="builtin", out=name)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="goose"):
         mlx_gpt.goose  # noqa: B018
     assert all(getattr(mlx_gpt, name) for name in mlx_gpt.__all__)
+
+
+def test_a_notebook_completes_the_public_names_and_no_others():
+    assert [name for name in dir(mlx_gpt) if not name.startswith("_")] == sorted(mlx_gpt.__all__)

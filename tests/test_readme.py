@@ -90,6 +90,7 @@ def folder(tmp_path_factory, sentences):
         "essays.csv": "text,label\n" + table,
         "posts.csv": "body,title\n" + table,
         "book.txt": "".join(sentences),
+        "beginning.txt": "The statement\n",
         "notes/monday.txt": "".join(sentences[:9]),
         "poems/train.txt": "".join(sentences),
     }

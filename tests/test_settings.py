@@ -148,7 +148,7 @@ def test_an_unknown_setting_unlike_any_other_is_refused_with_a_hint_to_the_help(
 
 def test_a_path_that_toml_cannot_hold_is_refused_in_one_sentence():
     (sentence,) = problems(lambda: resolve({"data": os.fsdecode(b"caf\xe9.txt")}))
-    assert "`data` must be in UTF-8" in sentence
+    assert "`data` must be valid Unicode" in sentence
     sentence.encode()
 
 
@@ -228,11 +228,12 @@ def test_the_message_for_infinity_asks_for_a_finite_number():
     assert "finite" in sentence
 
 
-@pytest.mark.parametrize("value", ["END", [1], ("",)], ids=repr)
-def test_stop_strings_must_be_a_list_of_texts(value):
+@pytest.mark.parametrize("value", ["", [1], ("",), None], ids=repr)
+def test_stop_strings_must_be_texts(value):
     (sentence,) = problems(lambda: build(GenerationConfig, {"stop": value}))
     assert "`stop`" in sentence
     assert build(GenerationConfig, {"stop": ["a", "b"]}).stop == ("a", "b")
+    assert build(GenerationConfig, {"stop": "END"}).stop == ("END",)
 
 
 # ---- every setting --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import time
 
 import click
 
+from mlx_gpt.cli import streams
 from mlx_gpt.errors import FORESEEN, in_a_sentence
 
 # A command is imported only when it runs, so that `mlx-gpt --help` is quick. It shows these sentences.
@@ -57,7 +58,14 @@ def cli() -> None:
 
 def main() -> None:
     """Run the program and exit."""
-    sys.exit(run(sys.argv[1:]))
+    streams.prepare()
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Nothing can be written any more, so the flush at exit must not try.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -83,11 +91,6 @@ def run(arguments: list[str]) -> int:
         if "MLX_GPT_TRACEBACK" in os.environ and code != 130 and not isinstance(error, FORESEEN):
             raise
         return _report(words, code)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Nothing can be written any more, so the flush at exit must not try.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code if isinstance(code, int) else 0
 
 

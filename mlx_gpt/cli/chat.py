@@ -2,9 +2,7 @@
 
 import contextlib
 import difflib
-import io
 import shlex
-import sys
 from typing import Any
 
 import click
@@ -26,9 +24,6 @@ def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
     """Ask for prompts and continue them until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() line editing and history
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # With this, bytes that are not text cause an error message later, not an exception here.
-        sys.stdin.reconfigure(errors="surrogateescape")
     click.echo("Write the beginning of a text. /help shows the commands, Ctrl-D quits.", err=True)
     while True:
         try:

@@ -6,6 +6,7 @@ import click
 
 from mlx_gpt.cli.options import SettingsCommand
 from mlx_gpt.cli.prepare import out_option, overwrite_option, prepare, text_options
+from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.errors import UserError
 
 
@@ -30,7 +31,7 @@ def command(
     if dataset and from_file:
         raise UserError("--dataset and --from-file exclude each other: give one of them.")
     if from_file:
-        files = kaggle.from_file(Path(from_file), Path(raw), echo=click.echo)
+        files = kaggle.from_file(Path(from_file), Path(raw), echo=Terminal().line)
     else:
-        files = kaggle.download(dataset or kaggle.DEFAULT_DATASET, Path(raw), force=force, echo=click.echo)
+        files = kaggle.download(dataset or kaggle.DEFAULT_DATASET, Path(raw), force=force, echo=Terminal().line)
     prepare(files, out, overwrite, settings)

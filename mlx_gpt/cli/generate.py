@@ -1,5 +1,6 @@
 """`mlx-gpt generate`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.config import GenerationConfig
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, os_errors_explained
 from mlx_gpt.settings import build
 
 if TYPE_CHECKING:
@@ -20,22 +21,28 @@ DIVIDER = "-" * 20
 @click.command("generate", cls=SettingsCommand)
 @click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
 @click.option("--prompt", metavar="TEXT", help="The beginning of the text.")
+@click.option("--prompt-file", metavar="FILE", help="File that has the beginning of the text; - is standard input.")
 @click.option("--interactive", is_flag=True, help="Ask for prompts until Ctrl-D. /help there lists the commands.")
 @settings_options(GenerationConfig)
-def command(model: str | None, prompt: str | None, interactive: bool, **settings: Any) -> None:
+def command(model: str | None, prompt: str | None, prompt_file: str | None, interactive: bool, **settings: Any) -> None:
     """Continue a prompt, or talk to a model.
 
-    Without --prompt and --interactive, this continues a few sample prompts. Only the text goes to stdout; the speed and
+    Without a prompt and --interactive, this continues a few sample prompts. Only the text goes to stdout; the speed and
     the memory go to stderr.
     """
-    if prompt is not None and interactive:
-        raise UserError("--prompt and --interactive can't go together: give one of them.")
+    if (prompt is not None) + (prompt_file is not None) + interactive > 1:
+        raise UserError("--prompt, --prompt-file and --interactive exclude each other: give one of them.")
     config: GenerationConfig = build(GenerationConfig, given(settings))
+    if prompt_file is not None:
+        prompt = read_prompt(prompt_file)
 
     from mlx_gpt.api import load
     from mlx_gpt.training.run_folder import newest_run
 
-    loaded = load(Path(model) if model else newest_run(Path("weights"), with_model=True))
+    if model is None:
+        model = str(newest_run(Path("weights"), with_model=True))
+        click.echo(f"Model: {model}, the newest run.", err=True)
+    loaded = load(model)
     if interactive:
         from mlx_gpt.cli.chat import chat
 
@@ -47,22 +54,43 @@ def command(model: str | None, prompt: str | None, interactive: bool, **settings
         show(*loaded, text, config)
 
 
+def read_prompt(file: str) -> str:
+    """Return the text of a file, or of standard input for "-", without the end of its last line.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    with os_errors_explained(f"read {file}"):
+        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return text.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        name = "Standard input" if file == "-" else file
+        raise UserError(f"{name} is not UTF-8 text (at byte {error.start:,}): convert it first.") from None
+
+
 def show(
     model: Any, tokenizer: "Tokenizer", prompt: str, config: GenerationConfig, *, with_prompt: bool = True
 ) -> None:
-    """Print a prompt and its continuations: the first while it is generated, the others afterwards."""
+    """Print a prompt and its continuations in order, each while it is generated as far as its turn has come."""
     from mlx_gpt.generation.stream import Stats, check_prompt, stream
 
     check_prompt(model, tokenizer, prompt)
     stats = Stats()
-    texts = [""] * config.num_samples
-    if with_prompt:
-        click.echo(prompt, nl=False)
+    before = prompt if with_prompt else ""
+    shown, ended = 0, set[int]()  # the sample whose turn it is, and samples that are complete
+    waiting: dict[int, str] = {}  # what later samples have so far
+    click.echo(before, nl=False)
     for piece in stream(model, tokenizer, prompt, config, stats):
-        texts[piece.sample] += piece.text
-        if piece.sample == 0:
+        if piece.sample == shown:
             click.echo(piece.text, nl=False)
+        else:
+            waiting[piece.sample] = waiting.get(piece.sample, "") + piece.text
+        if piece.reason:
+            ended.add(piece.sample)
+        while shown in ended and shown < config.num_samples - 1:
+            ended.remove(shown)
+            shown += 1
+            click.echo(f"\n{DIVIDER}\n{before}{waiting.pop(shown, '')}", nl=False)
     click.echo()
-    for text in texts[1:]:
-        click.echo(f"{DIVIDER}\n{prompt if with_prompt else ''}{text}")
     click.echo(str(stats), err=True)

@@ -15,7 +15,7 @@ import click
 def command(runs: tuple[str, ...], out: str | None) -> None:
     """Plot the curves of a run, or of several runs on one picture. Without RUN, plot the newest run.
 
-    This needs the extra mlx-gpt[plot].
+    This needs the extra `plot`: pip install -e '.[plot]' in the project's folder.
     """
     from mlx_gpt.plot import draw
     from mlx_gpt.training.run_folder import newest_run

@@ -7,6 +7,7 @@ import click
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import PREPARED, DataConfig
+from mlx_gpt.errors import typed
 from mlx_gpt.settings import build
 
 out_option = click.option(
@@ -26,7 +27,7 @@ text_options = settings_options(DataConfig, only=("documents", "column", "val_fr
 def command(paths: tuple[str, ...], out: str, overwrite: bool, **settings: str) -> None:
     """Turn files, or folders of files, into a corpus to train on.
 
-    This reads CSV, TSV, JSONL, plain text and, with the extra mlx-gpt[parquet], Parquet. It leaves out empty and
+    This reads CSV, TSV, JSON, JSONL, plain text and, with the extra `parquet`, Parquet. It leaves out empty and
     repeated documents. The hash of a document's text decides whether it goes to training or validation, unless that
     would leave one of them too small.
     """
@@ -50,5 +51,5 @@ def prepare(paths: list[Path], out: str, overwrite: bool, settings: dict[str, st
     )
     for line in report.lines():
         display.line(line)
-    where = "" if Path(out) == Path(PREPARED) else f" --data {out}"
-    display.line(f"Written to {out}. Train on it with: mlx-gpt train{where}")
+    where = [] if Path(out) == Path(PREPARED) else ["--data", out]
+    display.line(f"Written to {out}. Train on it with: {typed('train', *where)}")

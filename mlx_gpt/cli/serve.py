@@ -9,6 +9,7 @@ import click
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.packages import install
 from mlx_gpt.settings import build
 
 
@@ -27,7 +28,7 @@ def command(models: tuple[str, ...], **settings: Any) -> None:
     try:
         from mlx_gpt.serving.server import serve
     except ImportError as error:
-        raise UserError(f"Serving needs the package {error.name}: pip install 'mlx-gpt[serve]'.") from None
+        raise UserError(f"Serving needs the package {error.name}: {install('serve')}.") from None
     from mlx_gpt.training.run_folder import newest_run
 
     paths = [Path(path) for path in models] or [newest_run(Path("weights"), with_model=True)]

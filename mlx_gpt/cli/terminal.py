@@ -1,6 +1,6 @@
 """The output of a command: lines on stdout, and progress bars on stderr if that is a terminal."""
 
-import contextlib
+import errno
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +12,20 @@ from mlx_gpt.progress import ByteProgress
 
 # Short enough to leave room for the facts beside the bar in 80 columns.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 
 
 class Terminal:
     """A display of lines and bars on a terminal, or of lines alone in a pipe."""
 
     def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        with tqdm.external_write_mode():
-            click.echo(text)
+        """Print a line above the bar. It is dropped if its reader has gone, and the work continues."""
+        try:
+            with tqdm.external_write_mode():
+                click.echo(text)
+        except OSError as error:
+            if error.errno not in READER_GONE:
+                raise
 
     def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "TerminalBar":
         """Show a bar with the remaining time."""
@@ -52,8 +57,7 @@ class TerminalBar:
         """Advance the bar by `amount` units, and show these facts beside it."""
         if facts:
             self._bar.set_postfix(facts, refresh=False)
-        with contextlib.suppress(OSError):  # the work continues if the terminal is closed
-            self._bar.update(amount)
+        self._bar.update(amount)
 
     def reach(self, done: int) -> None:
         """Advance the bar to `done`."""
@@ -61,5 +65,4 @@ class TerminalBar:
 
     def close(self) -> None:
         """Remove the bar."""
-        with contextlib.suppress(OSError):
-            self._bar.close()
+        self._bar.close()

@@ -11,6 +11,7 @@ import click
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import Config
+from mlx_gpt.errors import typed
 
 
 @click.command("train", cls=SettingsCommand)
@@ -56,9 +57,10 @@ def command(
     )
     if dry_run:
         return 0
-    words = f"Talk to it with: mlx-gpt generate --model {outcome.folder} --interactive"
+    words = f"Talk to it with: {typed('generate', '--model', outcome.folder, '--interactive')}"
     if not outcome.finished:
-        words = f"Stopped after step {outcome.step:,}. Continue with: mlx-gpt train --resume {outcome.folder}"
+        again = typed("train", "--resume", outcome.folder)
+        words = f"Stopped after step {outcome.step:,}. Continue with: {again}"
     if is_first():
         with contextlib.suppress(OSError):  # the terminal may have closed
             click.echo(words)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mlx_gpt.data.rows import SAMPLE, Dropped, text_column
 from mlx_gpt.errors import UserError
+from mlx_gpt.packages import install
 
 
 def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Iterator[str | Dropped]:
@@ -17,7 +18,7 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"Reading {path} needs pyarrow: pip install 'mlx-gpt[parquet]'") from error
+        raise UserError(f"Reading {path} needs pyarrow: {install('parquet')}.") from error
 
     def holds_strings(kind: pa.DataType) -> bool:
         if pa.types.is_dictionary(kind):

@@ -4,7 +4,10 @@ Shapes: B sequences of T new tokens, S tokens of the longest including those, H 
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_gpt import models
+from mlx_gpt.errors import UserError
 from mlx_gpt.models.base import Mask
 
 
@@ -135,3 +138,27 @@ class LayerCache:
         if not self._arrays:
             shape = self._rows.count, self._rows.capacity
             self._arrays = [mx.zeros((shape[0], a.shape[1], shape[1], a.shape[3]), a.dtype) for a in like]
+
+
+def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:
+    """Return an empty cache for sequences of at most `capacity` tokens.
+
+    Raises:
+        UserError: the model keeps something other than keys and values, as recurrent networks do.
+    """
+    own = model.make_cache() if hasattr(model, "make_cache") else []
+    if other := {type(cache).__name__ for cache in own} - {"KVCache", "RotatingKVCache"}:
+        raise UserError(
+            f"A model of type {model.model_type} can't generate here: it needs a cache of the kind {other.pop()}, and "
+            "only keys and values are kept. Use mlx_lm.generate."
+        )
+    return BatchCache(len(model.layers), Rows(rows, capacity))
+
+
+def bytes_per_token(model: nn.Module) -> int:
+    """Return the bytes that the cache takes for each token of a sequence, measured with one token."""
+    cache = make_cache(model, 1, 1)
+    cache.rows.begin()
+    cache.rows.grow(1)
+    mx.eval(models.hidden(model, mx.array([[0]]), cache.layers))
+    return sum(layer.nbytes for layer in cache.layers)

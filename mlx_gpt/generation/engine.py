@@ -4,48 +4,21 @@ Texts enter and leave between two steps (continuous batching: Yu et al. 2022, Or
 step, so that texts in progress wait for one chunk at most.
 """
 
-import dataclasses
-import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_gpt import models
-from mlx_gpt.config import GenerationConfig
 from mlx_gpt.device import Device, device
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.cache import BatchCache, Rows
-from mlx_gpt.generation.sampling import likeliest, penalise, penalises, sample
-from mlx_gpt.generation.stop_strings import Piece, Reason, Text, Token
-from mlx_gpt.seeds import seed_from
+from mlx_gpt.generation.cache import make_cache
+from mlx_gpt.generation.requests import Continuation, Picked, Prompt, Request, choose
+from mlx_gpt.generation.sampling import Logprobs, likeliest, listed
+from mlx_gpt.generation.stop_strings import Piece, Reason, Token
+from mlx_gpt.seeds import fresh_seed
 from mlx_gpt.tokenizer import Detokenizer, Tokenizer
-
-Logprobs = tuple[mx.array, mx.array, mx.array]  # as of `likeliest`
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A prompt and how to continue it.
-
-    Attributes:
-        prompt: ids, from one to the model's context.
-        config: one text is made for each of its `num_samples`.
-        logit_bias: added to the logits of some ids before a token is drawn.
-        alternatives: report each token's log-probability, and this many of the likeliest tokens in its place.
-        prompt_too: report them for the prompt's tokens as well.
-        ends: whether the end-of-text token ends a text.
-    """
-
-    prompt: Sequence[int]
-    config: GenerationConfig = field(default_factory=GenerationConfig)
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    alternatives: int | None = None
-    prompt_too: bool = False
-    ends: bool = True
 
 
 class Engine:
@@ -81,12 +54,12 @@ class Engine:
         self._unknown_v = (
             mx.arange(self._entries) >= tokenizer.vocab_size if tokenizer.vocab_size < self._entries else None
         )
-        self._queue: deque[_Prompt] = deque()
-        self._reading: _Prompt | None = None
-        self._rows: list[_Text] = []  # as in the cache
+        self._queue: deque[Prompt] = deque()
+        self._reading: Prompt | None = None
+        self._rows: list[Continuation] = []  # as in the cache
         self._tokens_b = mx.array([], mx.uint32)  # the newest of each row
-        self._full: list[_Text] = []  # their context is full; they are read again
-        self._picked: list[_Picked] = []  # what the device is computing
+        self._full: list[Continuation] = []  # their context is full; they are read again
+        self._picked: list[Picked] = []  # what the device is computing
 
     @property
     def waiting(self) -> int:
@@ -115,9 +88,8 @@ class Engine:
         count = request.config.num_samples
         if count > self.max_batch:
             raise UserError(f"{count} texts were asked for, but at most {self.max_batch} are made at a time.")
-        seed = request.config.seed
-        seed = random.SystemRandom().randrange(2**62) if seed is None else seed
-        texts = [_Text(request, i, seed + i, self._tokenizer, self._entries) for i in range(count)]
+        seed = fresh_seed() if request.config.seed is None else request.config.seed
+        texts = [Continuation(request, i, seed + i, self._tokenizer, self._entries) for i in range(count)]
         self._queue.append(self._prompt(texts, request.prompt))
 
     def drop(self, request: Request) -> None:
@@ -186,12 +158,12 @@ class Engine:
                     self._cache.add(prompt.cache)
                     self._rows.append(text)
 
-    def _prompt(self, texts: list["_Text"], ids: Sequence[int], again: bool = False) -> "_Prompt":
+    def _prompt(self, texts: list[Continuation], ids: Sequence[int], again: bool = False) -> Prompt:
         cache = make_cache(self._model, 1, min(self._positions, self._padded(len(ids))))
         cache.rows.begin()
-        return _Prompt(texts, ids, cache, again)
+        return Prompt(texts, ids, cache, again)
 
-    def _read_chunk(self, prompt: "_Prompt") -> mx.array:
+    def _read_chunk(self, prompt: Prompt) -> mx.array:
         """Read the next chunk of a prompt, and return the logits (V,) of the token after it."""
         start = prompt.cache.rows.lengths[0]
         ids = prompt.ids[start : start + self._device.chunk]
@@ -221,7 +193,7 @@ class Engine:
         logits_bv = logits_bv.astype(mx.float32)
         return logits_bv if self._unknown_v is None else mx.where(self._unknown_v, -mx.inf, logits_bv)
 
-    def _pick(self, logits_bv: mx.array, texts: Sequence["_Text"]) -> mx.array:
+    def _pick(self, logits_bv: mx.array, texts: Sequence[Continuation]) -> mx.array:
         """Return the next token of each text, (B,), which the device starts to compute."""
         logits_bv = self._known(logits_bv)
         tokens_b = choose(logits_bv, texts)
@@ -230,13 +202,13 @@ class Engine:
         mx.async_eval(tokens_b, logprobs)
         for text in texts:
             text.picked += 1
-        self._picked.append(_Picked(list(texts), tokens_b, logprobs))
+        self._picked.append(Picked(list(texts), tokens_b, logprobs))
         return tokens_b
 
-    def _tell(self, picked: "_Picked") -> Iterator[tuple[Request, Piece]]:
+    def _tell(self, picked: Picked) -> Iterator[tuple[Request, Piece]]:
         """Yield the text that these tokens make certain."""
         ids = picked.tokens_b.tolist()
-        logprobs = _listed(picked.logprobs) if picked.logprobs else [(None, ())] * len(ids)
+        logprobs = listed(picked.logprobs) if picked.logprobs else [(None, ())] * len(ids)
         for text, token, (logprob, alternatives) in zip(picked.texts, ids, logprobs, strict=True):
             request = text.request
             text.ids.append(token)
@@ -254,124 +226,8 @@ class Engine:
     def _prompt_tokens(self, request: Request, logprobs: list[Logprobs]) -> tuple[Token, ...]:
         """Return the tokens of a prompt, each with the probability that the model gave it."""
         texts = Detokenizer(self._tokenizer)
-        thoughts = [(None, ()), *(thought for chunk in logprobs for thought in _listed(chunk))]
+        thoughts = [(None, ()), *(thought for chunk in logprobs for thought in listed(chunk))]
         return tuple(
             Token(token, texts.add(token), logprob, alternatives[: request.alternatives])
             for token, (logprob, alternatives) in zip(request.prompt, thoughts, strict=True)
         )
-
-
-class _Text:
-    """One text of a request, and everything except the network that its next token depends on.
-
-    Attributes:
-        ids: its tokens so far.
-        picked: how many tokens it has, including those that are being computed.
-    """
-
-    def __init__(self, request: Request, sample: int, seed: int, tokenizer: Tokenizer, entries: int) -> None:
-        config = request.config
-        self.request, self.sample, self.seed = request, sample, seed
-        self.text = Text(sample, tokenizer, request.prompt, config.stop)
-        self.ids: list[int] = []
-        self.picked = 0
-        self.dropped = False
-        # Equal for texts whose tokens can be drawn together.
-        self.sampling = dataclasses.replace(config, max_tokens=1, seed=None, num_samples=1, stop=())
-        self.counts_v = mx.array(np.bincount(request.prompt, minlength=entries)) if penalises(config) else None
-        self.bias_v: mx.array | None = None
-        if request.logit_bias:
-            bias_v = np.zeros(entries, np.float32)
-            bias_v[list(request.logit_bias)] = list(request.logit_bias.values())
-            self.bias_v = mx.array(bias_v)
-
-    @property
-    def over(self) -> bool:
-        """Whether it needs no further token."""
-        return self.dropped or bool(self.text.reason) or self.picked == self.request.config.max_tokens
-
-
-class _Prompt:
-    """Tokens to read before texts continue from them: the same for all samples of a request.
-
-    Args:
-        cache: a cache with one row.
-        again: whether this is a text whose context was full.
-    """
-
-    def __init__(self, texts: list[_Text], ids: Sequence[int], cache: BatchCache, again: bool) -> None:
-        self.request, self.texts, self.ids, self.cache, self.again = texts[0].request, texts, ids, cache, again
-        self.logprobs: list[Logprobs] | None = [] if self.request.prompt_too and not again else None
-
-    @property
-    def done(self) -> bool:
-        """Whether all of it has been read."""
-        return self.cache.rows.lengths[0] == len(self.ids)
-
-
-@dataclass
-class _Picked:
-    """Tokens (B,) of texts and, if requested, their log-probabilities. The device may still be computing both."""
-
-    texts: list[_Text]
-    tokens_b: mx.array
-    logprobs: Logprobs | None
-    prompt_logprobs: list[Logprobs] | None = None
-
-
-def choose(logits_bv: mx.array, texts: Sequence[_Text]) -> mx.array:
-    """Draw the next token of each text, (B,), with its request's settings."""
-    if any(text.bias_v is not None for text in texts):
-        none_v = mx.zeros(logits_bv.shape[-1])
-        logits_bv = logits_bv + mx.stack([none_v if text.bias_v is None else text.bias_v for text in texts])
-    alike: dict[GenerationConfig, list[int]] = {}
-    for row, text in enumerate(texts):
-        alike.setdefault(text.sampling, []).append(row)
-    tokens = []
-    for config, rows in alike.items():
-        logits_nv = logits_bv if len(alike) == 1 else logits_bv[mx.array(rows)]
-        members = [texts[row] for row in rows]
-        if penalises(config):
-            counts_nv = mx.stack([text.counts_v for text in members if text.counts_v is not None])
-            logits_nv = penalise(logits_nv, counts_nv, config)
-        keys = [mx.random.key(seed_from(text.seed, text.picked)) for text in members if config.temperature]
-        tokens.append(sample(logits_nv, config, keys))
-        if penalises(config):
-            counts_nv = counts_nv.at[mx.arange(len(rows)), tokens[-1]].add(1)
-            for text, counts_v in zip(members, counts_nv, strict=True):
-                text.counts_v = counts_v
-    order = [row for rows in alike.values() for row in rows]
-    return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)[mx.array(np.argsort(order))]
-
-
-def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:
-    """Return an empty cache for sequences of at most `capacity` tokens.
-
-    Raises:
-        UserError: the model keeps something other than keys and values, as recurrent networks do.
-    """
-    own = model.make_cache() if hasattr(model, "make_cache") else []
-    if other := {type(cache).__name__ for cache in own} - {"KVCache", "RotatingKVCache"}:
-        raise UserError(
-            f"A model of type {model.model_type} can't generate here: it needs a cache of the kind {other.pop()}, and "
-            "only keys and values are kept. Use mlx_lm.generate."
-        )
-    return BatchCache(len(model.layers), Rows(rows, capacity))
-
-
-def bytes_per_token(model: nn.Module) -> int:
-    """Return the bytes that the cache takes for each token of a sequence, measured with one token."""
-    cache = make_cache(model, 1, 1)
-    cache.rows.begin()
-    cache.rows.grow(1)
-    mx.eval(models.hidden(model, mx.array([[0]]), cache.layers))
-    return sum(layer.nbytes for layer in cache.layers)
-
-
-def _listed(logprobs: Logprobs) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-    """Return each token's log-probability, and the likeliest tokens in its place, the likeliest first."""
-    chosen, values, ids = (array.tolist() for array in logprobs)
-    return [
-        (logprob, tuple(sorted(zip(row_ids, row_values, strict=True), key=lambda pair: -pair[1])))
-        for logprob, row_values, row_ids in zip(chosen, values, ids, strict=True)
-    ]

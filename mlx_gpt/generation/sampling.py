@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from mlx_gpt.config import GenerationConfig
 
+Logprobs = tuple[mx.array, mx.array, mx.array]  # as of `likeliest`
+
 
 def penalise(logits_bv: mx.array, counts_bv: mx.array, config: GenerationConfig) -> mx.array:
     """Make tokens that are already in the text less likely; `counts_bv` says how often each one is there.
@@ -85,7 +87,7 @@ def keep_min_p(logits_bn: mx.array, p: float) -> mx.array:
     return mx.where(relative_bn < p, -mx.inf, logits_bn)
 
 
-def likeliest(logits_bv: mx.array, tokens_b: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+def likeliest(logits_bv: mx.array, tokens_b: mx.array, k: int) -> Logprobs:
     """Return the log-probability of a token of each row, (B,), and the `k` highest with their ids, (B, k) both.
 
     The `k` highest are in no particular order.
@@ -93,3 +95,12 @@ def likeliest(logits_bv: mx.array, tokens_b: mx.array, k: int) -> tuple[mx.array
     logprobs_bv = logits_bv - mx.logsumexp(logits_bv, axis=-1, keepdims=True)
     chosen_b = mx.take_along_axis(logprobs_bv, tokens_b[:, None], axis=-1).squeeze(-1)
     return chosen_b, *keep_top_k(logprobs_bv, k)
+
+
+def listed(logprobs: Logprobs) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Return each token's log-probability, and the likeliest tokens in its place, the likeliest first."""
+    chosen, values, ids = (array.tolist() for array in logprobs)
+    return [
+        (logprob, tuple(sorted(zip(row_ids, row_values, strict=True), key=lambda pair: -pair[1])))
+        for logprob, row_values, row_ids in zip(chosen, values, ids, strict=True)
+    ]

@@ -1,5 +1,6 @@
 """Continues one prompt, and streams the text."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +10,16 @@ import mlx.nn as nn
 
 from mlx_gpt import models
 from mlx_gpt.config import GenerationConfig
+from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.cache import bytes_per_token
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Piece
+from mlx_gpt.seeds import fresh_seed
 from mlx_gpt.tokenizer import Tokenizer
+
+MOST_AT_ONCE = 64  # samples
 
 
 @dataclass
@@ -20,7 +27,8 @@ class Stats:
     """The speed of a generation, filled in while it streams.
 
     Attributes:
-        prompt_tokens: tokens of the prompt, which is read once for all samples.
+        samples: how many samples are written at the same time.
+        prompt_tokens: tokens of the prompt, which is read once for all samples that are written at the same time.
         new_tokens: tokens of all samples together.
         prompt_seconds: time up to the first token.
         seconds: time after the first token.
@@ -50,36 +58,57 @@ def stream(
 ) -> Iterator[Piece]:
     """Continue `prompt`, yielding text as soon as it is certain; `stats` is filled in meanwhile.
 
+    Many samples are written group by group, so that memory does not grow with their number. Sample i has the seed
+    `seed` + i in any group.
+
     Raises:
-        UserError: the prompt is empty or longer than the context.
+        UserError: the prompt is not text, or empty, or longer than the context.
     """
     stats = stats if stats is not None else Stats()
     ids = check_prompt(model, tokenizer, prompt)
     mx.reset_peak_memory()
     started = time.perf_counter()
     capacity = min(len(ids) + config.max_tokens, models.context_length(model))
-    engine = Engine(model, tokenizer, config.num_samples, capacity)
-    engine.add(Request(ids, config))
-    stats.samples, stats.prompt_tokens = config.num_samples, len(ids)
-    while engine.busy:
-        told = engine.step()
-        now = time.perf_counter()
-        if not engine.made:
-            continue
-        if not stats.new_tokens:
-            stats.prompt_seconds = now - started
-        stats.new_tokens, stats.seconds = engine.made, now - started - stats.prompt_seconds
-        stats.peak_memory = mx.get_peak_memory()
-        for _, piece in told:
-            yield piece
+    at_once = samples_at_once(model, config.num_samples, capacity)
+    engine = Engine(model, tokenizer, at_once, capacity)
+    stats.samples, stats.prompt_tokens = at_once, len(ids)
+    seed = fresh_seed() if config.seed is None else config.seed
+    for first in range(0, config.num_samples, at_once):
+        count = min(at_once, config.num_samples - first)
+        engine.add(Request(ids, dataclasses.replace(config, num_samples=count, seed=seed + first)))
+        while engine.busy:
+            told = engine.step()
+            now = time.perf_counter()
+            if not engine.made:
+                continue
+            if not stats.new_tokens:
+                stats.prompt_seconds = now - started
+            stats.new_tokens, stats.seconds = engine.made, now - started - stats.prompt_seconds
+            stats.peak_memory = mx.get_peak_memory()
+            for _, piece in told:
+                yield dataclasses.replace(piece, sample=first + piece.sample)
+
+
+def samples_at_once(model: nn.Module, count: int, capacity: int) -> int:
+    """Return how many of `count` samples to write at the same time: their cache may take half of the free memory.
+
+    Args:
+        capacity: tokens that each sample may have in the cache.
+    """
+    if count == 1:
+        return 1
+    free = device().usable - mx.get_active_memory()
+    return max(1, min(count, MOST_AT_ONCE, free // 2 // (capacity * bytes_per_token(model))))
 
 
 def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return the ids of a prompt.
 
     Raises:
-        UserError: it is empty, or longer than the context.
+        UserError: it is not text, or empty, or longer than the context.
     """
+    if not isinstance(prompt, str):
+        raise UserError(f"The prompt must be text, not {type(prompt).__name__}.")
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("The prompt is empty: give a few words to continue.")

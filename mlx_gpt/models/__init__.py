@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.errors import UserError, shown
+from mlx_gpt.packages import install
 
 OURS = {"gpt2": "mlx_gpt.models.gpt2"}
 
@@ -54,7 +55,7 @@ def architecture(model_type: str) -> ModuleType:
         return importlib.import_module(OURS[model_type])
     if importlib.util.find_spec("mlx_lm") is None:
         raise UserError(
-            f"A model of type {shown(model_type)} needs mlx-lm: pip install 'mlx-gpt[models]'. "
+            f"A model of type {shown(model_type)} needs mlx-lm: {install('models')}. "
             f"Without it mlx-gpt reads {', '.join(OURS)}."
         )
     from mlx_lm.utils import MODEL_REMAPPING

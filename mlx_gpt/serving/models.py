@@ -48,7 +48,7 @@ def load_models(paths: Sequence[Path], max_batch: int) -> Mapping[str, ServedMod
 
     from mlx_gpt import api, models
     from mlx_gpt.device import device
-    from mlx_gpt.generation.engine import bytes_per_token
+    from mlx_gpt.generation.cache import bytes_per_token
     from mlx_gpt.training.run_folder import model_directory
 
     folders = [model_directory(path) for path in paths]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Request
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.serving.errors import APIError
 from mlx_gpt.serving.models import ServedModel
 from mlx_gpt.serving.requests import ChatRequest, CompletionRequest

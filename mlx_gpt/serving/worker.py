@@ -16,7 +16,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.serving.metrics import Metrics
 from mlx_gpt.serving.models import ServedModel

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from mlx_gpt.config import Config
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole
+from mlx_gpt.packages import install
 from mlx_gpt.settings import flat
 
 Record = Mapping[str, Any]
@@ -119,11 +120,11 @@ def check(names: Sequence[str]) -> None:
             else:
                 from wandb import login, setup
         except ImportError:
-            raise UserError(f"--report-to {name} needs a package: pip install 'mlx-gpt[{name}]'.") from None
+            raise UserError(f"--report-to {name} needs a package: {install(name)}.") from None
         except Exception as error:  # for example, its protobuf is too old
             raise UserError(
                 f"The package for --report-to {name} does not load ({shown(error, 200)}): "
-                f"try pip install --upgrade 'mlx-gpt[{name}]'."
+                f"{install(name, upgrade=True)}."
             ) from None
         if name == "wandb" and setup().settings.mode in ("online", "shared") and not login(prompt=False, verify=False):
             raise UserError(

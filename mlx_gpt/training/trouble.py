@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
-from mlx_gpt.errors import RunError
+from mlx_gpt.errors import RunError, typed
 from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.setup import Run
 
@@ -41,7 +41,7 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
         if last or run.failed_saves >= MAX_FAILED_SAVES:
             return False, (
                 f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
-                f"Make room, then continue with: mlx-gpt train --resume {run.folder}"
+                f"Make room, then continue with: {typed('train', '--resume', run.folder)}"
             )
         run.monitor.line(
             f"WARNING: {name} could not be saved ({why}); {newest}. Training continues: make room, because it ends "
@@ -55,13 +55,14 @@ def too_many_bad_steps(run: Run, step: int) -> RunError:
     """Return the error that ends a run after too many steps without a finite loss. It says how to go back."""
     bad_steps, rate = run.progress.bad_steps, run.training.learning_rate
     before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
-    start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
+    start = ["--resume", before[-1]] if before else ["--config", run.folder / run_folder.SETTINGS]
     newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
-    way_back = f"mlx-gpt train {start}{'' if newest else ' --overwrite'}"
+    overwrite = [] if newest else ["--overwrite"]
+    way_back = typed("train", *start, *overwrite, "--learning-rate", f"{rate / 3:.1g}")
     return RunError(
         f"{bad_steps} steps in a row had no finite loss or gradient, and changed nothing. Likely causes: a learning "
         f"rate that is too high (it was {rate:g}), bfloat16 (try --precision float32), or weights that had grown too "
-        f"large before. Go back with: {way_back} --learning-rate {rate / 3:.1g}"
+        f"large before. Go back with: {way_back}"
     )
 
 
@@ -98,7 +99,7 @@ def gpu_failure(run: Run, message: str) -> RunError | None:
     whole = ", which is complete" if checkpoint.all_checkpoints(run.folder) else ""
     return RunError(
         f"{what}; {_newest(run)}{whole}. A resumed run keeps its batch, so if it happens again, begin another run with "
-        f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {run.folder}"
+        f"{smaller}. {remedy}, then continue with: {awake}{typed('train', '--resume', run.folder)}"
     )
 
 

@@ -26,7 +26,8 @@ def test_generation(benchmark):
 
 
 def test_generation_against_a_checkout(benchmark, checkout):
-    other = checkout("make_cache", "new_cache", "mlx_gpt/generation/engine.py", "benchmarks/generate_with.py")
+    changed = ("mlx_gpt/generation/cache.py", "mlx_gpt/generation/engine.py", "benchmarks/generate_with.py")
+    other = checkout("make_cache", "new_cache", *changed)
     arguments = ("--preset", "smoke", "--prompt-tokens", "4", "--new-tokens", "4", "--trials", "1")
     done = benchmark("generation.py", *arguments, "--against", str(other))
     programs = [(batch, program) for batch in (1, 8) for program in ("mlx-gpt", "mlx-gpt other")]

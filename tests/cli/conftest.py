@@ -67,7 +67,7 @@ def mlx_gpt(capfd, monkeypatch):
     """Run the program and return its exit code, stdout and stderr."""
 
     def run(*arguments, stdin=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         capfd.readouterr()
         code = cli.run([str(argument) for argument in arguments])
         out, err = capfd.readouterr()

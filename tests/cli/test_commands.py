@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from mlx_gpt.cli.generate import DIVIDER
 from mlx_gpt.cpu import kernels
 from mlx_gpt.mac import Mac
 from mlx_gpt.presets import PRESETS
+from tests.cli.conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -79,6 +81,15 @@ def test_another_text_replaces_the_corpus_only_with_overwrite(mlx_gpt, command):
     assert "one.txt" in Path("data/processed/train.jsonl").read_text()
     assert mlx_gpt(*two, "--overwrite").code == 0
     assert "two.txt" in Path("data/processed/train.jsonl").read_text()
+
+
+def test_the_commands_that_are_suggested_can_be_pasted(mlx_gpt, text):
+    prepared = mlx_gpt("prepare", text, "--out", "Läufe é/my $text")
+    (line,) = re.findall("Train on it with: mlx-gpt (.*)", prepared.out)
+    trained = mlx_gpt(*shlex.split(line), *TINY, "--out", "weights/Läufe é/e 1")
+    assert trained.code == 0, trained.err
+    (line,) = re.findall("Talk to it with: mlx-gpt (.*)", trained.out)
+    assert mlx_gpt(*shlex.split(line), stdin="The duck\n").code == 0
 
 
 def test_eval_finds_the_loss_that_the_log_has(mlx_gpt, trained, base, corpus):
@@ -302,7 +313,9 @@ def test_stdout_is_only_text_and_the_speed_goes_to_stderr(mlx_gpt, models):
 def test_a_model_directory_a_run_and_the_newest_run_are_found(mlx_gpt, trained, monkeypatch):
     same = ("--prompt", "The duck", "--seed", "1", "--max-tokens", "5")
     monkeypatch.chdir(trained)
-    newest = mlx_gpt("generate", *same).out
+    answer = mlx_gpt("generate", *same)
+    assert answer.err.startswith("Model: weights/ducks, the newest run.\n")
+    newest = answer.out
     assert newest == mlx_gpt("generate", "--model", "weights/ducks", *same).out
     assert newest == mlx_gpt("generate", "--model", "weights/ducks/best", *same).out
 

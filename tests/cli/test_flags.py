@@ -341,6 +341,15 @@ def test_generate_prompt(generate):
     assert text.removeprefix("Geese look") != generate().removeprefix("The duck swims")
 
 
+def test_generate_prompt_file(mlx_gpt, models, generate, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfThe duck swims\r\n")
+    flags = ("--model", models / "one", "--max-tokens", "12", "--seed", "1")
+    assert mlx_gpt("generate", *flags, "--prompt-file", "prompt.txt").out == generate()
+    assert mlx_gpt("generate", *flags, "--prompt-file", "-", stdin="The duck swims\n").out == generate()
+    lines = mlx_gpt("generate", *flags, "--prompt-file", "-", stdin="The duck\n\nGeese\n\n").out
+    assert lines.startswith("The duck\n\nGeese\n")
+
+
 def test_generate_interactive(generate):
     answer = generate("--interactive", stdin="The duck swims\n")
     assert generate().removeprefix("The duck swims").strip() in answer
@@ -392,8 +401,10 @@ def test_generate_seed(generate):
 
 
 def test_generate_num_samples(generate):
-    both = generate("--num-samples", "2")
-    assert both == f"{generate()}{DIVIDER}\n{generate('--seed', '2')}"
+    alone = [generate("--seed", str(1 + i)) for i in range(4)]
+    assert generate("--num-samples", "4") == f"{DIVIDER}\n".join(alone)
+    short = ("--num-samples", "4", "--stop", alone[0].removeprefix("The duck swims")[4:7])  # ends before the others
+    assert generate(*short).split(f"{DIVIDER}\n")[1:] == [generate("--seed", str(2 + i), *short[2:]) for i in range(3)]
 
 
 def test_generate_stop(generate):

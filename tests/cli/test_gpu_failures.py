@@ -40,13 +40,13 @@ def break_step(monkeypatch):
 @pytest.mark.parametrize("why", [TIMEOUT, HANG, DISPLAY, MEMORY])
 def test_a_step_that_macos_ends_says_why_and_how_to_continue(mlx_gpt, corpus, break_step, why):
     break_step(10, RuntimeError(f"{FAILED}{why}."))
-    answer = mlx_gpt("train", "--data", corpus, *TINY, *LONGER, "--out", "run")
+    answer = mlx_gpt("train", "--data", corpus, *TINY, *LONGER, "--out", "a run")
     assert answer.code == 1
     sentence = answer.err.splitlines()[-1]
     assert sentence.startswith("Error: macOS")
     assert f"({why}" in sentence
-    assert "the newest checkpoint is run/checkpoints/step-00000009, which is complete" in sentence
-    assert "mlx-gpt train --resume run" in sentence
+    assert "the newest checkpoint is a run/checkpoints/step-00000009, which is complete" in sentence
+    assert sentence.endswith("mlx-gpt train --resume 'a run'")
     assert ("Let the display sleep, then continue with: caffeinate -is mlx-gpt" in sentence) == (why != MEMORY)
     assert "a lower --batch-size and more --gradient-accumulation-steps" in sentence
 

@@ -9,7 +9,9 @@ import pytest
 from mlx_gpt import models
 from mlx_gpt.config import GenerationConfig, ModelConfig
 from mlx_gpt.cpu import decoding, streams
-from mlx_gpt.generation.engine import Engine, Request, make_cache
+from mlx_gpt.generation.cache import make_cache
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.models.directory import load_model, save_model
 
 

@@ -440,5 +440,5 @@ def test_without_pyarrow_parquet_says_what_to_install(read, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_pyarrow)
-    with pytest.raises(UserError, match=r"pip install 'mlx-gpt\[parquet\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[parquet\]'"):
         read("a.parquet", b"PAR1")

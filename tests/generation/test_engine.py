@@ -1,5 +1,6 @@
 """A prompt is continued with the tokens that the model gives, in whole characters, up to the right place."""
 
+import dataclasses
 from itertools import takewhile
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import transformers
 
+from mlx_gpt import device
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Piece, Text, Token
 from mlx_gpt.generation.stream import Stats, stream
 from mlx_gpt.models.directory import save_model
@@ -129,6 +132,28 @@ def test_samples_are_what_each_is_alone(model, bpe):
     together = texts(model, bpe, PROMPT, max_tokens=40, seed=5, num_samples=2)  # 40 go past the last position
     alone = [texts(model, bpe, PROMPT, max_tokens=40, seed=seed)[0] for seed in (5, 6)]
     assert together == alone
+
+
+def test_samples_are_the_same_in_any_grouping(model, bpe, monkeypatch):
+    settings = {"max_tokens": 6, "seed": 5, "num_samples": 5}
+    together = texts(model, bpe, PROMPT, **settings)
+    assert len(set(together)) == 5
+    monkeypatch.setattr("mlx_gpt.generation.stream.MOST_AT_ONCE", 2)
+    assert texts(model, bpe, PROMPT, **settings) == together
+    without_seed = texts(model, bpe, PROMPT, max_tokens=6, num_samples=4)
+    assert len(set(without_seed)) == 4  # the second group does not repeat the first
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(model, bpe, monkeypatch):
+    def peak(count):
+        stats = Stats()
+        next(stream(model, bpe, PROMPT, GenerationConfig(max_tokens=2, num_samples=count), stats))
+        return stats.peak_memory
+
+    assert peak(5_000) < 1.5 * peak(64)
+    here = dataclasses.replace(device.device(), usable=mx.get_active_memory())
+    monkeypatch.setattr("mlx_gpt.generation.stream.device", lambda: here)
+    assert peak(64) < 0.5 * peak(1) * 64  # one at a time, if no memory is free
 
 
 def test_one_sample_may_end_before_the_other(model, bpe):

@@ -21,7 +21,8 @@ from mlx_gpt import models
 from mlx_gpt.config import GenerationConfig, ModelConfig, TrainingConfig
 from mlx_gpt.device import Device, device
 from mlx_gpt.generation.cache import BatchCache, Rows
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.models.base import (
     GELU,
     LinearCrossEntropy,

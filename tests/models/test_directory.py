@@ -197,7 +197,7 @@ def test_an_architecture_that_nobody_has_is_refused(llama, model_type):
 
 def test_without_mlx_lm_it_says_what_to_install(llama, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"A model of type llama needs mlx-lm: pip install 'mlx-gpt\[models\]'"):
+    with pytest.raises(UserError, match=r"A model of type llama needs mlx-lm: run `pip install -e '\.\[models\]'`"):
         load_model(llama[0])
 
 

@@ -21,7 +21,8 @@ from mlx_gpt import generate, load
 from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.engine import Engine, Request
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Token
 from mlx_gpt.models import directory
 from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
@@ -371,4 +372,4 @@ def test_a_model_that_remembers_something_else_says_so(bpe):
 
 def test_without_mlx_lm_it_says_what_to_install(damaged, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'mlx-gpt[models]'" in refusal(damaged)
+    assert "pip install -e '.[models]'" in refusal(damaged)

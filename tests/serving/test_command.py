@@ -22,7 +22,7 @@ def refused(capsys, *arguments):
 def test_without_the_extra_it_says_how_to_install_it(folders, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "mlx_gpt.serving.server", raising=False)
-    assert "pip install 'mlx-gpt[serve]'" in refused(capsys, "--model", folders / "plain")
+    assert "pip install -e '.[serve]'" in refused(capsys, "--model", folders / "plain")
 
 
 @pytest.mark.parametrize(
