@@ -36,8 +36,8 @@ FLOATS = ("F32", "F16", "BF16")
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Write a model directory, each file whole or not at all, the weights last."""
+def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapping[str, str] | None = None) -> None:
+    """Write a model directory, each file whole or not at all, the weights last, with `facts` in the weights' header."""
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -58,7 +58,9 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
     weights = model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
     # Without this metadata transformers refuses the file.
-    write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, {"format": "pt"}))
+    write_whole(
+        folder / "model.safetensors", lambda part: save_arrays(part, weights, {"format": "pt", **(facts or {})})
+    )
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.errors import UserError
+from mlx_gpt.files import size_in_words
 from mlx_gpt.settings import flat, read_toml, resolve
 from mlx_gpt.training import checkpoint
 
@@ -46,25 +47,32 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
     return lock
 
 
-def check_room(folder: Path, n_params: int, overwrite: bool) -> None:
-    """Make sure that the disk of `folder` has room for a checkpoint, the best and the final model.
+def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
+    """Make sure that the disk of `folder` has room for the checkpoints, the best and the final model.
+
+    What the folder holds of these already will be replaced, or counts as one of them.
 
     Args:
-        overwrite: the contents of the folder will be removed first.
+        model: bytes of a model directory.
+        saved: bytes of a checkpoint.
+        checkpoints: the most checkpoints that are there at a time: those kept, and one that is being written.
 
     Raises:
         UserError: the disk has too little room.
     """
-    # In float32: the weights, with AdamW's two means in the checkpoint.
-    needed = n_params * (12 + 4 + 4)
     disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    there = [path for name in ("final/*", "best/*", "checkpoints/step-*/*") for path in folder.glob(name)]
     free = shutil.disk_usage(disk).free
-    if overwrite:
-        free += sum(path.stat().st_size for name in CONTENTS for path in (folder / name).rglob("*") if path.is_file())
-    if free < needed:
+    room = free + sum(path.stat().st_size for path in there if path.is_file())
+    if room < (needed := checkpoints * saved + 2 * model):
+        fewer = ""
+        if checkpoints > 2:
+            fewer = f", or keep fewer checkpoints (--keep-checkpoints 1: {size_in_words(2 * saved + 2 * model)})"
+        count = "A checkpoint" if checkpoints == 1 else f"{checkpoints} checkpoints, one of them being written"
+        held = f", besides {size_in_words(room - free)} that the run has already" if room > free else ""
         raise UserError(
-            f"A checkpoint, the best and the final model take {needed / 1e6:,.0f} MB and the disk of {folder} has "
-            f"{free / 1e6:,.0f} MB left: make room or choose another --out."
+            f"{count}, the best and the final model take {size_in_words(needed)}, and the disk of {folder} has "
+            f"{size_in_words(free)} left{held}: make room, choose another --out{fewer}."
         )
 
 

@@ -1,14 +1,17 @@
 """Handles failed saves, numbers that are not finite, and work on the GPU that macOS ends, and explains them."""
 
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Iterator
+from shlex import quote
 
 from mlx_gpt.errors import RunError
 from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.setup import Run
 
 MAX_FAILED_SAVES = 3
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # MLX's message when a command buffer fails on Metal quotes the system. The first words mean that the work took too long
 # for the watchdog that keeps the display alive, the second that memory ran out.
 TOO_LONG, NO_MEMORY = ("Timeout", "GPU Hang", "Impacting Interactivity"), ("Insufficient Memory",)
@@ -33,7 +36,7 @@ def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False)
 def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[bool, str]:
     """Save; return whether that succeeded, and why the run has to end because of it: empty if it can continue."""
     try:
-        save()
+        _save_making_room(run, name, save)
     except OSError as error:
         run.failed_saves += 1
         why = error.strerror or str(error)
@@ -41,7 +44,7 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
         if last or run.failed_saves >= MAX_FAILED_SAVES:
             return False, (
                 f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
-                f"Make room, then continue with: mlx-gpt train --resume {run.folder}"
+                f"Make room, then continue with: mlx-gpt train --resume {quote(str(run.folder))}"
             )
         run.monitor.line(
             f"WARNING: {name} could not be saved ({why}); {newest}. Training continues: make room, because it ends "
@@ -51,11 +54,29 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
     return True, ""
 
 
+def _save_making_room(run: Run, name: str, save: Callable[[], object]) -> None:
+    """Save; while the disk is full, remove the oldest checkpoint and try again. The newest checkpoint always stays.
+
+    Raises:
+        OSError: saving failed.
+    """
+    while True:
+        try:
+            save()
+            return
+        except OSError as error:
+            oldest = checkpoint.remove_oldest(run.folder) if error.errno in FULL else None
+            if not oldest:
+                raise
+            run.monitor.line(f"WARNING: the disk is full, so {oldest} was removed to make room for {name}.")
+
+
 def too_many_bad_steps(run: Run, step: int) -> RunError:
     """Return the error that ends a run after too many steps without a finite loss. It says how to go back."""
     bad_steps, rate = run.progress.bad_steps, run.training.learning_rate
     before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
-    start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
+    settings = run.folder / run_folder.SETTINGS
+    start = f"--resume {quote(str(before[-1]))}" if before else f"--config {quote(str(settings))}"
     newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
     way_back = f"mlx-gpt train {start}{'' if newest else ' --overwrite'}"
     return RunError(
@@ -98,7 +119,7 @@ def gpu_failure(run: Run, message: str) -> RunError | None:
     whole = ", which is complete" if checkpoint.all_checkpoints(run.folder) else ""
     return RunError(
         f"{what}; {_newest(run)}{whole}. A resumed run keeps its batch, so if it happens again, begin another run with "
-        f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {run.folder}"
+        f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {quote(str(run.folder))}"
     )
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -445,13 +446,95 @@ def test_a_run_without_a_sound_checkpoint_is_refused(train, whole, tmp_path):
     assert "There is no run in" in refusal(lambda: train(run, resume=tmp_path / "none"))
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, whole, tmp_path):
-    run = copy_of(whole.folder, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints")
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(train, whole, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train(run, tick=sys.exit)
+    assert (run / "best/model.safetensors").exists()  # of step 0, so nothing is lost with it
     outcome = train(run, resume=run)
     assert any("starts from the beginning" in line for line in outcome.lines)
     assert weights(run / "final") == weights(whole.folder / "final")
     assert records(run, timeless=True) == records(whole.folder, timeless=True)
+
+
+def test_what_is_evaluated_first_is_saved_as_well(train, tmp_path, eager):
+    """Or a run that is killed later would have a best model and nothing to resume from."""
+    run, seen = tmp_path / "run", []
+    train(run, max_steps=4, eval_every=2, save_every=4, tick=lambda: seen.append((run / "checkpoints").exists()))
+    assert seen == [False, False, True, True]
+    assert checkpoints(run) == ["step-00000002", "step-00000004"]
+
+
+def lose(run, lost):
+    if lost == "checkpoints":
+        shutil.rmtree(run / lost)
+    for path in run.glob(f"checkpoints/*/{lost}"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "training.json", "optimizer.safetensors"])
+def test_a_resume_never_replaces_weights_that_it_cannot_resume_from(train, whole, tmp_path, lost):
+    run = copy_of(whole.folder, tmp_path / "run")
+    lose(run, lost)
+    before = contents(run)
+    sentence = refusal(lambda: train(run, resume=run, max_steps=10)).splitlines()[-1]
+    assert f"--from {run}/best --out" in sentence
+    assert f"--config {run}/run.toml --overwrite" in sentence
+    assert contents(run) == before
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    (run / "checkpoints").rename(run / "moved")
+    (run / "checkpoints").write_text("in the way")
+    before = contents(run)
+    with pytest.raises(NotADirectoryError):
+        train(run, resume=run, max_steps=10)
+    assert contents(run) == before
+
+
+def test_a_checkpoint_without_its_record_is_set_aside(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    newest = run / "checkpoints/step-00000008"
+    (newest / "training.json").unlink()
+    kept = weights(newest)
+    outcome = train(run, resume=run)
+    assert any("it has no training.json. It is set aside as damaged-step-00000008" in line for line in outcome.lines)
+    assert weights(run / "checkpoints/damaged-step-00000008") == kept
+    assert weights(newest) == kept  # the step was made again
+
+
+def test_a_best_model_that_is_newer_than_any_checkpoint_is_kept(train, tmp_path, eager):
+    """Even if the run continues with a rate that never reaches its loss again."""
+    run = tmp_path / "run"
+
+    def stop_before_step_4_is_saved():
+        if len(column(run, "val_loss")) == 4:
+            sys.exit()
+
+    often = {"save_every": 1, "eval_every": 1, "max_steps": 5}
+    train(run, **often, stop_after=1)
+    with pytest.raises(SystemExit):
+        train(run, resume=run, **(often | {"save_every": 9}), tick=stop_before_step_4_is_saved)
+    best = contents(run / "best")
+    assert checkpoints(run) == ["step-00000001"]
+    outcome = train(run, resume=run, **(often | {"learning_rate": 1e-9}))
+    assert contents(run / "best") == best
+    assert outcome.best_loss < min(column(run, "val_loss"))
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_evaluation_evaluates_when_it_resumes(
+    train, whole, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_gpt.training.checkpoint.remove_older", lambda run, step, keep: step == 4 and sys.exit())
+        with pytest.raises(SystemExit):
+            train(run, save_every=4)
+    assert column(run, "step")[-1] == 4
+    assert train(run, resume=run, save_every=4).finished
+    assert records(run, timeless=True) == records(whole.folder, timeless=True)
+    assert weights(run / "best") == weights(whole.folder / "best")
 
 
 # ---- a run is never lost --------------------------------------------------------------------------------------------
