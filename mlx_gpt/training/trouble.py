@@ -4,7 +4,6 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable, Iterator
-from shlex import quote
 
 from mlx_gpt.errors import RunError
 from mlx_gpt.training import checkpoint, run_folder
@@ -44,7 +43,7 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
         if last or run.failed_saves >= MAX_FAILED_SAVES:
             return False, (
                 f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
-                f"Make room, then continue with: mlx-gpt train --resume {quote(str(run.folder))}"
+                f"Make room, then continue with: mlx-gpt train --resume {run.folder}"
             )
         run.monitor.line(
             f"WARNING: {name} could not be saved ({why}); {newest}. Training continues: make room, because it ends "
@@ -75,8 +74,7 @@ def too_many_bad_steps(run: Run, step: int) -> RunError:
     """Return the error that ends a run after too many steps without a finite loss. It says how to go back."""
     bad_steps, rate = run.progress.bad_steps, run.training.learning_rate
     before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
-    settings = run.folder / run_folder.SETTINGS
-    start = f"--resume {quote(str(before[-1]))}" if before else f"--config {quote(str(settings))}"
+    start = f"--resume {before[-1]}" if before else f"--config {run.folder / run_folder.SETTINGS}"
     newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
     way_back = f"mlx-gpt train {start}{'' if newest else ' --overwrite'}"
     return RunError(
@@ -119,7 +117,7 @@ def gpu_failure(run: Run, message: str) -> RunError | None:
     whole = ", which is complete" if checkpoint.all_checkpoints(run.folder) else ""
     return RunError(
         f"{what}; {_newest(run)}{whole}. A resumed run keeps its batch, so if it happens again, begin another run with "
-        f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {quote(str(run.folder))}"
+        f"{smaller}. {remedy}, then continue with: {awake}mlx-gpt train --resume {run.folder}"
     )
 
 
