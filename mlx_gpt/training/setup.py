@@ -30,7 +30,7 @@ from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
-from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
+from mlx_gpt.settings import build, flat, read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
@@ -327,7 +327,10 @@ def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> Non
         UserError: it is a different text.
     """
     if progress.fingerprint and progress.fingerprint != tokens.fingerprint:
-        raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
+        raise UserError(
+            f"The text in {config.data.data} is not what {config.out} was trained on: name that text with --data, or "
+            "start another run with another --out."
+        )
 
 
 def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
@@ -363,7 +366,7 @@ def _clear_and_write(run: Run, display: Display) -> None:
     if checkpoint.later_than(out, step):  # with --overwrite
         checkpoint.remove_after(out, step)
     checkpoint.remove_older(out, step, run.training.keep_checkpoints)  # which a kill may have prevented
-    write_toml(run.settings, out / run_folder.SETTINGS)
+    run_folder.write_settings(run.settings)
     best = checkpoint.best_model(out)
     run.best_loss = best[1] if best else None
 

@@ -359,7 +359,9 @@ def test_an_edited_text_is_noticed(train, corpus, tmp_path, side, edit):
     written = file.stat()
     file.write_text(edit(file.read_text()))
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
-    with pytest.raises(UserError, match=r"^The text in data is not what run was trained on: start another run\.$"):
+    with pytest.raises(
+        UserError, match=r"^The text in data is not what run was trained on: name that text with --data"
+    ):
         train("run", data="data", resume="run")
     assert steps_saved() == [2]
 
