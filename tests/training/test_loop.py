@@ -17,6 +17,8 @@ from mlx_gpt.settings import resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
 
+from .conftest import Silent
+
 MEASURE = memory.measure  # the real one: the tests here are `unmeasured`
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
 MODEL_DIRECTORY = {
@@ -458,6 +460,21 @@ def test_a_closed_terminal_does_not_end_the_run(train, whole, tmp_path, monkeypa
     monkeypatch.setattr("tests.training.conftest.Silent.line", gone)
     assert train(tmp_path / "run").finished
     assert weights(tmp_path / "run/final") == weights(whole.folder / "final")
+
+
+def test_no_bar_stays_on_the_screen_when_a_run_ends_in_an_error(train, tmp_path, monkeypatch, eager):
+    shown = []
+    open_bar = Silent.bar
+
+    def bar(self, what, *rest, **options):
+        shown.append(what)
+        return open_bar(self, what, *rest, **options)
+
+    monkeypatch.setattr(Silent, "bar", bar)
+    monkeypatch.setattr(Silent, "close", lambda self: shown.append("closed"))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", tick=sys.exit)
+    assert shown == ["Training", "Evaluating", "closed", "closed"]
 
 
 def full(folder, needed):
