@@ -1,5 +1,6 @@
 """The functions that `import mlx_gpt` offers: the commands, for use from Python."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlx_gpt.generation.stream import stream as stream_pieces
 from mlx_gpt.models.directory import load_model, load_tokenizer
 from mlx_gpt.progress import Lines
 from mlx_gpt.settings import build
+from mlx_gpt.signals import StopSignals
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.run_folder import model_directory
 
@@ -72,6 +74,8 @@ def train(
 ) -> Path:
     """Train as `mlx-gpt train` does and return the run's folder, which `load` opens.
 
+    Ctrl-C finishes the step, saves a checkpoint and then raises `KeyboardInterrupt`. SIGTERM and SIGHUP save as well.
+
     Args:
         config: a TOML file of settings.
         resume: a run or checkpoint to continue, or "newest".
@@ -81,12 +85,24 @@ def train(
         settings: those of `Config` by name: `data`, `preset`, `out`, `max_steps`, ...
 
     Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+        RunError: training could not continue.
         UserError: a setting, the data or a folder cannot be used; in that case nothing has been changed.
     """
     from mlx_gpt.training.loop import train as run_training
 
     display = Lines(echo if is_first() else None)
+    stop = StopSignals(speaks=bool(echo) and is_first())
     outcome = run_training(
-        settings, display, file=config, resume=resume, overwrite=overwrite, ignore_memory=ignore_memory
+        settings,
+        display,
+        file=config,
+        resume=resume,
+        overwrite=overwrite,
+        ignore_memory=ignore_memory,
+        stop_requested=stop.requested,
+        around=stop,
     )
+    if stop.received:  # the run is saved, so the signal may now do what the caller expects of it
+        signal.raise_signal(stop.received)
     return outcome.folder

@@ -89,6 +89,15 @@ def remove_leftovers(folder: Path) -> None:
                 _remove(path)
 
 
+def size_in_words(count: float) -> str:
+    """Return a number of bytes in words, such as "1.50 GB", to three digits as a disk's size is given."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            number = count / size
+            return f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def sync(path: Path) -> None:
     """Have the operating system write a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -6,6 +6,7 @@ A value comes from the first of these that has it: flag, file, preset, default.
 import dataclasses
 import difflib
 import operator
+import os
 import sys
 import tomllib
 import types
@@ -62,6 +63,7 @@ def build(config_class: type, values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: there are unknown settings or bad values; each gets a line.
     """
+    values = {name: _plain(value) for name, value in values.items()}
     if problems := _problems(config_class, values):
         raise UserError("\n".join(problems.values()))
     return _fill(config_class, values)
@@ -74,7 +76,7 @@ def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
         UserError: there are unknown settings, bad values or impossible combinations; each gets a line.
     """
     given = (read_toml(file) if file else {}) | dict(flags)
-    given |= {name: str(value) for name, value in given.items() if isinstance(value, Path)}
+    given = {name: _plain(value) for name, value in given.items()}
     if not given.get("data"):
         has_corpus = any(Path(PREPARED, name).exists() for name in ("train.jsonl", "train.txt"))
         given["data"] = PREPARED if has_corpus else "builtin"
@@ -110,6 +112,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def write_toml(config: Config, path: Path) -> None:
     """Write every setting to a file that is itself a valid `--config`."""
     write_text_whole(path, tomli_w.dumps(flat(config)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a path as text, and a number of NumPy's or MLX's as Python's own; anything else as it is."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def _fill(config_class: type, values: Mapping[str, Any]) -> Any:

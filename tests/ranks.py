@@ -93,8 +93,8 @@ def exchange():
 
 def wait():
     """Wait for rank 1, which does not answer."""
-    from mlx_gpt.cli.train import StopSignals
     from mlx_gpt.distributed import join
+    from mlx_gpt.signals import StopSignals
 
     with join() as ranks:
         if ranks.first:

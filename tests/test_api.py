@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,24 @@ def test_train_takes_a_file_of_settings_resumes_and_overwrites(data, tmp_path):
         mlx_gpt.train(data=data, out="run", echo=None, **TINY)
     mlx_gpt.train(data=data, out="run", overwrite=True, echo=None, **TINY)
     assert mlx_gpt.load(run)[0].args.n_layer == 1
+
+
+def test_ctrl_c_saves_the_run_and_interrupts_the_program(data):
+    def press_after_step_2(line):
+        if line.startswith("Step 2,"):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        mlx_gpt.train(data=data, out="run", echo=press_after_step_2, **(TINY | {"max_steps": 9}))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # The press came while step 2 was logged, so the loop notices it after step 3.
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000003"]
+    assert mlx_gpt.train(resume="run", max_steps=4, echo=None) == Path("run")
+
+
+def test_train_works_in_a_thread_that_no_signal_reaches(data):
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(lambda: mlx_gpt.train(data=data, out="run", echo=None, **TINY)).result() == Path("run")
 
 
 def test_train_shows_its_lines_where_the_caller_wants_them(data, capsys):

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_gpt.config import Config, GenerationConfig, ModelConfig
@@ -94,6 +96,24 @@ def test_the_run_is_named_after_the_folder_that_a_path_with_dots_means(data, tmp
 def test_a_whole_number_becomes_a_float_where_a_float_is_needed():
     rate = resolve({"learning_rate": 1}).training.learning_rate
     assert (rate, type(rate)) == (1.0, float)
+
+
+def test_numbers_may_be_numpy_s_or_mlx_s():
+    config = resolve(
+        {
+            "n_layer": np.int64(3),
+            "n_embd": mx.array(48),
+            "learning_rate": np.float32(0.5),
+            "dropout": np.float64(0.25),
+            "grad_checkpoint": np.bool_(True),
+        }
+    )
+    found = (config.model.n_layer, config.model.n_embd, config.training.learning_rate, config.model.dropout)
+    assert found == (3, 48, 0.5, 0.25)
+    assert [type(value) for value in found] == [int, int, float, float]
+    assert config.training.grad_checkpoint is True
+    assert build(GenerationConfig, {"top_k": np.int32(7)}).top_k == 7
+    assert problems(lambda: resolve({"n_layer": np.float32(2.5)})) == ["`n_layer` must be a whole number, not 2.5."]
 
 
 def test_paths_may_be_paths():

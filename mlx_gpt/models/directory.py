@@ -37,8 +37,8 @@ TRAINED_WITH = "tokenizer"  # the metadata that has the fingerprint of the token
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Write a model directory, each file whole or not at all, the weights last."""
+def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapping[str, str] | None = None) -> None:
+    """Write a model directory, each file whole or not at all, the weights last, with `facts` in the weights' header."""
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -58,7 +58,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
         write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
     weights = model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
-    metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint}  # without `format` transformers refuses the file
+    # Without `format` transformers refuses the file.
+    metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
 
 

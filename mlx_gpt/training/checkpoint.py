@@ -3,11 +3,16 @@
 `step-00001000/` has the files of a model directory, `optimizer.safetensors` and `training.json`. It is written under
 another name and renamed when everything is on the disk, so a folder with that name is always complete. `training.json`
 is written last and has the checksum of every other file.
+
+The weights of `best/` name their step and their validation loss, so a resume knows how good they are, even if they are
+newer than any checkpoint.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -17,13 +22,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from safetensors import SafetensorError, safe_open
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.files import sync, write_text_whole, write_whole
+from mlx_gpt.files import size_in_words, sync, write_text_whole, write_whole
 from mlx_gpt.models.directory import save_arrays, save_model
 from mlx_gpt.tokenizer import Tokenizer
 
 MARKER = "training.json"
+SMALL_FILES = 2**16  # bytes in a checkpoint besides the arrays and the tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,6 @@ class Progress:
     Attributes:
         step: number of optimizer updates.
         seconds: training time, over all resumes.
-        best_loss: lowest validation loss so far.
         loss_average: running average of the training loss.
         bad_steps: number of latest steps in a row without a finite loss.
         fingerprint: the fingerprint of the token files.
@@ -41,7 +47,6 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    best_loss: float | None = None
     loss_average: float | None = None
     bad_steps: int = 0
     fingerprint: str = ""
@@ -59,19 +64,22 @@ def save(
     mx.eval(model.parameters(), arrays)
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
-    check_room(run, sum(array.nbytes for _, array in tree_flatten((model.parameters(), arrays))))
+    array_bytes = sum(array.nbytes for _, array in tree_flatten((model.parameters(), arrays)))
+    check_room(run, array_bytes + len(tokenizer.to_json().encode()) + SMALL_FILES)
     try:
         save_model(part, model, tokenizer)
         write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
         checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
         write_text_whole(part / MARKER, _marker(dataclasses.asdict(progress) | {"files": checksums}))
-        _remove(folder)  # a folder with this name that is not a checkpoint
+        if folder.exists():  # it is not a checkpoint, or this step would not be made again
+            set_aside(folder)
         part.rename(folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)  # to free the disk
         raise
     sync(folder.parent)
-    remove_older(run, progress.step, keep)
+    with contextlib.suppress(OSError):  # the next save removes it
+        remove_older(run, progress.step, keep)
     return folder
 
 
@@ -92,14 +100,47 @@ def later_than(run: Path, step: int) -> list[Path]:
     return [folder for folder in all_checkpoints(run) if step_of(folder) > step]
 
 
-def remove_after(run: Path, step: int, best: bool) -> None:
+def remove_oldest(run: Path) -> Path | None:
+    """Remove the oldest checkpoint, to make room on the disk, and return it; None if it is the only one."""
+    older = all_checkpoints(run)[:-1]
+    if older:
+        _remove(older[0])
+    return older[0] if older else None
+
+
+def remove_after(run: Path, step: int) -> None:
     """Remove the folders that a run will write again after it goes back to `step`.
 
-    These are the later checkpoints, `final`, and `best` if `best` says so. The newest checkpoint is removed last, so
-    that a crash in between does not set the run back.
+    These are the later checkpoints, `final`, and `best` if it is later. The newest checkpoint is removed last, so that
+    a crash in between does not set the run back.
     """
-    for folder in (run / "final", *([run / "best"] if best else []), *later_than(run, step)):
+    best = best_model(run)
+    for folder in (run / "final", *([run / "best"] if best and best[0] > step else []), *later_than(run, step)):
         _remove(folder)
+
+
+def save_best(run: Path, model: nn.Module, tokenizer: Tokenizer, step: int, loss: float) -> None:
+    """Write `best/`: the model of `step`, with its validation loss in nats per token."""
+    save_model(run / "best", model, tokenizer, {"step": str(step), "validation_loss": repr(loss)})
+
+
+def best_model(run: Path) -> tuple[int, float] | None:
+    """Return the step and the validation loss of `best/`; None if there is none, or it does not say."""
+    try:
+        with safe_open(run / "best/model.safetensors", framework="np") as file:
+            facts = file.metadata() or {}
+        return int(facts["step"]), float(facts["validation_loss"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def trained_weights(run: Path) -> list[Path]:
+    """Return the folders of a run that hold trained weights, whether or not a run can be resumed from them."""
+    candidates = [run / "best", run / "final", *sorted((run / "checkpoints").glob("*"), reverse=True)]
+    found = [folder for folder in candidates if folder.name[0] != "." and (folder / "model.safetensors").exists()]
+    best = best_model(run)
+    # The weights of step 0 are made again from the seed.
+    return [folder for folder in found if not (folder.name == "best" and best and best[0] == 0)]
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -110,7 +151,7 @@ def check_room(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left")
+        raise OSError(errno.ENOSPC, f"it takes {size_in_words(needed)} and the disk has {size_in_words(free)} left")
 
 
 def step_of(folder: Path) -> int:
@@ -120,17 +161,20 @@ def step_of(folder: Path) -> int:
 
 def all_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
-    folders = (folder for folder in (run / "checkpoints").glob("step-*") if folder.name[5:].isdigit())
-    return sorted(folder for folder in folders if (folder / MARKER).is_file())
+    return [folder for folder in sorted((run / "checkpoints").glob("step-*")) if _is_step(folder, MARKER)]
 
 
 def newest_sound(run: Path) -> tuple[tuple[Path, Progress] | None, dict[Path, str]]:
     """Return the newest checkpoint whose files match their checksums, with its progress; None if there is none.
 
     The second result has the newer checkpoints, which are damaged, and for each the sentence that says why.
+
+    Raises:
+        OSError: a folder or a file is there and can't be read.
     """
     damaged: dict[Path, str] = {}
-    for folder in reversed(all_checkpoints(run)):
+    folders = sorted((run / "checkpoints").iterdir()) if (run / "checkpoints").exists() else []
+    for folder in reversed([folder for folder in folders if _is_step(folder)]):
         try:
             return (folder, read_progress(folder)), damaged
         except UserError as error:
@@ -140,9 +184,8 @@ def newest_sound(run: Path) -> tuple[tuple[Path, Progress] | None, dict[Path, st
 
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that it no longer counts as one, and return its new path."""
-    aside = folder.with_name(f"damaged-{folder.name}")
-    _remove(aside)
-    return folder.rename(aside)
+    names = (f"damaged-{folder.name}" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+    return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
 
 
 def read_progress(folder: Path) -> Progress:
@@ -159,8 +202,8 @@ def read_progress(folder: Path) -> Progress:
             raise ValueError
         checksums = record.pop("files")
         progress = Progress(**record)
-    except OSError:
-        raise UserError(f"{folder} is not a checkpoint, because it has no {MARKER}: name another folder.") from None
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint, because it has no {MARKER}.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"The checkpoint {folder} is damaged: {MARKER} is not as it was written.") from None
     for name, checksum in checksums.items():
@@ -180,6 +223,11 @@ def load_optimizer(folder: Path, fresh: dict) -> dict:
         raise UserError(f"The optimizer's state in {folder} does not fit the model: check the settings of its shape.")
     mx.eval(arrays)
     return tree_map_with_path(lambda name, _: arrays[name], fresh)
+
+
+def _is_step(folder: Path, holding: str = "") -> bool:
+    """Return whether a folder has the name of a checkpoint and holds such a file."""
+    return folder.name.startswith("step-") and folder.name[5:].isdigit() and (folder / holding).exists()
 
 
 def _checksum(path: Path) -> str:

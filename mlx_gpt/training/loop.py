@@ -26,6 +26,7 @@ from mlx_gpt.progress import Display
 from mlx_gpt.seeds import seed_from
 from mlx_gpt.training import checkpoint, trouble
 from mlx_gpt.training.memory import plan_run
+from mlx_gpt.training.metrics import was_evaluated
 from mlx_gpt.training.setup import Run, set_up, take_folder
 
 Batch = tuple[mx.array, ...]
@@ -106,7 +107,7 @@ def train(
         run.model = network(run.model)
         plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
         if dry_run:
-            return Outcome(run.folder, False, run.progress.step, run.progress.best_loss)
+            return Outcome(run.folder, False, run.progress.step, run.best_loss)
         optimizer = make_optimizer(run.training)
         step = make_step(run.model, optimizer, run.objective, run.training, run.device, run.ranks)
         restore(run, optimizer)
@@ -206,41 +207,43 @@ def fit(
     def out_of_time() -> bool:
         return run.ranks.first and training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
 
-    bar = display.bar("Training", plan.total_steps, done=number)
-    if number == 0:
-        validate(run, number, evaluate, display)
-    over, stopping = number >= plan.total_steps or run.ranks.broadcast(out_of_time()), False
-    unread: tuple[int, StepResult] | None = None
-    while not (over or stopping):
-        rate = schedule(number)
-        result = step(number, rate, itertools.islice(batches, training.micro_steps))
-        if unread:
-            review(run, *unread)  # the step before is done by now, so the device never waits for this
-        number, unread = number + 1, (number + 1, result)
-        monitor.count(plan.tokens(1))
-
-        over, stopping = run.ranks.any(out_of_time(), stop_requested())
-        over = over or number >= plan.total_steps
-        logs, validates = number % training.log_every == 0 or over, number % training.eval_every == 0 or over
-        saves = number % training.save_every == 0 or over or stopping
-        if logs or validates or saves:
-            review(run, *unread)
-            unread = None
-        if logs:
-            monitor.log_step(number, plan.epoch(number), plan.tokens(number), *result.numbers(), rate)
-        if validates:
+    with contextlib.closing(display.bar("Training", plan.total_steps, done=number)) as bar:
+        over, stopping = number >= plan.total_steps or run.ranks.broadcast(out_of_time()), False
+        # Also if the run was killed between a checkpoint and its evaluation.
+        if (number % training.eval_every == 0 or over) and not run.ranks.broadcast(was_evaluated(run.folder, number)):
             validate(run, number, evaluate, display)
-        if saves:
-            save_checkpoint(run, number, optimizer, last=over or stopping)
-        bar.advance(1, monitor.facts(run.progress.loss_average, rate))
-    bar.close()
+        unread: tuple[int, StepResult] | None = None
+        saved = began > 0
+        while not (over or stopping):
+            rate = schedule(number)
+            result = step(number, rate, itertools.islice(batches, training.micro_steps))
+            if unread:
+                review(run, *unread)  # the step before is done by now, so the device never waits for this
+            number, unread = number + 1, (number + 1, result)
+            monitor.count(plan.tokens(1))
+
+            over, stopping = run.ranks.any(out_of_time(), stop_requested())
+            over = over or number >= plan.total_steps
+            logs, validates = number % training.log_every == 0 or over, number % training.eval_every == 0 or over
+            # No trained weights are without a checkpoint to resume from: the first ones to evaluate are saved, too.
+            saves = number % training.save_every == 0 or over or stopping or (validates and not saved)
+            if logs or validates or saves:
+                review(run, *unread)
+                unread = None
+            if logs:
+                monitor.log_step(number, plan.epoch(number), plan.tokens(number), *result.numbers(), rate)
+            if saves:
+                saved = save_checkpoint(run, number, optimizer, last=over or stopping) or saved
+            if validates:
+                validate(run, number, evaluate, display)
+            bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     if over and number == began and run.ranks.broadcast((run.folder / "final/model.safetensors").exists()):
         monitor.line(f"This run is complete: {number:,} steps. To train it further, raise --max-steps or --max-epochs.")
     elif over:
         final = run.folder / "final"
         trouble.guarded(run, f"{final}", lambda: save_model(final, run.model, run.tokenizer), last=True)
         monitor.line(f"Done: {number:,} steps in {monitor.seconds / 60:.1f} minutes.")
-    return Outcome(run.folder, over, number, run.progress.best_loss)
+    return Outcome(run.folder, over, number, run.best_loss)
 
 
 def review(run: Run, step: int, result: StepResult) -> None:
@@ -267,20 +270,25 @@ def review(run: Run, step: int, result: StepResult) -> None:
 def validate(run: Run, step: int, evaluate: Evaluator, display: Display) -> None:
     """Evaluate, log the result, and save the weights if they are the best so far."""
     started = time.perf_counter()
-    bar = display.bar("Evaluating", evaluate.windows, unit="window")
-    evaluation = evaluate(bar.advance)
-    bar.close()
-    best = run.progress.best_loss
-    is_best = math.isfinite(evaluation.loss) and (best is None or evaluation.loss < best)
+    with contextlib.closing(display.bar("Evaluating", evaluate.windows, unit="window")) as bar:
+        evaluation = evaluate(bar.advance)
+    is_best = math.isfinite(evaluation.loss) and (run.best_loss is None or evaluation.loss < run.best_loss)
+
+    def save() -> None:
+        checkpoint.save_best(run.folder, run.model, run.tokenizer, step, evaluation.loss)
+
+    if is_best and trouble.guarded(run, f"{run.folder / 'best'}", save):
+        run.best_loss = evaluation.loss
     run.monitor.log_validation(step, run.plan.epoch(step), run.plan.tokens(step), evaluation, is_best)
-    folder = run.folder / "best"
-    if is_best and trouble.guarded(run, f"{folder}", lambda: save_model(folder, run.model, run.tokenizer)):
-        run.progress = dataclasses.replace(run.progress, best_loss=evaluation.loss)
     run.monitor.aside(started)
 
 
-def save_checkpoint(run: Run, step: int, optimizer: optim.MultiOptimizer, last: bool) -> None:
-    """Save everything that a resume at `step` needs; `last` says that training ends here."""
+def save_checkpoint(run: Run, step: int, optimizer: optim.MultiOptimizer, last: bool) -> bool:
+    """Save everything that a resume at `step` needs, and return whether that succeeded.
+
+    Args:
+        last: training ends here.
+    """
     started = time.perf_counter()
     run.progress = dataclasses.replace(run.progress, step=step, seconds=run.monitor.seconds)
 
@@ -289,5 +297,6 @@ def save_checkpoint(run: Run, step: int, optimizer: optim.MultiOptimizer, last: 
         checkpoint.save(run.folder, run.model, run.tokenizer, optimizer.state, run.progress, keep)
         run.failed_saves = 0
 
-    trouble.guarded(run, f"the checkpoint of step {step:,}", save, last)
+    saved = trouble.guarded(run, f"the checkpoint of step {step:,}", save, last)
     run.monitor.aside(started)
+    return saved

@@ -25,7 +25,7 @@ from mlx_gpt.device import Device
 from mlx_gpt.errors import UserError
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Display
-from mlx_gpt.training import run_folder
+from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.plan import HEADROOM, in_words, make_plan
 from mlx_gpt.training.setup import Run
 
@@ -160,7 +160,24 @@ def plan_run(
             "would end: raise --max-steps or --max-epochs."
         )
     if run.ranks.first:
-        run_folder.check_room(run.folder, models.n_params(run.model), overwrite)
+        _check_disk(run)
+
+
+def _check_disk(run: Run) -> None:
+    """Make sure that the disk has room for all that the run keeps at one time.
+
+    Raises:
+        UserError: it has too little.
+    """
+    training, steps = run.training, run.plan.total_steps - run.plan.first_step
+    # The first evaluation of a run saves a checkpoint as well.
+    saves = math.ceil(steps / training.save_every) + (not run.resumes and training.eval_every < training.save_every)
+    if run.resumes:
+        saves += len(checkpoint.all_checkpoints(run.folder))
+    n_params = models.n_params(run.model)
+    # In float32; a checkpoint has AdamW's two means as well.
+    model = 4 * n_params + len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
+    run_folder.check_room(run.folder, model, model + 8 * n_params, min(saves, training.keep_checkpoints + 1))
 
 
 def _refuse(problem: str) -> None:

@@ -163,14 +163,12 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def improved_after(run: Path, step: int, best_loss: float | None) -> bool:
-    """Return whether the metrics of a run have a validation loss below `best_loss` after `step`."""
+def was_evaluated(run: Path, step: int) -> bool:
+    """Return whether the metrics of a run have an evaluation of `step`."""
     try:
-        records = read_records(run)
+        return any(record["step"] == step and "val_loss" in record for record in read_records(run))
     except OSError:
         return False
-    later = [record["val_loss"] for record in records if record["step"] > step and record.get("val_loss") is not None]
-    return any(best_loss is None or loss < best_loss for loss in later)
 
 
 def _drop_records_after(path: Path, step: int) -> None:

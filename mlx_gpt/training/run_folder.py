@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt.config import Config, TrainingConfig
+from mlx_gpt.data.sources import BUILTIN
 from mlx_gpt.errors import UserError
-from mlx_gpt.settings import flat, read_toml, resolve
+from mlx_gpt.files import size_in_words
+from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
 from mlx_gpt.training import checkpoint
 
 SETTINGS = "run.toml"
@@ -24,7 +26,10 @@ CONTENTS = (
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
     "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
+    "data",  # because the text may have moved; its fingerprint says whether it is the same
 }  # fmt: skip
+# Settings that are a path, each with the values that are not.
+PATHS = {"data": ("", BUILTIN), "tokenizer": ("bpe", "bytes"), "init_from": ("",)}
 
 
 def claim(folder: Path, overwrite: bool) -> "Lock":
@@ -46,25 +51,32 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
     return lock
 
 
-def check_room(folder: Path, n_params: int, overwrite: bool) -> None:
-    """Make sure that the disk of `folder` has room for a checkpoint, the best and the final model.
+def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
+    """Make sure that the disk of `folder` has room for the checkpoints, the best and the final model.
+
+    What the folder holds of these already will be replaced, or counts as one of them.
 
     Args:
-        overwrite: the contents of the folder will be removed first.
+        model: bytes of a model directory.
+        saved: bytes of a checkpoint.
+        checkpoints: the most checkpoints that are there at a time: those kept, and one that is being written.
 
     Raises:
         UserError: the disk has too little room.
     """
-    # In float32: the weights, with AdamW's two means in the checkpoint.
-    needed = n_params * (12 + 4 + 4)
     disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    there = [path for name in ("final/*", "best/*", "checkpoints/step-*/*") for path in folder.glob(name)]
     free = shutil.disk_usage(disk).free
-    if overwrite:
-        free += sum(path.stat().st_size for name in CONTENTS for path in (folder / name).rglob("*") if path.is_file())
-    if free < needed:
+    room = free + sum(path.stat().st_size for path in there if path.is_file())
+    if room < (needed := checkpoints * saved + 2 * model):
+        fewer = ""
+        if checkpoints > 2:
+            fewer = f", or keep fewer checkpoints (--keep-checkpoints 1: {size_in_words(2 * saved + 2 * model)})"
+        count = "A checkpoint" if checkpoints == 1 else f"{checkpoints} checkpoints, one of them being written"
+        held = f", besides {size_in_words(room - free)} that the run has already" if room > free else ""
         raise UserError(
-            f"A checkpoint, the best and the final model take {needed / 1e6:,.0f} MB and the disk of {folder} has "
-            f"{free / 1e6:,.0f} MB left: make room or choose another --out."
+            f"{count}, the best and the final model take {size_in_words(needed)}, and the disk of {folder} has "
+            f"{size_in_words(free)} left{held}: make room, choose another --out{fewer}."
         )
 
 
@@ -169,7 +181,7 @@ def config_of(path: Path) -> Config | None:
     """Return the settings of the run at `path`, or of the run that has the model directory at `path`."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / SETTINGS).is_file():
-            return resolve(read_toml(folder / SETTINGS))
+            return resolve(read_settings(folder))
     return None
 
 
@@ -182,18 +194,67 @@ def fingerprint_of(path: Path) -> str | None:
     return None
 
 
+def write_settings(config: Config) -> None:
+    """Write `run.toml`, so that the run can be resumed from any folder, and after it has moved together with its text.
+
+    Paths below the folder in which the run was begun are relative to that folder, if the run itself is below it. Other
+    paths are absolute.
+    """
+    run, values = Path(config.out), flat(config)
+    begun_as = read_toml(run / SETTINGS).get("out", "") if (run / SETTINGS).exists() else config.out
+    begun_in = _begun_in(run, begun_as)
+    for name in ("out", *PATHS):
+        if _is_path(name, values[name]):
+            path = _absolute(values[name])
+            values[name] = str(path.relative_to(begun_in) if begun_in and path.is_relative_to(begun_in) else path)
+    write_toml(build(Config, values), run / SETTINGS)
+
+
+def read_settings(run: Path) -> dict[str, Any]:
+    """Return the settings in a run's `run.toml`, with its relative paths as seen from the current folder.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    saved = read_toml(run / SETTINGS)
+    begun_in = _begun_in(run, saved.get("out", ""))
+    for name in PATHS.keys() & saved.keys():
+        if begun_in and _is_path(name, saved[name]) and (path := begun_in / saved[name]).exists():
+            saved[name] = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return saved
+
+
+def _begun_in(run: Path, out: str) -> Path | None:
+    """Return the folder in which a run was begun with this `out`, wherever it is now; None if that can't be known."""
+    here, parts = _absolute(run).parts, Path(os.path.normpath(out)).parts
+    return Path(*here[: -len(parts)]) if 0 < len(parts) < len(here) and here[-len(parts) :] == parts else None
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.normpath(Path(path).absolute()))
+
+
+def _is_path(name: str, value: Any) -> bool:
+    return value is not None and value not in PATHS.get(name, ())
+
+
 def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
     """Return the settings of a run, with the given ones changed if they may change.
 
     Raises:
-        UserError: a given setting would make it another run; the message names all of them.
+        UserError: a given setting would make it another run; the message names all of them. Or its text has moved.
     """
-    saved = read_toml(run / SETTINGS)
+    saved = read_settings(run)
     if given.get("batch_size") == "auto":  # the batch that was chosen then stays, if a step has as many windows
         given = _chosen(saved, given)
     config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
-    changed = [name for name in given if name not in MAY_CHANGE and resolved.get(name) != saved.get(name)]
+
+    def whole(name: str, value: Any) -> Any:
+        return _absolute(value) if name in PATHS and _is_path(name, value) else value
+
+    was = {name: whole(name, value) for name, value in saved.items()}
+    changed = [name for name in given if name not in MAY_CHANGE and whole(name, resolved.get(name)) != was.get(name)]
     if changed:
         raise UserError(
             "\n".join(
@@ -202,6 +263,9 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
                 for name in changed
             )
         )
+    data = config.data.data
+    if "data" not in given and _is_path("data", data) and not Path(data).exists():
+        raise UserError(f"The text of {run} is no longer in {data}: name its new place with --data.")
     return config
 
 

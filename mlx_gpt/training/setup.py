@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import mlx.core as mx
@@ -29,11 +30,11 @@ from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model, read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
-from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
+from mlx_gpt.settings import build, flat, read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
-from mlx_gpt.training.metrics import Monitor, improved_after
+from mlx_gpt.training.metrics import Monitor
 from mlx_gpt.training.plan import Plan
 from mlx_gpt.training.run_folder import Lock
 
@@ -48,6 +49,8 @@ class Run:
         source: the checkpoint to resume from.
         damaged: newer checkpoints, each with what is wrong with it.
         resumes: whether the run existed before.
+        best_loss: lowest validation loss so far, that of `best/`; None before there is one.
+        failed_saves: number of failed saves since a checkpoint was last saved.
     """
 
     settings: Config
@@ -63,6 +66,7 @@ class Run:
     resumes: bool
     resources: contextlib.ExitStack
     ranks: Ranks = ALONE
+    best_loss: float | None = None
     failed_saves: int = 0
     plan: Plan = field(init=False)
     monitor: Monitor = field(init=False)
@@ -227,10 +231,11 @@ def find_checkpoint(
 ) -> tuple[Path | None, Progress, dict[Path, str]]:
     """Return the checkpoint to resume from, its progress, and the newer ones that are damaged, each with its fault.
 
-    The checkpoint is None if the run was stopped before its first one.
+    The checkpoint is None if the run was stopped before its first one, so that nothing it learnt was saved.
 
     Raises:
-        UserError: the chosen one is damaged or, without `overwrite`, not the newest; or none of them is intact.
+        UserError: the chosen one is damaged or, without `overwrite`, not the newest; or none of them is intact; or
+            there are weights, which a run that starts from the beginning would replace.
     """
     if chosen:
         progress = checkpoint.read_progress(chosen)
@@ -244,10 +249,16 @@ def find_checkpoint(
     found, damaged = checkpoint.newest_sound(folder)
     if found:
         return *found, damaged
-    if damaged:
-        raise UserError(
-            "\n".join([*damaged.values(), f"No checkpoint in {folder} is intact: --overwrite starts again."])
-        )
+    weights = checkpoint.trained_weights(folder)
+    if damaged or weights:
+        config = f"--config {quote(str(folder / run_folder.SETTINGS))}"
+        again = f"replace the run ({config} --overwrite, without --resume)"
+        if weights:
+            again = (
+                f"start another run from its weights ({config} --from {quote(str(weights[0]))} --out ...), or {again}"
+            )
+        sentence = f"{folder} has {'no intact' if damaged else 'no'} checkpoint, so it can't be resumed: {again}."
+        raise UserError("\n".join([*damaged.values(), sentence]))
     return None, Progress(), {}
 
 
@@ -319,7 +330,10 @@ def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> Non
         UserError: it is a different text.
     """
     if progress.fingerprint and progress.fingerprint != tokens.fingerprint:
-        raise UserError(f"The text in {config.data.data} is not what {config.out} was trained on: start another run.")
+        raise UserError(
+            f"The text in {config.data.data} is not what {config.out} was trained on: name that text with --data, or "
+            "start another run with another --out."
+        )
 
 
 def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
@@ -339,7 +353,7 @@ def take_folder(run: Run, display: Display) -> None:
         _open_logs(run, display)
     else:
         run.monitor = Monitor(None, Lines())
-    run.progress = Progress(**run.ranks.broadcast(dataclasses.asdict(run.progress)))
+    run.best_loss = run.ranks.broadcast(run.best_loss)
 
 
 def _clear_and_write(run: Run, display: Display) -> None:
@@ -353,11 +367,11 @@ def _clear_and_write(run: Run, display: Display) -> None:
         aside = checkpoint.set_aside(folder)
         display.line(f"{why} It is set aside as {aside.name}, and an earlier one is used.")
     if checkpoint.later_than(out, step):  # with --overwrite
-        checkpoint.remove_after(out, step, improved_after(out, step, run.progress.best_loss))
+        checkpoint.remove_after(out, step)
     checkpoint.remove_older(out, step, run.training.keep_checkpoints)  # which a kill may have prevented
-    write_toml(run.settings, out / run_folder.SETTINGS)
-    if not (out / "best").exists():
-        run.progress = dataclasses.replace(run.progress, best_loss=None)
+    run_folder.write_settings(run.settings)
+    best = checkpoint.best_model(out)
+    run.best_loss = best[1] if best else None
 
 
 def _open_logs(run: Run, display: Display) -> None:

@@ -1,6 +1,7 @@
 """Handles failed saves, numbers that are not finite, and work on the GPU that macOS ends, and explains them."""
 
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.setup import Run
 
 MAX_FAILED_SAVES = 3
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # MLX's message when a command buffer fails on Metal quotes the system. The first words mean that the work took too long
 # for the watchdog that keeps the display alive, the second that memory ran out.
 TOO_LONG, NO_MEMORY = ("Timeout", "GPU Hang", "Impacting Interactivity"), ("Insufficient Memory",)
@@ -33,7 +35,7 @@ def guarded(run: Run, name: str, save: Callable[[], object], last: bool = False)
 def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[bool, str]:
     """Save; return whether that succeeded, and why the run has to end because of it: empty if it can continue."""
     try:
-        save()
+        _save_making_room(run, name, save)
     except OSError as error:
         run.failed_saves += 1
         why = error.strerror or str(error)
@@ -49,6 +51,23 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
         )
         return False, ""
     return True, ""
+
+
+def _save_making_room(run: Run, name: str, save: Callable[[], object]) -> None:
+    """Save; while the disk is full, remove the oldest checkpoint and try again. The newest checkpoint always stays.
+
+    Raises:
+        OSError: saving failed.
+    """
+    while True:
+        try:
+            save()
+            return
+        except OSError as error:
+            oldest = checkpoint.remove_oldest(run.folder) if error.errno in FULL else None
+            if not oldest:
+                raise
+            run.monitor.line(f"WARNING: the disk is full, so {oldest} was removed to make room for {name}.")
 
 
 def too_many_bad_steps(run: Run, step: int) -> RunError:

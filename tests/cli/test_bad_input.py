@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gpt import cli
-from mlx_gpt.cli.train import StopSignals
+from mlx_gpt.signals import StopSignals
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 

@@ -111,6 +111,6 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(train, run):
 def test_without_a_sound_checkpoint_the_run_is_refused(train, run):
     for name in (NEWEST, BEFORE):
         (run / "checkpoints" / name / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"No checkpoint in .* is intact: --overwrite starts again\.$"):
+    with pytest.raises(UserError, match=r"run has no intact checkpoint, so it can't be resumed: start another"):
         train(run, resume=run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [BEFORE, NEWEST]

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import checkpoint
-from mlx_gpt.training.metrics import improved_after
+from mlx_gpt.training.metrics import was_evaluated
 
 EACH_STEP = {"save_every": 1, "eval_every": 1, "keep_checkpoints": 9, "max_steps": 5}
 BACK = "run/checkpoints/step-00000002"
@@ -63,7 +63,7 @@ def test_later_steps_are_dropped_before_the_first_step(train):
 
     train("run", resume=BACK, overwrite=True, **(BRANCH | {"eval_every": 9}), tick=tick)
     assert seen[0] == (2, False, False)
-    assert not improved_after(Path("run"), 4, None)
+    assert not was_evaluated(Path("run"), 5)
 
 
 def test_the_best_model_stays_if_it_is_from_before(train):
@@ -75,7 +75,7 @@ def test_the_best_model_stays_if_it_is_from_before(train):
     back = "ruined/checkpoints/step-00000003"
     outcome = train("ruined", resume=back, overwrite=True, **(EACH_STEP | {"max_steps": 3}))
     assert contents("ruined/best") == best
-    assert outcome.best_loss == checkpoint.read_progress(Path(back)).best_loss
+    assert checkpoint.best_model(Path("ruined")) == (3, outcome.best_loss)
     assert contents("ruined/final")[Path("model.safetensors")] == contents(back)[Path("model.safetensors")]
 
 

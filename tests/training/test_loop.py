@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.settings import resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
+
+from .conftest import Silent
 
 MEASURE = memory.measure  # the real one: the tests here are `unmeasured`
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
@@ -346,10 +349,10 @@ def test_the_settings_that_began_a_run_continue_it(train, tmp_path, eager):
 def test_a_run_cannot_become_another_one(train, whole, tmp_path):
     run = copy_of(whole.folder, tmp_path / "run")
     before = contents(run)
-    changes = {"n_layer": 3, "data": "builtin", "seed": 2, "batch_size": 8, "max_steps": 10}
+    changes = {"n_layer": 3, "seed": 2, "batch_size": 8, "tokenizer": "bpe", "max_steps": 10}
     sentences = refusal(lambda: train(run, resume=run, **changes)).splitlines()
     assert len(sentences) == 4
-    for name, was in (("n_layer", "2"), ("data", "corpus"), ("seed", "1"), ("batch_size", "4")):
+    for name, was in (("n_layer", "2"), ("seed", "1"), ("batch_size", "4"), ("tokenizer", "bytes")):
         assert any(f"`{name}` was" in sentence and was in sentence for sentence in sentences)
     assert contents(run) == before
 
@@ -363,6 +366,53 @@ def test_a_text_that_has_changed_is_noticed(train, corpus, tmp_path, eager):
         file.write('{"text": "One more."}\n')
     assert "start another run" in refusal(lambda: train(run, resume=run, data=str(data), max_steps=4))
     assert contents(run) == before
+
+
+@pytest.fixture
+def project(train, corpus, tmp_path, monkeypatch, eager):
+    """A folder with a text and a run that was begun there, with relative paths; another folder is the current one."""
+    folder = tmp_path / "project"
+    shutil.copytree(corpus, folder / "text")
+    monkeypatch.chdir(folder)
+    train("runs/one", data="text", max_steps=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return folder
+
+
+def test_a_run_resumes_from_any_folder(train, project, tmp_path, monkeypatch):
+    assert train(None, resume=project / "runs/one", only={"max_steps": 2}).step == 2
+    assert train(None, resume="../project/runs/one", only={"max_steps": 3}).step == 3
+    monkeypatch.chdir(tmp_path)
+    assert train(None, resume="project/runs/one", only={"max_steps": 4}).step == 4
+    monkeypatch.chdir(project / "runs/one")
+    assert train(None, resume=".", only={"max_steps": 5}).step == 5
+
+
+def test_a_run_resumes_after_its_project_has_moved(train, project, tmp_path):
+    train(None, resume=project / "runs/one", only={})
+    moved = project.rename(tmp_path / "moved")
+    assert train(None, resume=moved / "runs/one", only={"max_steps": 2}).step == 2
+
+
+def test_a_run_outside_the_current_folder_finds_its_text_from_anywhere(train, corpus, tmp_path, monkeypatch, eager):
+    shutil.copytree(corpus, tmp_path / "text")
+    train(tmp_path / "runs/one", data="text", max_steps=1)
+    (tmp_path / "runs/one").rename(tmp_path / "two")
+    monkeypatch.chdir("/")
+    assert train(None, resume=tmp_path / "two", only={"max_steps": 2}).step == 2
+
+
+def test_a_text_that_has_moved_can_be_named(train, project, tmp_path):
+    run, before = project / "runs/one", contents(project / "runs/one")
+    (project / "text").rename(tmp_path / "elsewhere/essays")
+    sentence = refusal(lambda: train(None, resume=run, only={"max_steps": 2}))
+    assert sentence == f"The text of {run} is no longer in text: name its new place with --data."
+    other = refusal(lambda: train(None, resume=run, only={"data": "builtin", "max_steps": 2}))
+    assert other.startswith(f"The text in builtin is not what {run} was trained on: name that text with --data, or")
+    assert contents(run) == before
+    assert train(None, resume=run, only={"data": "essays", "max_steps": 2}).step == 2
+    assert train(None, resume=run, only={"max_steps": 3}).step == 3  # the new place is kept
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
@@ -412,6 +462,21 @@ def test_a_closed_terminal_does_not_end_the_run(train, whole, tmp_path, monkeypa
     assert weights(tmp_path / "run/final") == weights(whole.folder / "final")
 
 
+def test_no_bar_stays_on_the_screen_when_a_run_ends_in_an_error(train, tmp_path, monkeypatch, eager):
+    shown = []
+    open_bar = Silent.bar
+
+    def bar(self, what, *rest, **options):
+        shown.append(what)
+        return open_bar(self, what, *rest, **options)
+
+    monkeypatch.setattr(Silent, "bar", bar)
+    monkeypatch.setattr(Silent, "close", lambda self: shown.append("closed"))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", tick=sys.exit)
+    assert shown == ["Training", "Evaluating", "closed", "closed"]
+
+
 def full(folder, needed):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -445,13 +510,95 @@ def test_a_run_without_a_sound_checkpoint_is_refused(train, whole, tmp_path):
     assert "There is no run in" in refusal(lambda: train(run, resume=tmp_path / "none"))
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(train, whole, tmp_path):
-    run = copy_of(whole.folder, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints")
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(train, whole, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        train(run, tick=sys.exit)
+    assert (run / "best/model.safetensors").exists()  # of step 0, so nothing is lost with it
     outcome = train(run, resume=run)
     assert any("starts from the beginning" in line for line in outcome.lines)
     assert weights(run / "final") == weights(whole.folder / "final")
     assert records(run, timeless=True) == records(whole.folder, timeless=True)
+
+
+def test_what_is_evaluated_first_is_saved_as_well(train, tmp_path, eager):
+    """Or a run that is killed later would have a best model and nothing to resume from."""
+    run, seen = tmp_path / "run", []
+    train(run, max_steps=4, eval_every=2, save_every=4, tick=lambda: seen.append((run / "checkpoints").exists()))
+    assert seen == [False, False, True, True]
+    assert checkpoints(run) == ["step-00000002", "step-00000004"]
+
+
+def lose(run, lost):
+    if lost == "checkpoints":
+        shutil.rmtree(run / lost)
+    for path in run.glob(f"checkpoints/*/{lost}"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "training.json", "optimizer.safetensors"])
+def test_a_resume_never_replaces_weights_that_it_cannot_resume_from(train, whole, tmp_path, lost):
+    run = copy_of(whole.folder, tmp_path / "run")
+    lose(run, lost)
+    before = contents(run)
+    sentence = refusal(lambda: train(run, resume=run, max_steps=10)).splitlines()[-1]
+    assert f"--from {run}/best --out" in sentence
+    assert f"--config {run}/run.toml --overwrite" in sentence
+    assert contents(run) == before
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    (run / "checkpoints").rename(run / "moved")
+    (run / "checkpoints").write_text("in the way")
+    before = contents(run)
+    with pytest.raises(NotADirectoryError):
+        train(run, resume=run, max_steps=10)
+    assert contents(run) == before
+
+
+def test_a_checkpoint_without_its_record_is_set_aside(train, whole, tmp_path):
+    run = copy_of(whole.folder, tmp_path / "run")
+    newest = run / "checkpoints/step-00000008"
+    (newest / "training.json").unlink()
+    kept = weights(newest)
+    outcome = train(run, resume=run)
+    assert any("it has no training.json. It is set aside as damaged-step-00000008" in line for line in outcome.lines)
+    assert weights(run / "checkpoints/damaged-step-00000008") == kept
+    assert weights(newest) == kept  # the step was made again
+
+
+def test_a_best_model_that_is_newer_than_any_checkpoint_is_kept(train, tmp_path, eager):
+    """Even if the run continues with a rate that never reaches its loss again."""
+    run = tmp_path / "run"
+
+    def stop_before_step_4_is_saved():
+        if len(column(run, "val_loss")) == 4:
+            sys.exit()
+
+    often = {"save_every": 1, "eval_every": 1, "max_steps": 5}
+    train(run, **often, stop_after=1)
+    with pytest.raises(SystemExit):
+        train(run, resume=run, **(often | {"save_every": 9}), tick=stop_before_step_4_is_saved)
+    best = contents(run / "best")
+    assert checkpoints(run) == ["step-00000001"]
+    outcome = train(run, resume=run, **(often | {"learning_rate": 1e-9}))
+    assert contents(run / "best") == best
+    assert outcome.best_loss < min(column(run, "val_loss"))
+
+
+def test_a_run_killed_between_a_checkpoint_and_its_evaluation_evaluates_when_it_resumes(
+    train, whole, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_gpt.training.checkpoint.remove_older", lambda run, step, keep: step == 4 and sys.exit())
+        with pytest.raises(SystemExit):
+            train(run, save_every=4)
+    assert column(run, "step")[-1] == 4
+    assert train(run, resume=run, save_every=4).finished
+    assert records(run, timeless=True) == records(whole.folder, timeless=True)
+    assert weights(run / "best") == weights(whole.folder / "best")
 
 
 # ---- a run is never lost --------------------------------------------------------------------------------------------

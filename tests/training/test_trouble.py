@@ -21,11 +21,11 @@ import pytest
 
 from mlx_gpt import cli, models
 from mlx_gpt.api import load
-from mlx_gpt.cli.train import StopSignals
 from mlx_gpt.errors import RunError, UserError
 from mlx_gpt.models.directory import save_arrays
+from mlx_gpt.signals import StopSignals
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint, loop, run_folder, setup
+from mlx_gpt.training import checkpoint, run_folder, setup
 
 from .conftest import TINY
 
@@ -173,14 +173,14 @@ def test_a_last_checkpoint_that_could_not_be_saved_is_no_success(train, disk, st
 
 def test_a_best_model_that_could_not_be_saved_does_not_count(train, monkeypatch):
     """Or nothing would be saved until the loss is below one whose weights are lost."""
-    save, failures = loop.save_model, [OSError(errno.ENOSPC, "No space left on device")]
+    save, failures = checkpoint.save_model, [OSError(errno.ENOSPC, "No space left on device")]
 
     def save_when_there_is_room(folder, *rest):
         if folder.name == "best" and failures:
             raise failures.pop()
         save(folder, *rest)
 
-    monkeypatch.setattr(loop, "save_model", save_when_there_is_room)
+    monkeypatch.setattr(checkpoint, "save_model", save_when_there_is_room)
     # A rate that ruins the weights: the first evaluation, whose model is not saved, has the lowest loss.
     outcome = train("run", **(EACH_STEP | {"eval_every": 1}), max_steps=2, learning_rate=50.0, warmup_steps=0)
     records = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
@@ -200,21 +200,58 @@ def test_a_final_model_that_could_not_be_saved_is_no_success(train):
 def test_room_on_the_disk_is_checked_before_each_save(train, free):
     outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: lambda: free(10_000), 3: lambda: free(10**9)}))
     assert len(warnings(outcome)) == 1
-    assert "it takes 0 MB and the disk has 0 MB left" in warnings(outcome)[0]
+    assert "it takes 487 KB and the disk has 10.0 KB left" in warnings(outcome)[0]
     assert steps_saved() == [1, 3, 4]
 
 
 def test_room_on_the_disk_is_checked_before_the_run(train, free):
     train("first", max_steps=1)
-    needed = 20 * models.n_params(load("first")[0])
-    free(needed - 1)
-    with pytest.raises(UserError, match=r"take 1 MB and the disk of run/deep has 1 MB left: make room") as caught:
+    model, tokenizer = load("first")
+    needed = 20 * models.n_params(model) + 3 * (len(tokenizer.to_json().encode()) + checkpoint.SMALL_FILES)
+    free(needed - 10_000)
+    with pytest.raises(UserError, match=r"take 906 KB, and the disk of run/deep has 896 KB left: make room") as caught:
         train("run/deep", max_steps=1)
     assert "\n" not in str(caught.value)
     assert not Path("run").exists()
     train("first", overwrite=True, max_steps=1)  # the old run makes room
     free(needed)
     assert train("run/deep", max_steps=1).finished
+
+
+def test_room_for_all_checkpoints_that_are_there_at_a_time_is_checked_before_the_run(train, free):
+    """Those that are kept, and the one that is written before the oldest is removed."""
+    settings = EACH_STEP | {"max_steps": 9, "keep_checkpoints": 3}
+    free(2 * 10**6)
+    with pytest.raises(UserError, match=r"^4 checkpoints, .* take 2\.37 MB, .* \(--keep-checkpoints 1: 1\.39 MB\)\.$"):
+        train("run", **settings)
+    assert not Path("run").exists()
+    assert train("run", **(settings | {"keep_checkpoints": 1})).finished
+    # The same room as before, part of which the run takes up already.
+    taken = sum(path.stat().st_size for path in Path("run").rglob("*.safetensors"))
+    free(1_400_000 - taken)
+    assert train("run", resume="run", **(settings | {"keep_checkpoints": 1, "max_steps": 10})).finished
+
+
+def test_when_the_disk_is_full_the_oldest_checkpoint_makes_room(train, monkeypatch):
+    """A disk that holds three checkpoints, as counted after the run was admitted."""
+    full = False
+
+    def disk_usage(path):
+        count = len(list(Path("run").glob("checkpoints/step-*")))
+        return SimpleNamespace(free=600_000 * (3 - count) if full else 10**10)
+
+    def fill():
+        nonlocal full
+        full = True
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    outcome = train("run", **EACH_STEP, max_steps=6, keep_checkpoints=5, tick=after({1: fill}))
+    assert (outcome.finished, steps_saved()) == (True, [4, 5, 6])
+    assert warnings(outcome) == [
+        f"WARNING: the disk is full, so run/checkpoints/step-0000000{step - 3} was removed to make room for the "
+        f"checkpoint of step {step}."
+        for step in (4, 5, 6)
+    ]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk here is always full")
@@ -322,7 +359,9 @@ def test_an_edited_text_is_noticed(train, corpus, tmp_path, side, edit):
     written = file.stat()
     file.write_text(edit(file.read_text()))
     os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
-    with pytest.raises(UserError, match=r"^The text in data is not what run was trained on: start another run\.$"):
+    with pytest.raises(
+        UserError, match=r"^The text in data is not what run was trained on: name that text with --data"
+    ):
         train("run", data="data", resume="run")
     assert steps_saved() == [2]
 
