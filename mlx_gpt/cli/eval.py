@@ -46,9 +46,10 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     with TemporaryDirectory() as folder:
         if file:
             data = build(DataConfig, given(settings))
-            tokens = encode_file(Path(file), tokenizer, Path(folder), column=data.column, documents=data.documents)
+            how = {"column": data.column, "documents": data.documents, "echo": display.line}
+            tokens = encode_file(Path(file), tokenizer, Path(folder), **how)
         elif config:
-            both = tokenize(open_data(config, display), tokenizer, display.progress("Encoding"))
+            both = tokenize(open_data(config, display), tokenizer, display.progress("Encoding"), display.line)
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
                 raise UserError(f"{path} was not trained on the text that {config.data.data} holds now: name a FILE.")
             tokens = both.val

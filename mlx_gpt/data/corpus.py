@@ -10,7 +10,7 @@ from mlx_gpt.data.documents import Dropped, read_documents
 from mlx_gpt.data.prepare import find_split, fingerprint_of, normalise, prepare
 from mlx_gpt.data.sources import BUILTIN, find_sources, prepared_record, source_fingerprint
 from mlx_gpt.data.split import SPLITS, split_file
-from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.errors import UserError, os_errors_explained, printable
 from mlx_gpt.files import finish_publishing, remove_leftovers
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
@@ -51,20 +51,29 @@ class Corpus:
         path = self.folder / name
         return path if self.cache is None or path.exists() else self.cache / name
 
-    def documents(self, split: str) -> Iterator[str]:
-        """Yield the usable documents of a split, normalised.
+    def documents(self, split: str, echo: Echo = ignore_line) -> Iterator[str]:
+        """Yield the usable documents of a split, normalised; `echo` as in `usable`.
 
         Raises:
             UserError: the file is missing, or as in `read_documents`.
         """
-        return usable(read_documents(self.path(split), column=self.column, documents=self.cut))
+        return usable(read_documents(self.path(split), column=self.column, documents=self.cut), echo)
 
 
-def usable(documents: Iterable[str | Dropped]) -> Iterator[str]:
-    """Yield the documents that are neither dropped nor empty, normalised."""
+def usable(documents: Iterable[str | Dropped], echo: Echo = ignore_line) -> Iterator[str]:
+    """Yield the documents that are neither dropped nor empty, normalised.
+
+    At the end `echo` is called with a line for each reason why others were dropped.
+    """
+    dropped: dict[str, list[str]] = {}
     for document in documents:
-        if not isinstance(document, Dropped) and document.strip():
+        if isinstance(document, Dropped):
+            dropped.setdefault(document.reason, []).append(document.place)
+        elif document.strip():
             yield normalise(document)
+    for reason, places in dropped.items():
+        first = f" (first in {places[0]})" if places[0] else ""
+        echo(printable(f"WARNING: left out {len(places):,} rows: {reason}{first}."))
 
 
 def open_corpus(

@@ -16,7 +16,7 @@ from mlx_gpt.data.sources import find_files, hash_of
 from mlx_gpt.data.split import SPLITS
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
-from mlx_gpt.progress import ByteProgress, Echo, ignore_progress
+from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.tokenizer_training import Sample
 
@@ -83,7 +83,9 @@ def tokens_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
     return hash_of(corpus.fingerprint, tokenizer.to_json())[:16]
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = ignore_progress) -> Tokens:
+def tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = ignore_progress, echo: Echo = ignore_line
+) -> Tokens:
     """Encode a corpus, or open the files of an earlier call if neither the corpus nor the tokenizer has changed."""
     fingerprint = tokens_fingerprint(corpus, tokenizer)
     paths = [corpus.made(f"{fingerprint}.{split}.npy") for split in SPLITS]
@@ -96,7 +98,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = igno
             progress(min(before + encoded, total), total)
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, functools.partial(_encode, corpus.documents(split), tokenizer, advance))
+        write_whole(path, functools.partial(_encode, corpus.documents(split, echo), tokenizer, advance))
         done += corpus.path(split).stat().st_size
         progress(done, total)
     train, val = (np.load(path, mmap_mode="r") for path in paths)
@@ -104,7 +106,13 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = igno
 
 
 def encode_file(
-    path: Path, tokenizer: Tokenizer, folder: Path, *, column: str = "", documents: str = "auto"
+    path: Path,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    column: str = "",
+    documents: str = "auto",
+    echo: Echo = ignore_line,
 ) -> np.ndarray:
     """Return the token ids of a file of documents, or of a folder of such files, as (tokens,) uint16 or uint32.
 
@@ -114,6 +122,7 @@ def encode_file(
         folder: the folder for the file that the ids are memory-mapped from.
         column: as in `read_documents`.
         documents: as in `read_documents`.
+        echo: called with a line for each reason why rows are left out.
 
     Raises:
         UserError: the file cannot be read, has no such column or no text.
@@ -121,7 +130,7 @@ def encode_file(
     files, _ = find_files([path])
     texts = (text for file in files for text in read_documents(file, column=column, documents=documents))
     target = folder / "tokens.npy"
-    _encode(usable(texts), tokenizer, lambda encoded: None, target)
+    _encode(usable(texts, echo), tokenizer, lambda encoded: None, target)
     tokens = np.load(target, mmap_mode="r")
     if len(tokens) < 2:
         raise UserError(f"{path} holds no text: name another file.")

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, lost_text, tokenize
 from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks, join
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model, read_tokenizer
@@ -154,7 +153,7 @@ def set_up(
         weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
-        tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding")))
+        tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding"), display.line))
         for line in lost_text([tokens.train, tokens.val], tokenizer):
             display.line(line)
         check_windows(tokens, config.training.seq_len)
@@ -251,12 +250,11 @@ def find_checkpoint(
         return *found, damaged
     weights = checkpoint.trained_weights(folder)
     if damaged or weights:
-        config = f"--config {quote(str(folder / run_folder.SETTINGS))}"
-        again = f"replace the run ({config} --overwrite, without --resume)"
+        settings = "train", "--config", folder / run_folder.SETTINGS
+        again = f"replace it with `{typed(*settings, '--overwrite')}`"
         if weights:
-            again = (
-                f"start another run from its weights ({config} --from {quote(str(weights[0]))} --out ...), or {again}"
-            )
+            other = typed(*settings, "--from", weights[0], "--out", folder.with_name(f"{folder.name}-2"))
+            again = f"start another run from its weights with `{other}`, or {again}"
         sentence = f"{folder} has {'no intact' if damaged else 'no'} checkpoint, so it can't be resumed: {again}."
         raise UserError("\n".join([*damaged.values(), sentence]))
     return None, Progress(), {}

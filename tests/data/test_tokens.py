@@ -280,3 +280,13 @@ def test_a_split_with_nothing_to_predict_is_refused(byte_tokenizer, make_corpus)
     tokens = tokenize(make_corpus(["a duck"], ["b"]), byte_tokenizer)
     with pytest.raises(UserError, match="validation text has 1 tokens"):
         check_windows(dataclasses.replace(tokens, val=tokens.val[:1]), seq_len=4)
+
+
+def test_rows_without_text_are_reported_when_a_corpus_of_ones_own_is_encoded(byte_tokenizer, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "a duck"}\n{"text": 3}\n{"other": "x"}\n{"text": null}\n')
+    lines: list[str] = []
+    tokenize(open_corpus(tmp_path), byte_tokenizer, echo=lines.append)
+    assert len(lines) == 4
+    assert "left out 2 rows: not a string (first in" in lines[0]
+    assert "train.jsonl, line 2" in lines[0]
