@@ -11,6 +11,7 @@ from mlx_gpt.data.decoding import pieces
 from mlx_gpt.data.rows import SAMPLE, named_column
 
 SEPARATORS = ("\t", "|", ";", ",")  # beginning with the one that occurs least in prose
+BLANK = "".join(SEPARATORS) + " \r\n"  # a spreadsheet exports a blank row as separators alone
 NO_SEPARATOR = "\uffff"  # Unicode has no character of this number
 
 
@@ -67,7 +68,7 @@ def _above_the_header(head: list[str], column: str) -> tuple[int, str]:
     for number, line in enumerate(head):
         if found := re.fullmatch(r"sep=([,;|\t])\s*", line):
             separator = found[1]
-        elif line.strip() and not (line.startswith("#") and _is_comment(head[number:], column)):
+        elif line.strip(BLANK) and not (line.startswith("#") and _is_comment(head[number:], column)):
             return number, separator
     return 0, ""
 

@@ -1,17 +1,15 @@
 """Read the rows of a CSV file."""
 
 import csv
-import re
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from mlx_gpt.data.csv_layout import SEPARATORS, Layout, has_spaced_quotes, layout_of
+from mlx_gpt.data.csv_header import text_index
+from mlx_gpt.data.csv_layout import Layout, has_spaced_quotes, layout_of
 from mlx_gpt.data.decoding import MAX_DOCUMENT, lines, numbered
-from mlx_gpt.data.rows import LONG, SAMPLE, Dropped, named_column, text_column
+from mlx_gpt.data.rows import SAMPLE, Dropped, named_column
 from mlx_gpt.errors import UserError
-
-SENTENCE = re.compile(r"[.,;!?](\s|$)")  # a mark of a sentence, which few names have
 
 
 def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: bool) -> Iterator[str | Dropped]:
@@ -30,7 +28,7 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
     table = _Table(path, file, layout)
     rows = table.rows()
     sample = list(islice(rows, SAMPLE))
-    index = _text_index(path, table.header, [row for _, row, _ in sample], column)
+    index = text_index(path, table.header, [row for _, row, _ in sample], column)
     columns = len(table.header)
     faults = [(number, why) for number, row, fault in sample if (why := fault or _misfit(row, columns, index))]
     if len(faults) > len(sample) / 2:
@@ -38,7 +36,7 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
             f"{path} has {columns} columns by its first row, but most rows do not fit (row {faults[0][0]:,} has "
             f"{faults[0][1]}): name every column there, and put quotation marks around text with separators in it."
         )
-    if not column and columns == 1 and not named_column(table.header, ""):
+    if not column and table.header[0] and sum(map(bool, table.header)) == 1 and not named_column(table.header, ""):
         yield Dropped("first row, taken for the column's name", f"{path}, header row")
     for number, row, fault in chain(sample, rows):
         if why := fault or _misfit(row, columns, index):
@@ -74,44 +72,6 @@ class _Table:
         for line in file:
             self._record.append(line)
             yield line
-
-
-def _text_index(path: Path, header: list[str], sample: list[list[str]], column: str) -> int:
-    """Return the index of the text column, after checking that the first row is a header."""
-    if not sample:
-        raise UserError(f"{path} has no rows under its first one: give it a header, such as `text`, and rows.")
-    named = named_column(header, column)
-    if not column and not named and any(map(_is_data, header)):
-        raise UserError(
-            f"{path} has no header: add a first row with the columns' names, with `text` for the one to read."
-        )
-    values = {name: [row[i] for row in sample if i < len(row)] for i, name in enumerate(header)}
-    name = text_column(path, header, values, column)
-    like_the_rows = any(cell and cell in values[cell] for cell in header)
-    if not named and (like_the_rows or len(name) >= LONG or SENTENCE.search(name)):
-        raise UserError(
-            f"{path} may have no header, because its first row is like the others: add one that names the columns, "
-            "or name the column with --column."
-        )
-    if not named and len(header) == 1:
-        _refuse_title(path, sample)
-    return header.index(name)
-
-
-def _refuse_title(path: Path, sample: list[list[str]]) -> None:
-    """Refuse rows of several fields under a first row that has one, which may be a title above the header."""
-    for separator in SEPARATORS:
-        counts = {row[0].count(separator) for row in sample}
-        if len(sample) > 1 and len(counts) == 1 and counts != {0}:
-            raise UserError(
-                f"{path} has one name in its first row, but several fields in the others: "
-                "begin with a row that names all columns, with `text` for the one to read."
-            )
-
-
-def _is_data(cell: str) -> bool:
-    """Return whether a cell of the first row is more likely a value (a number or prose) than a column's name."""
-    return len(cell) > 100 or "\n" in cell or re.fullmatch(r"[-+]?\d*\.?\d+", cell) is not None
 
 
 def _misfit(row: list[str], columns: int, index: int) -> str:

@@ -13,7 +13,7 @@ from mlx_gpt.errors import UserError, os_errors_explained
 from mlx_gpt.progress import ByteProgress, ignore_progress
 
 BUILTIN = "builtin"  # used in place of a path: the language reference that comes with Python
-FORMAT_VERSION = 2  # raise this number when a change makes the same sources give other documents
+FORMAT_VERSION = 3  # raise this number when a change makes the same sources give other documents
 REPORT = "report.json"
 PREPARED_FILES = (REPORT, "val.jsonl", "train.jsonl")  # what `prepare` writes to a folder, in this order
 

@@ -8,6 +8,8 @@ drop rows, but each word of its texts is then in a document, or in a row that wa
 
 import argparse
 import codecs
+import csv
+import io
 import json
 import random
 import sys
@@ -53,6 +55,9 @@ ENCODINGS = {
 }
 
 
+NAMES = {"text", "body", "grade"}
+
+
 @dataclass
 class Made:
     """A file with a known content.
@@ -83,8 +88,8 @@ class Maker:
     def make(self) -> Made:
         """Return the next file."""
         kinds: list[Callable[[], Made]] = [
-            self.plain, self.table, self.table, self.odd_table, self.odd_table, self.odd_table, self.objects,
-            self.objects, self.odd_objects, self.odd_objects,
+            self.plain, self.table, self.table, self.sheet, self.odd_table, self.odd_table, self.odd_table,
+            self.objects, self.objects, self.odd_objects, self.odd_objects,
         ]  # fmt: skip
         return self.draw.choice(kinds)()
 
@@ -185,7 +190,10 @@ class Maker:
                 return '"' + text.replace('"', '\\"') + '"'
             return text if fault == "no quotes" else '"' + text.replace('"', '""') + '"'
 
-        names = [self.draw.choice(["text", "text", "body"]) if i == index else f"c{i}" for i in range(width)]
+        text = self.draw.choice(["text", "text", "body"])
+        if fault == "title" and width == 1:
+            text = "text"  # without this name, the first two rows may both be a title
+        names = [text if i == index else f"c{i}" for i in range(width)]
         lines = [] if fault in ("no header", "no names") else [(mark + space).join(names)]
         for row, text in enumerate(texts):
             shown = text if fault == "late" and row == len(texts) - 1 else quoted(text)
@@ -205,6 +213,32 @@ class Maker:
         kept = [t for t in texts if t in content or quoted(t) in content]
         column = "body" if "body" in names and self.chance() else ""
         return Made(f"odd table {fault} {mark!r} {width}", "a" + suffix, data, kept, None, {"column": column})
+
+    def sheet(self) -> Made:
+        """Return a table as a spreadsheet exports it: with blank columns, and a title above the header."""
+        mark = self.draw.choice([",", ";", "\t"])
+        texts = [f"A text of more than forty characters, {self.text()}" for _ in range(self.rows())]
+        width = self.draw.randint(1, 4)
+        index = self.draw.randrange(width)
+        blank = self.draw.randint(0, 3)  # columns at the right
+        text = "text" if width == 1 else self.draw.choice(["text", "body"])  # as in `odd_table`
+        names = [text if i == index else self.draw.choice(["grade", ""]) for i in range(width)]
+        fault = self.draw.choice(["no title", "title", "two titles", "no names"])
+        rows = [[each if i == index else str(n % 5 + i) for i in range(width)] for n, each in enumerate(texts)]
+        above = [["Essays of class 7" if i == 0 else "" for i in range(width)]]
+        if self.chance(0.2):  # in the middle, as over columns that were merged
+            self.draw.shuffle(above[0])
+        above += [["by Ms Smith", *[""] * (width - 1)]] * (fault == "two titles") + [[""] * width] * self.chance()
+        lines = {
+            "no title": [names, *rows],
+            "no names": [[name if i != index else "" for i, name in enumerate(names)], *rows],
+        }.get(fault, [*above, names, *rows])
+        content = io.StringIO()
+        csv.writer(content, delimiter=mark).writerows([line + [""] * blank for line in lines])
+        column = text if self.chance(0.3) else ""
+        sound: list[str | None] | None = [*texts] if fault == "no title" and (text == "text" or column) else None
+        shape = f"sheet {fault} {mark!r} {width}+{blank}"
+        return Made(shape, "a.csv", self.encoded(content.getvalue()), texts, sound, {"column": column})
 
     def spelled(self, rows: list[object], *, odd: bool = False) -> str:
         """Return JSON of these rows: on lines, in an array, or indented."""
@@ -294,6 +328,8 @@ def problem(folder: Path, made: Made) -> tuple[str, bool]:
         if read != made.expected:
             differing = next((pair for pair in zip(read, made.expected, strict=False) if pair[0] != pair[1]), "length")
             return f"{len(read)} documents for {len(made.expected)}, first difference {differing!r}", False
+    if names := [document for document in found if document in NAMES]:
+        return f"the header was read as a document: {names[0]!r}", False
     dropped = [document for document in found if isinstance(document, Dropped)]
     if unplaced := [document.reason for document in dropped if made.name not in document.place]:
         return f"a row was dropped without its place: {unplaced[0]}", False

@@ -203,6 +203,47 @@ def test_the_text_column_is_found(read, header, row, column, expected):
     assert read("a.csv", f"{header}\n{row}\n", column=column) == [expected]
 
 
+@pytest.mark.parametrize("header", ["id,,body", ",body,", ",body", "body,,", ",,\nbody,,", "id,note,note,body"])
+def test_columns_without_a_name_of_their_own_are_no_hindrance(read, header):
+    blank = {"": "", "id": "{n}", "note": "short", "body": f"{PROSE} {{n}}"}
+    names = header.split("\n")[-1].split(",")
+    row = ",".join("{n}" if i == 0 and name == "" else blank[name] for i, name in enumerate(names))
+    rows = [row.format(n=n) for n in range(3)]
+    found = read("a.csv", "\n".join([header, *rows]))
+    assert [text for text in found if isinstance(text, str)] == [f"{PROSE} {n}" for n in range(3)]
+
+
+@pytest.mark.parametrize("mark", [",", ";"])
+@pytest.mark.parametrize(
+    ("above", "header", "word"),
+    [
+        ("Essays of class 7,,", "id,grade,text", "title above its header (id, grade, text)"),
+        ("Essays of class 7,,\n,,", "id,grade,text", "title above its header (id, grade, text)"),
+        ("Essays of class 7,,\nby Ms Smith,,", "id,grade,body", "title above its header (id, grade, body)"),
+        ("Essays,,Ms Smith", "id,grade,body", "title above its header (id, grade, body)"),
+        (",,Essays", "author,author,body", "only 'Essays'"),
+        ("My table,", "id,text", "title above its header (id, text)"),
+        ("My table,,", "text,,", "title above its header (text)"),
+        ("", "id,,", "only 'id'"),
+        ("", "id,author,", "column 3, which has no name"),
+    ],
+)
+def test_a_title_above_the_header_or_a_text_column_without_a_name_is_refused(read, mark, above, header, word):
+    values = {"id": "{n}", "grade": "2", "author": "Ada"}
+    row = [values.get(name, "") for name in header.split(",")]
+    row[0 if header == "text,," else -1] = f"{PROSE} {{n}}"
+    lines = [*([above] if above else []), header, *(",".join(row).format(n=n) for n in range(3))]
+    with pytest.raises(UserError) as caught:
+        read("a.csv", "\n".join(lines).replace(",", mark))
+    assert word in str(caught.value)
+
+
+def test_of_two_columns_with_one_name_neither_takes_the_place_of_the_other(read):
+    with pytest.raises(UserError, match=r"one of id, note \(column 2\), note \(column 3\)"):
+        read("a.csv", f"id,note,note\n1,{PROSE},{PROSE}\n")
+    assert read("a.csv", f"id,note,note\n1,{PROSE},b\n") == [PROSE]
+
+
 def test_the_only_name_of_a_table_is_counted_as_it_may_be_a_text(read):
     assert read("a.csv", "Hello\nyou\n") == [Dropped("first row, taken for the column's name"), "you"]
     assert read("a.csv", "Hello\nyou\n", column="hello") == ["you"]
