@@ -67,7 +67,7 @@ class Tokenizer:
             end_of_text: the id that ends a document; None is that of `<|endoftext|>`.
 
         Raises:
-            UserError: there is no such file, or it is not a tokenizer.json.
+            UserError: there is no such file, it is not a tokenizer.json, or its decoder would change a token.
         """
         path = Path(path)
         if path.is_dir():
@@ -86,7 +86,13 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from None
         with failing_as(f"{path} is not a tokenizer.json"):
             _check_merges(text)
-            return cls(HFTokenizer.from_str(text), end_of_text)
+            tokenizer = cls(HFTokenizer.from_str(text), end_of_text)
+        if changed := tokenizer._changed_by_its_decoder():
+            raise UserError(
+                f"{path} cannot be used, because its decoder would turn the added token {shown(changed)!r} into other "
+                "characters: make ByteLevel its only decoder."
+            )
+        return tokenizer
 
     def to_json(self) -> str:
         """Return the text of its `tokenizer.json`."""
@@ -179,6 +185,17 @@ class Tokenizer:
         model = self._model
         complete = model.get("byte_fallback") or BYTE_OF.keys() <= self.backend.get_vocab().keys()
         return model["type"] == "BPE" and model.get("unk_token") is None and not complete
+
+    def _changed_by_its_decoder(self) -> str:
+        """Return an added token that the library would decode as GPT-2's characters for bytes, or "".
+
+        With ByteLevel alone, `token_bytes` decodes, and gives each added token as it is.
+        """
+        if self.token_bytes is not None or "ByteLevel" not in _decoding_steps(self.backend):
+            return ""
+        added = self.backend.get_added_tokens_decoder().values()
+        names = (token.content for token in added if not token.special and not token.content.isascii())
+        return next((name for name in names if BYTE_OF.keys() >= set(name)), "")
 
     @functools.cached_property
     def _model(self) -> dict[str, Any]:

@@ -194,6 +194,20 @@ def test_an_added_token_decodes_to_itself(bpe, decoder):
     assert tokenizer.byte_lengths()[ids].sum() == len("naïve đem 🦆".encode())
 
 
+def test_a_decoder_that_would_change_an_added_token_is_refused(bpe, tmp_path):
+    backend = HFTokenizer.from_str(bpe.to_json())
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    path = tmp_path / "tokenizer.json"
+    backend.add_tokens(["duckling", "日本"])  # no character of these stands for a byte, or each for its own
+    backend.save(str(path))
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.decode(tokenizer.encode("duckling 日本")) == "duckling 日本"
+    backend.add_tokens(["đem"])
+    backend.save(str(path))
+    with pytest.raises(UserError, match=r"added token 'đem'.* make ByteLevel its only decoder"):
+        Tokenizer.load(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
