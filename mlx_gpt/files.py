@@ -52,10 +52,21 @@ def write_text_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder inside `folder`, on the same disk, which is removed at the end with everything in it."""
+    """Make a folder inside `folder`, on the same disk, which is removed at the end with everything in it.
+
+    `folder` is made if it is missing. It is removed, too, if it was, and nothing was put there.
+    """
     part = _part(folder / "folder")
-    with _unfinished(part, Path.mkdir):
-        yield part
+    with _unwinding_on_signals():
+        missing = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _unfinished(part, Path.mkdir):
+                yield part
+        finally:
+            if missing:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
 
 def publish(staged: Path, folder: Path) -> None:
@@ -81,12 +92,15 @@ def finish_publishing(folder: Path) -> None:
             _move_all(ready, folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files and folders in `folder` whose process has ended."""
+def remove_leftovers(folder: Path) -> bool:
+    """Remove the unfinished files and folders in `folder` whose process has ended; return whether there were any."""
+    removed = False
     for path in folder.glob(".*.part*"):
         if UNFINISHED.fullmatch(path.name):
             with contextlib.suppress(OSError), _locked(path, wait=False):
                 _remove(path)
+                removed = True
+    return removed
 
 
 def size_in_words(count: float) -> str:
@@ -114,9 +128,9 @@ def _part(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _unfinished(part: Path, make: Callable[[Path], None]) -> Iterator[None]:
-    """Make `part`, lock it, and remove what is left of it at the end, also when Ctrl-C or SIGTERM ends the process."""
+    """Make `part`, lock it, and remove what is left of it at the end, also when a signal ends the process."""
     remove_leftovers(part.parent)
-    with _unwinding_on_sigterm(), contextlib.ExitStack() as lock:
+    with _unwinding_on_signals(), contextlib.ExitStack() as lock:
         try:
             while True:
                 make(part)
@@ -154,26 +168,32 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the process only after it has cleaned up, unless the program handles SIGTERM itself."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+def _unwinding_on_signals() -> Iterator[None]:
+    """Let SIGTERM, or SIGHUP when the terminal closes, end the process only after it has cleaned up.
+
+    A signal that the program handles or ignores itself stays as it is.
+    """
+    default = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread() or not default:
         yield
         return
 
-    received = False
+    received = 0
 
     def unwind(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        received = True
+        received = number
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, unwind)
+    for number in default:
+        signal.signal(number, unwind)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in default:
+            signal.signal(number, signal.SIG_DFL)
         if received:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), received)
 
 
 def _move_all(ready: Path, folder: Path) -> None:

@@ -35,6 +35,7 @@ class Sample:
 
     Attributes:
         bytes: length of the sample in UTF-8.
+        text_bytes: length of the whole text in UTF-8.
         share: the share of the text that was taken, by the number of pieces.
 
     Args:
@@ -45,12 +46,13 @@ class Sample:
     """
 
     def __init__(self, pieces: Iterable[str]) -> None:
-        self.bytes, self.share = 0, 1.0
+        self.bytes, self.text_bytes, self.share = 0, 0, 1.0
         self._draw = random.Random(0)
         self._parts: list[bytes] = []  # as bytes, because one emoji makes a str four times as large
         self._words: set[str] = set()
         self._word_bytes = 0
         for piece in pieces:
+            self.text_bytes += len(piece.encode())
             if self.share == 1 or self._draw.random() < self.share:
                 for part in _with_short_words(piece):
                     self._add(part.encode(), part)

@@ -1,5 +1,6 @@
 """Opens a corpus, which is a file of documents for training and one for validation."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -107,8 +108,11 @@ def open_corpus(
     path, cache = Path(data), Path(cache)
     sources: list[Path | str] = [data]
     name = BUILTIN if str(data) == BUILTIN else path.stem
-    for folder in (path, *cache.glob("*")):
-        remove_leftovers(folder)
+    remove_leftovers(path)
+    for folder in cache.glob("*"):
+        if remove_leftovers(folder):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
     with os_errors_explained(f"read {path}"):
         if str(data) != BUILTIN and path.is_dir():
             finish_publishing(path)
@@ -125,6 +129,7 @@ def open_corpus(
     finish_publishing(folder)
     complete = all(split_file(folder, split).exists() for split in SPLITS)
     if not complete or prepared_record(folder).get("source_fingerprint") != fingerprint:
+        check_writable(folder)
         report = prepare(
             sources,
             folder,
@@ -137,7 +142,21 @@ def open_corpus(
         echo(f"prepared {data} in {folder}")
         for line in report.lines():
             echo(line)
-    return _opened(folder.name.rpartition("-")[0], folder, "", "auto", cache, echo)
+    return _opened(name, folder, "", "auto", cache, echo)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, which need not exist yet, of the cache or of a corpus.
+
+    Raises:
+        UserError: the folder, or the one in which it would be made, can't be written to.
+    """
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if place.is_dir() and not os.access(place, os.W_OK):
+        raise UserError(
+            f"{place} can't be written to, but mlx-gpt keeps what it makes from a text in {folder}: "
+            "run the command from a folder that you can write to."
+        )
 
 
 def _inside(cache: Path, name: str, fingerprint: str) -> Path:

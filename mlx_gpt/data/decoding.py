@@ -111,10 +111,18 @@ def numbered(items: Iterator[T], path: Path, unit: str) -> Iterator[tuple[int, T
             raise not_decoded(place, error) from error
         except csv.Error as error:
             raise UserError(
-                f"{place} is not valid CSV ({error}): close every quotation mark, and double those inside a field."
+                f"{place} is not valid CSV ({_csv_fault(error)}): close every quotation mark, "
+                "and double those inside a field."
             ) from error
         yield number, item
         number += 1
+
+
+def _csv_fault(error: csv.Error) -> str:
+    """Return what is wrong in words. Python's own may show a separator that no file has."""
+    if "expected after" in str(error):
+        return "text after a closing quotation mark"
+    return "a quotation mark is never closed" if "unexpected end" in str(error) else str(error)
 
 
 def not_decoded(place: str, error: UnicodeDecodeError) -> UserError:

@@ -71,39 +71,37 @@ def prepare(
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     texts = _distinct(read_sources(sources, column, documents, progress), dropped, first)
-    with os_errors_explained(f"write to {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder) as staged:
-            kept, sizes, note = divide(texts, staged, val_fraction)
-            if not kept.documents:
-                raise UserError(_nothing_left(dropped, first))
-            report = Report(
-                documents=kept.documents + dropped.total(),
-                dropped=dict(dropped),
-                kept=kept.documents,
-                characters=kept.characters,
-                train=sizes["train"],
-                val=sizes["val"],
-                note=note,
-                skipped=tuple(map(str, skipped)),
-                first=first,
-            )
-            record = asdict(report) | {
-                "paths": [str(path) for path in paths],
-                "sources": [{"path": str(source), "bytes": source_size(source)} for source in sources],
-                "settings": {
-                    "column": column,
-                    "documents": documents,
-                    "val_fraction": val_fraction,
-                    "format": FORMAT_VERSION,
-                },
-                "source_fingerprint": fingerprint,
-                "fingerprint": fingerprint_of(staged, "text", ""),
-            }
-            text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-            # File names that are not UTF-8 become JSON's own escapes.
-            (staged / REPORT).write_text(text, encoding="utf-8", errors="backslashreplace")
-            publish(staged, folder)
+    with os_errors_explained(f"write to {folder}"), temporary_folder(folder) as staged:
+        kept, sizes, note = divide(texts, staged, val_fraction)
+        if not kept.documents:
+            raise UserError(_nothing_left(dropped, first))
+        report = Report(
+            documents=kept.documents + dropped.total(),
+            dropped=dict(dropped),
+            kept=kept.documents,
+            characters=kept.characters,
+            train=sizes["train"],
+            val=sizes["val"],
+            note=note,
+            skipped=tuple(map(str, skipped)),
+            first=first,
+        )
+        record = asdict(report) | {
+            "paths": [str(path) for path in paths],
+            "sources": [{"path": str(source), "bytes": source_size(source)} for source in sources],
+            "settings": {
+                "column": column,
+                "documents": documents,
+                "val_fraction": val_fraction,
+                "format": FORMAT_VERSION,
+            },
+            "source_fingerprint": fingerprint,
+            "fingerprint": fingerprint_of(staged, "text", ""),
+        }
+        text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+        # File names that are not UTF-8 become JSON's own escapes.
+        (staged / REPORT).write_text(text, encoding="utf-8", errors="backslashreplace")
+        publish(staged, folder)
     return report
 
 

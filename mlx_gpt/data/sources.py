@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_gpt.data.documents import Dropped, documents_in, read_documents
 from mlx_gpt.data.sniffing import format_of, refusal
-from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.errors import UserError, os_errors_explained, typed
 from mlx_gpt.progress import ByteProgress, ignore_progress
 
 BUILTIN = "builtin"  # used in place of a path: the language reference that comes with Python
@@ -49,6 +49,10 @@ def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
                 skip = reason or (file != path and file.suffix.lower() == ".json")
                 (skipped if skip else files).append(file)
             if set(inside) <= set(skipped):
+                if prepared := next(_prepared_in(path), None):
+                    raise UserError(
+                        f"{prepared} is prepared already: train on it with {typed('train', '--data', prepared)}."
+                    )
                 others = ", or name its .json files" if any(file.suffix.lower() == ".json" for file in inside) else ""
                 raise UserError(
                     f"The folder {path} has no text file in it: name one with CSV, JSONL or text files{others}."
@@ -153,6 +157,13 @@ def hash_file(path: Path) -> str:
     """
     with os_errors_explained(f"read {path}"), path.open("rb") as file:
         return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+
+
+def _prepared_in(folder: Path) -> Iterator[Path]:
+    """Yield the folders in which `prepare` wrote a corpus: `folder` and those in it."""
+    for report in sorted(folder.rglob(REPORT)):
+        if prepared_record(report.parent) and all((report.parent / name).is_file() for name in PREPARED_FILES):
+            yield report.parent
 
 
 def _walk(folder: Path) -> Iterator[Path]:

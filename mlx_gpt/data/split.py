@@ -79,18 +79,20 @@ def divide(texts: Iterable[tuple[int, str]], folder: Path, val_fraction: float) 
         path.unlink()
     if not all(size.documents for size in sizes.values()):
         raise UserError("The text is too short to be cut into training and validation: add more text.")
-    return whole, sizes, _note(share, val_fraction, sum(0 < fraction < 1 for fraction in fractions))
+    return whole, sizes, _note(whole.documents, sum(0 < fraction < 1 for fraction in fractions), val_fraction)
 
 
 def place_to_cut(text: str, val_fraction: float) -> int:
     """Return where the last `val_fraction` of a text begins: at the nearest line, else word, if one begins near there.
 
-    White space at the end does not count. A fraction of 0 or 1 gives an end of the text.
+    White space at the start and the end does not count, so both parts have text. A fraction of 0 or 1 gives an end of
+    the text.
     """
     if val_fraction in (0, 1):
         return 0 if val_fraction else len(text)
-    length = len(text.rstrip())
-    exact = int(length * (1 - val_fraction))
+    start = len(text) - len(text.lstrip())
+    length = len(text.strip())
+    exact = start + int(length * (1 - val_fraction))
     reach = int(length * min(val_fraction, 1 - val_fraction) / 4)
     for mark in "\n ":
         before, after = text.rfind(mark, exact - reach, exact), text.find(mark, exact, exact + reach)
@@ -139,16 +141,12 @@ def _write(folder: Path, texts: Iterable[tuple[str, str]]) -> dict[str, Split]:
     return {split: Split(documents[split], characters[split]) for split in SPLITS}
 
 
-def _note(share: float, val_fraction: float, cut: int) -> str:
-    instead = "validation takes documents in the order of their hashes until it has its share"
+def _note(documents: int, cut: int, val_fraction: float) -> str:
+    if documents == 1:
+        return f"one document: its last {100 * val_fraction:.3g} % is validation"
+    how = "no document is cut"
     if cut:
-        documents = (
-            "one document is cut by position, and its end"
-            if cut == 1
-            else f"{cut:,} documents are cut by position, and their ends"
-        )
-        instead = f"{documents} {'is' if cut == 1 else 'are'} validation"
-    return (
-        f"split by length: whole documents, divided by their hashes, would make validation {100 * share:.3g} % "
-        f"of the text, not {100 * val_fraction:.3g} %; so {instead}"
-    )
+        how = f"{cut:,} documents are cut, and their ends are validation"
+    if cut == 1:
+        how = "one document is cut, and its end is validation"
+    return f"split by length, because the documents are few or their lengths differ much: {how}"

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlx_gpt.data.corpus import Corpus, usable
+from mlx_gpt.data.corpus import Corpus, check_writable, usable
 from mlx_gpt.data.documents import read_documents
 from mlx_gpt.data.encoder import CorpusEncoder
 from mlx_gpt.data.sources import find_files, hash_of
@@ -64,9 +64,10 @@ def get_tokenizer(
     path = corpus.made(f"{corpus.fingerprint[:16]}-{vocab_size}.tokenizer.json")
     if path.exists():
         return Tokenizer.load(path)
+    check_writable(path.parent)  # before the work
     size = corpus.path("train").stat().st_size
     sample = Sample(_counted((text for text, _ in _pieces(corpus.documents("train"))), size, progress))
-    part = f"{sample.bytes / 1e6:,.0f} of the {size / 1e6:,.0f} MB of " if sample.share < 1 else ""
+    part = f"{sample.bytes / 1e6:,.0f} of the {sample.text_bytes / 1e6:,.0f} MB of " if sample.share < 1 else ""
     echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
     tokenizer = Tokenizer.train(sample, vocab_size, lambda done: progress(min(done, sample.bytes - 1), sample.bytes))
     progress(sample.bytes, sample.bytes)
@@ -97,6 +98,7 @@ def tokenize(
         def advance(encoded: int, before: int = done) -> None:
             progress(min(before + encoded, total), total)
 
+        check_writable(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, functools.partial(_encode, corpus.documents(split, echo), tokenizer, advance))
         done += corpus.path(split).stat().st_size

@@ -33,7 +33,7 @@ def read_only(monkeypatch):
         locked.add(folder)
         folder.chmod(0o555)
 
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in locked and access(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).absolute() not in locked and access(path, mode))
     yield read_only
     for folder in locked:
         folder.chmod(0o755)

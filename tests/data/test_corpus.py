@@ -7,6 +7,7 @@ import pytest
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.prepare import normalise, prepare
 from mlx_gpt.data.sources import BUILTIN, builtin_documents
+from mlx_gpt.data.tokens import get_tokenizer
 from mlx_gpt.errors import UserError
 
 
@@ -78,7 +79,7 @@ def test_a_train_file_alone_is_split_as_prepare_does(texts, tmp_path, name):
     corpus = open_corpus(folder, cache=tmp_path / "cache")
     prepare([folder / name], tmp_path / "out")
     assert [list(corpus.documents("train")), list(corpus.documents("val"))] == list(splits(tmp_path / "out"))
-    assert corpus.name == "my-notes"
+    assert corpus.name == "my notes"
     assert corpus.folder.parent == tmp_path / "cache"
     assert sorted(path.name for path in folder.iterdir()) == sorted([name, "readme.md"])
 
@@ -130,6 +131,27 @@ def test_the_column_of_the_source_does_not_matter_to_a_prepared_corpus(tmp_path)
     prepare([tmp_path / "a.csv"], tmp_path / "out", column="essay")
     assert "essay 7" in "\n".join(open_corpus(tmp_path / "out", column="essay").documents("train"))
     assert open_corpus(tmp_path / "a.csv", column="essay", cache=tmp_path / "cache").name == "a"
+
+
+def test_a_current_folder_that_cannot_be_written_to_is_named(source, texts, tmp_path, monkeypatch, read_only):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    prepare([source(texts)], "prepared")
+    read_only(here / "prepared")
+    read_only(here)
+    for data in (tmp_path / "source.jsonl", "prepared"):
+        with pytest.raises(
+            UserError, match=r"here can't be written to, .*data/cache.*from a folder that you can write"
+        ):
+            get_tokenizer("bpe", 260, open_corpus(data), print)
+
+
+def test_a_corpus_has_the_name_that_its_folder_has(tmp_path):
+    folder = tmp_path / "Läufe 日本"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A text. " * 99)
+    assert open_corpus(folder, cache=tmp_path / "cache").name == "Läufe 日本"
 
 
 def test_the_builtin_text_needs_no_file(tmp_path):

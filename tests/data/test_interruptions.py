@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.data.prepare import prepare
+from mlx_gpt.errors import UserError
 from mlx_gpt.files import remove_leftovers, temporary_folder, write_text_whole, write_whole
 from tests.data import interrupting
 from tests.faults import at_each_change, disk_full, raising
@@ -32,15 +34,18 @@ def test_a_kill_at_any_change_loses_nothing(tmp_path):
     assert int(answer.stdout.split()[0]) > 20
 
 
-def test_sigterm_ends_the_process_after_it_has_cleaned_up(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_process_after_it_has_cleaned_up(tmp_path, number):
     program = (
-        "import os, signal, sys\n"
+        "import os, sys\n"
         "from pathlib import Path\n"
         "from mlx_gpt.files import write_whole\n"
-        "write_whole(Path(sys.argv[1]), lambda part: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "write_whole(Path(sys.argv[1]), lambda part: os.kill(os.getpid(), int(sys.argv[2])))\n"
     )
-    answer = subprocess.run([sys.executable, "-c", program, tmp_path / "tokens.npy"], cwd=ROOT, check=False)
-    assert answer.returncode == -signal.SIGTERM
+    answer = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "tokens.npy", str(int(number))], cwd=ROOT, check=False
+    )
+    assert answer.returncode == -number
     assert not list(tmp_path.iterdir())
 
 
@@ -79,6 +84,14 @@ def test_leftovers_of_other_texts_in_the_cache_are_removed(tmp_path):
         (tmp_path / "data" / f"{split}.txt").write_text(f"{split}\n")
     open_corpus(tmp_path / "data", cache=cache)
     assert not list(tmp_path.rglob(".*"))
+    assert not list(cache.iterdir()), "nor is the folder left, which is empty now"
+
+
+def test_a_failure_leaves_no_empty_folder(tmp_path):
+    (tmp_path / "text.txt").write_text(" ")
+    with pytest.raises(UserError):
+        prepare([tmp_path / "text.txt"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_folder_without_locks_keeps_its_leftovers(tmp_path, monkeypatch):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.prepare import prepare
 from mlx_gpt.data.sources import BUILTIN, find_files, find_sources, read_sources
+from mlx_gpt.data.tokens import get_tokenizer
 from mlx_gpt.errors import UserError
 
 
@@ -47,6 +49,16 @@ def test_a_file_that_is_named_is_never_skipped(tmp_path):
         find_files([tmp_path / "gone"])
     (tmp_path / "a.json").write_text('"named, so read"\n')
     assert find_files([tmp_path / "a.json"]) == ([tmp_path / "a.json"], [])
+
+
+def test_a_prepared_corpus_is_not_prepared_again(tmp_path, source, texts):
+    corpus = tmp_path / "data" / "my corpus"
+    prepare([source(texts)], corpus)
+    get_tokenizer("bpe", 260, open_corpus(corpus), print)  # a tokenizer.json is no text
+    for folder in (corpus, corpus.parent):
+        with pytest.raises(UserError) as caught:
+            prepare([folder], tmp_path / "out")
+        assert str(caught.value) == f"{corpus} is prepared already: train on it with mlx-gpt train --data '{corpus}'."
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

@@ -204,6 +204,7 @@ def test_the_tokenizer_of_a_corpus_is_trained_once(make_corpus, sentences):
 def test_a_tokenizer_for_a_large_corpus_is_trained_on_a_sample(make_corpus, sentences, monkeypatch):
     corpus = make_corpus(sentences)
     monkeypatch.setattr(tokenizer_training, "SAMPLE_BYTES", corpus.path("train").stat().st_size // 10)
+    corpus.path("train").write_text(corpus.path("train").read_text().replace('{"text"', " " * 3000 + '{"text"'))
     lines: list[str] = []
     tokenizer = get_tokenizer("bpe", 300, corpus, lines.append)
     assert tokenizer.to_json() == Tokenizer.train(Sample(corpus.documents("train")), 300).to_json()
