@@ -62,6 +62,8 @@ def explain_os_error(error: OSError, task: str = "") -> str:
         return f"There is no file or folder {path}: check the name."
     if path and isinstance(error, PermissionError):
         return f"You have no permission to use {path}{therefore}: change its permissions or choose another."
+    if path and error.errno == errno.EROFS:
+        return f"{path} is on a disk that can only be read{therefore}: choose another path."
     if path and isinstance(error, NotADirectoryError | FileExistsError):
         return f"A file is in the way of the folder {path}{therefore}: move it away or choose another path."
     reason = ": ".join(str(part) for part in (error.strerror or error or type(error).__name__, path) if part)

@@ -1,6 +1,8 @@
 """Documents become train.jsonl and val.jsonl, and nothing that a person wrote is overwritten."""
 
+import errno
 import json
+import os
 import random
 from pathlib import Path
 
@@ -238,9 +240,14 @@ def test_a_folder_that_cannot_be_written_to_is_named(source, texts, tmp_path, mo
     with pytest.raises(UserError, match=r"file is in the way of the folder .*file, .* cannot write to .*file"):
         prepare([source(texts)], tmp_path / "file")
 
-    def locked(self, *args, **kwargs):  # because the tests may run as root, who has every permission
-        raise PermissionError(13, "Permission denied", str(self))
+    for code, words in (
+        (errno.EACCES, r"no permission to use .*out, .* cannot write to .*out.* choose another"),
+        (errno.EROFS, r"out is on a disk that can only be read, .* cannot write to .*out.* choose another path"),
+    ):
 
-    monkeypatch.setattr(Path, "mkdir", locked)
-    with pytest.raises(UserError, match=r"no permission to use .*out, .* cannot write to .*out"):
-        prepare([source(texts)], tmp_path / "out")
+        def locked(self, *args, code=code, **kwargs):  # because the tests may run as root, who has every permission
+            raise OSError(code, os.strerror(code), str(self))
+
+        monkeypatch.setattr(Path, "mkdir", locked)
+        with pytest.raises(UserError, match=words):
+            prepare([source(texts)], tmp_path / "out")
