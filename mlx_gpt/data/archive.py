@@ -1,6 +1,7 @@
 """Unpack zips without trusting their names, their sizes or their checksums."""
 
 import io
+import os
 import re
 import shutil
 import stat
@@ -200,8 +201,10 @@ def _unpack(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: Pa
             # Reading to the end verifies the checksum. Mode "x" never overwrites a file and never follows a link.
             with archive.open(member) as source, path.open("xb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-            sync(path)
+                copy.flush()
+                os.fsync(copy.fileno())
             paths.append(path)
+        sync(folder)  # once for all files, because there may be very many
     except BaseException:  # including Ctrl-C
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,5 +1,6 @@
 """Downloads work, fail in one sentence, and never damage old data: the real Kaggle client against a local server."""
 
+import fcntl
 import io
 import json
 import os
@@ -279,6 +280,7 @@ def test_an_interruption_while_unpacking_changes_nothing(
         return real(*args)
 
     monkeypatch.setattr(os, call, fail)
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # so that fsync is called on a Mac, too
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError):
         from_file(archive, folder)
     assert remaining[0] <= 0
