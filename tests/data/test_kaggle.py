@@ -298,6 +298,36 @@ def test_a_dataset_that_was_being_replaced_when_the_process_died_is_there_again(
     assert tree(folder) == before
 
 
+def test_a_second_download_leaves_the_first_to_replace_the_dataset(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Path, Callable[[], object]], threading.Thread]
+) -> None:
+    archive, target = folder.parent / "a.zip", folder / "a"
+    from_file(write(archive, make_zip({"old.csv": CSV})), folder)
+    write(archive, make_zip({"new.csv": CSV}))
+    rename, others, found = Path.rename, [], []
+
+    def at_once(self: Path, to: Path) -> Path:
+        if to == target and threading.current_thread() is threading.main_thread():
+            others.append(meanwhile(folder, lambda: found.extend(from_file(archive, folder))))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", at_once)
+    assert from_file(archive, folder) == [target / "new.csv"]
+    others[0].join()
+    assert found == [target / "new.csv"]
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_folder_that_appears_during_a_download_is_kept(folder: Path) -> None:
+    archive, mine = write(folder.parent / "a.zip", make_zip(FILES)), folder / "a" / "mine.csv"
+
+    def echo(line: str) -> None:
+        write(mine, b"text\n")
+
+    assert "in the way" in refused(lambda: from_file(archive, folder, echo=echo))
+    assert mine.read_bytes() == b"text\n"
+
+
 @pytest.mark.parametrize(
     "dataset", ["", "name", "a/b/c", "a/b/0", "a/b/1/2", "../b", "a/..", "/a/b", "a b/c", "a/b\n/c"]
 )
