@@ -88,7 +88,7 @@ def finish_publishing(folder: Path) -> None:
     """Move the files that a process which died had published, but not all moved. Call this before reading `folder`."""
     ready = folder / READY
     if ready.is_dir():
-        with contextlib.suppress(FileNotFoundError), _locked(ready):  # another process has moved them
+        with contextlib.suppress(FileNotFoundError), locked(ready):  # another process has moved them
             _move_all(ready, folder)
 
 
@@ -97,7 +97,7 @@ def remove_leftovers(folder: Path) -> bool:
     removed = False
     for path in folder.glob(".*.part*"):
         if UNFINISHED.fullmatch(path.name):
-            with contextlib.suppress(OSError), _locked(path, wait=False):
+            with contextlib.suppress(OSError), locked(path, wait=False):
                 _remove(path)
                 removed = True
     return removed
@@ -113,38 +113,28 @@ def size_in_words(count: float) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the operating system write a file, or a folder's list of names, to the disk."""
+    """Have a file, or a folder's list of names, written to the disk, as `flush` does."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     finally:
         os.close(handle)
 
 
-def _part(path: Path) -> Path:
-    """Return a name beside `path` that belongs to this thread alone."""
-    return path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
+def flush(handle: int) -> None:
+    """Have an open file or folder written to the disk, so that a power cut does not lose it.
+
+    On macOS fsync leaves the data in the drive's own cache, and F_FULLFSYNC empties that, too.
+    """
+    if full := getattr(fcntl, "F_FULLFSYNC", None):
+        with contextlib.suppress(OSError):  # network drives may not have it
+            fcntl.fcntl(handle, full)
+            return
+    os.fsync(handle)
 
 
 @contextlib.contextmanager
-def _unfinished(part: Path, make: Callable[[Path], None]) -> Iterator[None]:
-    """Make `part`, lock it, and remove what is left of it at the end, also when a signal ends the process."""
-    remove_leftovers(part.parent)
-    with _unwinding_on_signals(), contextlib.ExitStack() as lock:
-        try:
-            while True:
-                make(part)
-                # Another process may have removed it before it was locked.
-                with contextlib.suppress(FileNotFoundError):
-                    lock.enter_context(_locked(part))
-                    break
-            yield
-        finally:
-            _remove(part)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of a file or folder.
 
     Some network file systems have no locks. Those who wait do without; those who do not wait get the `OSError`.
@@ -165,6 +155,28 @@ def _locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _part(path: Path) -> Path:
+    """Return a name beside `path` that belongs to this thread alone."""
+    return path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
+
+
+@contextlib.contextmanager
+def _unfinished(part: Path, make: Callable[[Path], None]) -> Iterator[None]:
+    """Make `part`, lock it, and remove what is left of it at the end, also when a signal ends the process."""
+    remove_leftovers(part.parent)
+    with _unwinding_on_signals(), contextlib.ExitStack() as lock:
+        try:
+            while True:
+                make(part)
+                # Another process may have removed it before it was locked.
+                with contextlib.suppress(FileNotFoundError):
+                    lock.enter_context(locked(part))
+                    break
+            yield
+        finally:
+            _remove(part)
 
 
 @contextlib.contextmanager

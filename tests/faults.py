@@ -9,6 +9,7 @@ profiler report them, so nothing is replaced and the real operations run. Writes
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import signal
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 
 Strike = Callable[[], object]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CALLS = {"write", "writelines", "truncate", "close", "fsync"}  # which audit hooks don't report
+CALLS = {"write", "writelines", "truncate", "close", "fsync", "fcntl"}  # which audit hooks don't report
 
 _watcher: Callable[[str, tuple[Any, ...]], None] | None = None
 
@@ -75,7 +76,7 @@ def strike_at(folder: Path, at: int = 0, by: Strike = kill) -> Iterator[list[str
     def called(frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call" and getattr(function, "__name__", "") in CALLS:
             name = getattr(getattr(function, "__self__", None), "name", None)
-            if function is os.fsync or (_writable(function) and _is_under(name, folder)):
+            if function in (os.fsync, fcntl.fcntl) or (_writable(function) and _is_under(name, folder)):
                 note(f"{function.__name__} {name or ''}".strip())
 
     global _watcher

@@ -82,12 +82,12 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("MLX_RANK", "0") != "0":
             time.sleep(10)  # all ranks have this error: rank 0 reports it, and mlx.launch ends this rank meanwhile
         return _report(error.format_message(), 2)
-    except click.Abort:
-        return _report(*in_a_sentence(KeyboardInterrupt()))
     except BrokenPipeError:
         code = 1  # the reader of stdout has gone, as `head` does
     except (Exception, KeyboardInterrupt) as error:
-        words, code = in_a_sentence(error)
+        # click takes an EOFError for Ctrl-C
+        cause = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
+        words, code = in_a_sentence(cause)
         if "MLX_GPT_TRACEBACK" in os.environ and code != 130 and not isinstance(error, FORESEEN):
             raise
         return _report(words, code)

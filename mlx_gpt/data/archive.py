@@ -1,6 +1,7 @@
 """Unpack zips without trusting their names, their sizes or their checksums."""
 
 import io
+import os
 import re
 import shutil
 import stat
@@ -43,7 +44,7 @@ def is_json(name: str) -> bool:
 
 
 def extract(
-    zip_path: Path, folder: Path, *, wanted: Callable[[str], bool] = is_text_like, echo: Echo = ignore_line
+    zip_path: Path, folder: Path, *, wanted: Callable[[str], bool] | None = None, echo: Echo = ignore_line
 ) -> list[Path]:
     """Unpack the wanted members of a zip into a new `folder`, and return their paths, sorted.
 
@@ -112,7 +113,7 @@ class _BoundedFile(io.BufferedReader):
 
 
 def _choose(
-    members: list[zipfile.ZipInfo], zip_path: Path, wanted: Callable[[str], bool], echo: Echo
+    members: list[zipfile.ZipInfo], zip_path: Path, wanted: Callable[[str], bool] | None, echo: Echo
 ) -> list[zipfile.ZipInfo]:
     """Check that a zip is harmless and return its wanted members."""
     for member in members:
@@ -123,8 +124,8 @@ def _choose(
     files = [member for member in members if not member.is_dir()]
     _check_clashes(files, zip_path)
 
-    if wanted is is_text_like and not any(wanted(member.filename) for member in files):
-        wanted = is_json
+    if wanted is None:
+        wanted = is_text_like if any(is_text_like(member.filename) for member in files) else is_json
     chosen = [member for member in files if wanted(member.filename)]
     others = [_shown(member) for member in files if not wanted(member.filename)]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
@@ -200,8 +201,10 @@ def _unpack(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: Pa
             # Reading to the end verifies the checksum. Mode "x" never overwrites a file and never follows a link.
             with archive.open(member) as source, path.open("xb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-            sync(path)
+                copy.flush()
+                os.fsync(copy.fileno())
             paths.append(path)
+        sync(folder)  # once for all files, because there may be very many
     except BaseException:  # including Ctrl-C
         shutil.rmtree(folder, ignore_errors=True)
         raise

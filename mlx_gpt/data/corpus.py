@@ -52,6 +52,15 @@ class Corpus:
         path = self.folder / name
         return path if self.cache is None or path.exists() else self.cache / name
 
+    def check_unchanged(self) -> None:
+        """Check that the files still have the content that `fingerprint` stands for.
+
+        Raises:
+            UserError: somebody has changed them.
+        """
+        if fingerprint_of(self.folder, self.column, self.cut) != self.fingerprint:
+            raise UserError(f"The text in {self.folder} was changed while it was read: run the command again.")
+
     def documents(self, split: str, echo: Echo = ignore_line) -> Iterator[str]:
         """Yield the usable documents of a split, normalised; `echo` as in `usable`.
 

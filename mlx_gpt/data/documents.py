@@ -10,7 +10,7 @@ from mlx_gpt.data.json_rows import read_json
 from mlx_gpt.data.parquet_rows import read_parquet
 from mlx_gpt.data.rows import Dropped
 from mlx_gpt.data.sniffing import format_of, refusal
-from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.errors import UserError, is_utf8, os_errors_explained
 
 __all__ = ["Dropped", "documents_in", "read_documents"]
 
@@ -63,7 +63,8 @@ def read_documents(
             case _:
                 found = _text(path, lines(path, advance), documents)
         for number, document in enumerate(found, 1):
-            if isinstance(document, Dropped) or _is_unicode(document):
+            # JSON and UTF-16 can hold a lone surrogate, and UTF-8 cannot.
+            if isinstance(document, Dropped) or is_utf8(document):
                 yield document
             else:
                 yield Dropped("not valid Unicode", f"{path}, document {number:,}")
@@ -80,14 +81,6 @@ def documents_in(path: Path, documents: str) -> str:
     if documents != "auto":
         return documents
     return "line" if path.name in HAND_MADE else "file"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which JSON and UTF-16 can hold and UTF-8 cannot
-        return False
-    return True
 
 
 def _text(path: Path, file: Iterator[str], documents: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_gpt.data.archive import JSON_SUFFIX, TEXT_SUFFIXES, check_space, extract
 from mlx_gpt.errors import UserError, explain_os_error, os_errors_explained
-from mlx_gpt.files import sync, temporary_folder, write_text_whole
+from mlx_gpt.files import locked, sync, temporary_folder, write_text_whole
 from mlx_gpt.progress import Echo, ignore_line
 
 DEFAULT_DATASET = "carlmcbrideellis/llm-7-prompt-training-dataset"
@@ -249,13 +249,20 @@ def _install(zip_path: Path, target: Path, temporary: Path, source: str, echo: E
 
 
 def _swap_in(new: Path, target: Path) -> None:
-    old = _aside(target)
-    try:
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
-        _recover(target)
+    """Put the folder `new` in the place of `target`. Only one process at a time does so.
+
+    Raises:
+        UserError: a folder that was not made here has appeared at `target` meanwhile.
+    """
+    with locked(target.parent):
+        _settle(target)
+        _refuse_foreign(target)
+        try:
+            if target.exists():
+                target.rename(_aside(target))
+            new.rename(target)
+        finally:
+            _settle(target)
 
 
 def _aside(target: Path) -> Path:
@@ -264,7 +271,14 @@ def _aside(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Put the old dataset back if the new one did not take its place, also after a kill; else remove it."""
+    """Finish what a process left that was killed while it replaced `target`."""
+    if _aside(target).exists():
+        with locked(target.parent):  # a process that is still replacing it finishes by itself
+            _settle(target)
+
+
+def _settle(target: Path) -> None:
+    """Put the old dataset back if the new one did not take its place; else remove it."""
     old = _aside(target)
     if old.exists():
         shutil.rmtree(old) if target.exists() else old.rename(target)

@@ -1,6 +1,8 @@
 """Turns documents into train.jsonl and val.jsonl, without duplicates, for a person to read and edit."""
 
+import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -10,6 +12,7 @@ from pathlib import Path
 from mlx_gpt.data.documents import Dropped
 from mlx_gpt.data.report import Report
 from mlx_gpt.data.sources import (
+    BUILTIN,
     FORMAT_VERSION,
     REPORT,
     Source,
@@ -23,7 +26,7 @@ from mlx_gpt.data.sources import (
 )
 from mlx_gpt.data.split import SPLITS, divide, split_file
 from mlx_gpt.errors import UserError, os_errors_explained
-from mlx_gpt.files import finish_publishing, publish, temporary_folder
+from mlx_gpt.files import finish_publishing, locked, publish, temporary_folder
 from mlx_gpt.progress import ByteProgress, ignore_progress
 
 
@@ -65,9 +68,13 @@ def prepare(
         raise UserError(f"The validation fraction must be between 0 and 1, not {val_fraction}: 0.1 is usual.")
     sources, skipped = find_sources(paths)
     fingerprint = source_fingerprint(sources, column, documents, val_fraction)
-    with os_errors_explained(f"write to {folder}"):
+
+    def check() -> None:
         finish_publishing(folder)
         _refuse_to_overwrite(folder, paths, sources, fingerprint, overwrite)
+
+    with os_errors_explained(f"write to {folder}"):
+        check()
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}
     texts = _distinct(read_sources(sources, column, documents, progress), dropped, first)
@@ -87,7 +94,8 @@ def prepare(
             first=first,
         )
         record = asdict(report) | {
-            "paths": [str(path) for path in paths],
+            "paths": [BUILTIN if str(path) == BUILTIN else str(Path(path).resolve()) for path in paths],
+            "folder": str(folder.resolve()),
             "sources": [{"path": str(source), "bytes": source_size(source)} for source in sources],
             "settings": {
                 "column": column,
@@ -101,7 +109,9 @@ def prepare(
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         # File names that are not UTF-8 become JSON's own escapes.
         (staged / REPORT).write_text(text, encoding="utf-8", errors="backslashreplace")
-        publish(staged, folder)
+        with locked(folder):
+            check()  # again, because the corpus may have been edited or replaced while the sources were read
+            publish(staged, folder)
     return report
 
 
@@ -165,8 +175,9 @@ def _refuse_to_overwrite(
         UserError: a train or val file is a source, or was written or edited by hand, or was made from other paths.
     """
     there = [path for split in SPLITS for path in (split_file(folder, split), folder / f"{split}.txt") if path.exists()]
-    if both := {path.resolve() for path in there} & {Path(source).resolve() for source in sources}:
-        raise UserError(f"{both.pop()} is a source and would be overwritten: choose another folder to write to.")
+    for path, source in itertools.product(there, sources):
+        if source != BUILTIN and path.samefile(source):  # a Mac's disk takes a name in any capitals
+            raise UserError(f"{source} is a source and would be overwritten: choose another folder to write to.")
     if by_hand := [path.name for path in there if path.suffix == ".txt"]:
         raise UserError(
             f"{folder} has a {by_hand[0]} that was written or edited by hand: move it away or choose another folder."
@@ -179,9 +190,10 @@ def _refuse_to_overwrite(
             f"{folder} has a {there[0].name} that was written or edited by hand: choose another folder with --out, or "
             "replace it with --overwrite."
         )
-    made_from = {path: Path(path).resolve() for path in record.get("paths", ())}
     now = {Path(path).resolve() for path in (*paths, *sources)}
-    lost = [path for path, resolved in made_from.items() if resolved not in now]
+    # If the whole project was moved, a path is still where it was as seen from the corpus.
+    moved = {path: folder.resolve() / os.path.relpath(path, record["folder"]) for path in record["paths"]}
+    lost = [path for path in moved if now.isdisjoint((Path(path).resolve(), moved[path].resolve()))]
     if lost and record["source_fingerprint"] != fingerprint:
         raise UserError(
             f"{folder} holds the text of {lost[0]}: choose another folder with --out, or replace it with --overwrite."

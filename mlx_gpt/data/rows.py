@@ -76,7 +76,8 @@ def text_column(
     if wanted:
         raise UserError(f"{path} has no column {wanted!r}: name one of its columns with --column ({columns}).")
     long = [name for name, found in values.items() if found and sum(map(len, found)) >= LONG * len(found)]
-    # A short text beside lists or objects may be the title of what is in them; one object alone, the whole file's.
+    # A short text beside lists or objects may be the title of what is in them. A lone object may be metadata, so a long
+    # text in it may be the title of the whole file.
     for candidates in (long if rows > 1 else [],) if nested else (list(values), long):
         if len(candidates) == 1:
             return candidates[0]

@@ -15,7 +15,7 @@ from mlx_gpt.progress import ByteProgress, ignore_progress
 BUILTIN = "builtin"  # used in place of a path: the language reference that comes with Python
 FORMAT_VERSION = 3  # raise this number when a change makes the same sources give other documents
 REPORT = "report.json"
-PREPARED_FILES = (REPORT, "val.jsonl", "train.jsonl")  # what `prepare` writes to a folder, in this order
+PREPARED_FILES = (REPORT, "val.jsonl", "train.jsonl")  # what `prepare` writes to a folder
 
 Source = Path | str  # a file, or BUILTIN
 
@@ -136,12 +136,15 @@ def source_fingerprint(sources: list[Source], column: str, documents: str, val_f
 
 
 def prepared_record(folder: Path) -> dict[str, Any]:
-    """Return the report that `prepare` wrote to `folder`, or {} if there is none."""
+    """Return the report that `prepare` wrote to `folder`, or {} if there is none, or one of another program."""
     try:
         record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and "source_fingerprint" in record else {}
+    match record:
+        case {"source_fingerprint": str(), "fingerprint": str(), "folder": str(), "paths": [*paths]}:
+            return record if all(isinstance(path, str) for path in paths) else {}
+    return {}
 
 
 def hash_of(*parts: object) -> str:

@@ -30,11 +30,12 @@ def divide(texts: Iterable[tuple[int, str]], folder: Path, val_fraction: float) 
 
     A text goes to validation if its hash, as a fraction of `HASHES`, is below `val_fraction`. That stands if
     validation then has the share of the characters that was asked for, give or take half of the smaller side.
-    Otherwise, each text is cut that is longer than a tenth of all, and than the smaller side. Its end is validation.
+    Otherwise, every text longer than a tenth of all characters, and longer than the smaller side, is cut. Its end is
+    validation.
     The other texts go to validation whole, in the order of their hashes, until it has its share. The last of them is
     cut if that share would otherwise be missed.
 
-    In memory are 16 bytes for each text, and about 200 while the split is made by length.
+    This keeps 16 bytes per text in memory, and about 200 while the split is made by length.
 
     Args:
         texts: the hash, below `HASHES`, and the text of each document. Each has a character that is not white space.
@@ -110,7 +111,7 @@ def _fractions(hashes: Sequence[int], lengths: Sequence[int], val_fraction: floa
     smaller = min(val_fraction, 1 - val_fraction)
     longest = max(LONG, smaller) * sum(lengths)
     others = sorted(pair for pair in zip(hashes, lengths, strict=True) if pair[1] <= longest)
-    # Those that come before the last one in the order of the hashes are validation, and those after it are training.
+    # Texts with a smaller hash than the last one go to validation, the rest to training.
     missing, last, fraction_of_last = val_fraction * sum(length for _, length in others), HASHES, 0.0
     for number, length in others:
         if length >= missing:

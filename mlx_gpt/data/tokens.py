@@ -1,6 +1,5 @@
 """Turns documents into token ids in memory-mapped files."""
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ def get_tokenizer(
         progress: called with the bytes read so far: first of the corpus, then of the sample.
 
     Raises:
-        UserError: there is no such tokenizer.
+        UserError: there is no such tokenizer, or the corpus was changed since it was opened.
     """
     if wanted == "bytes":
         return Tokenizer.of_bytes()
@@ -70,6 +69,7 @@ def get_tokenizer(
     part = f"{sample.bytes / 1e6:,.0f} of the {sample.text_bytes / 1e6:,.0f} MB of " if sample.share < 1 else ""
     echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
     tokenizer = Tokenizer.train(sample, vocab_size, lambda done: progress(min(done, sample.bytes - 1), sample.bytes))
+    corpus.check_unchanged()
     progress(sample.bytes, sample.bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_whole(path, tokenizer.to_json())
@@ -87,10 +87,14 @@ def tokens_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
 def tokenize(
     corpus: Corpus, tokenizer: Tokenizer, progress: ByteProgress = ignore_progress, echo: Echo = ignore_line
 ) -> Tokens:
-    """Encode a corpus, or open the files of an earlier call if neither the corpus nor the tokenizer has changed."""
+    """Encode a corpus, or open the files of an earlier call if neither the corpus nor the tokenizer has changed.
+
+    Raises:
+        UserError: the corpus cannot be read, or was changed since it was opened.
+    """
     fingerprint = tokens_fingerprint(corpus, tokenizer)
     paths = [corpus.made(f"{fingerprint}.{split}.npy") for split in SPLITS]
-    missing = [(split, path) for split, path in zip(SPLITS, paths, strict=True) if not path.exists()]
+    missing = [(split, path) for split, path in zip(SPLITS, paths, strict=True) if not _is_whole(path)]
     total = sum(corpus.path(split).stat().st_size for split, _ in missing)
     done = 0
     for split, path in missing:
@@ -98,9 +102,13 @@ def tokenize(
         def advance(encoded: int, before: int = done) -> None:
             progress(min(before + encoded, total), total)
 
+        def encode(part: Path, split: str = split, advance: Callable[[int], None] = advance) -> None:
+            _encode(corpus.documents(split, echo), tokenizer, advance, part)
+            corpus.check_unchanged()
+
         check_writable(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, functools.partial(_encode, corpus.documents(split, echo), tokenizer, advance))
+        write_whole(path, encode)
         done += corpus.path(split).stat().st_size
         progress(done, total)
     train, val = (np.load(path, mmap_mode="r") for path in paths)
@@ -140,11 +148,11 @@ def encode_file(
 
 
 def lost_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> list[str]:
-    """Return a warning about the text that its ids do not hold; no line if they hold all of it."""
+    """Return a warning about the text that its ids do not hold; an empty list if nothing was lost."""
     if tokenizer.drops_unknown:
         return [
-            "WARNING: The tokenizer leaves out characters that it has no token for, and nothing counts them: make sure "
-            "that it has all those of the text."
+            "WARNING: The tokenizer drops characters that it has no token for, without counting them: check that it "
+            "covers your text."
         ]
     if tokenizer.unknown is None:
         return []
@@ -176,6 +184,15 @@ def check_windows(tokens: Tokens, seq_len: int) -> None:
             f"The training text has {len(tokens.train):,} tokens, fewer than the {seq_len + 1:,} of one window: "
             f"add text, or use --seq-len {len(tokens.train) - 1} or less."
         )
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether there is a .npy file at `path` that can be opened."""
+    try:
+        np.lib.format.open_memmap(path, mode="r")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None], path: Path) -> None:

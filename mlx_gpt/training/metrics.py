@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_gpt.device import GIB
 from mlx_gpt.evaluation import Evaluation
+from mlx_gpt.files import flush
 from mlx_gpt.progress import Display
 
 
@@ -185,4 +186,4 @@ def _drop_records_after(path: Path, step: int) -> None:
                 break
             kept += len(line)
         file.truncate(kept)
-        os.fsync(file.fileno())
+        flush(file.fileno())

@@ -396,3 +396,13 @@ def test_a_bug_is_a_sentence_too_unless_the_user_asks_for_the_traceback(mlx_gpt,
     monkeypatch.setenv("MLX_GPT_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         cli.run(["generate", "--model", "model", "--prompt", "Geese"])
+
+
+def test_an_end_of_file_where_more_was_expected_is_not_reported_as_ctrl_c(mlx_gpt, here, monkeypatch):
+    def fail(*arguments, **options):
+        raise EOFError("duck")
+
+    monkeypatch.setattr("mlx_gpt.api.load", fail)
+    answer = mlx_gpt("generate", "--model", "model", "--prompt", "Geese")
+    assert answer.code == 1
+    assert "An unexpected error occurred (EOFError: duck)." in answer.err

@@ -1,7 +1,9 @@
-"""Documents, files of them, and folders that can't be written to."""
+"""Documents, files of them, folders that can't be written to, and calls at the same time."""
 
+import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,35 @@ def read_only(monkeypatch):
     yield read_only
     for folder in locked:
         folder.chmod(0o755)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Start a call in another thread, and return when it has ended or waits for the lock of a folder."""
+    threads, flock = [], fcntl.flock
+
+    def meanwhile(folder, call):
+        halted = threading.Event()
+
+        def noting(handle, operation):
+            waits = threading.current_thread() is thread and not operation & fcntl.LOCK_NB
+            if waits and os.path.samestat(os.fstat(handle), folder.stat()):
+                halted.set()
+            flock(handle, operation)
+
+        def run():
+            try:
+                call()
+            finally:
+                halted.set()
+
+        monkeypatch.setattr(fcntl, "flock", noting)
+        thread = threading.Thread(target=run)
+        threads.append(thread)
+        thread.start()
+        halted.wait()
+        return thread
+
+    yield meanwhile
+    for thread in threads:
+        thread.join()

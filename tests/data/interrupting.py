@@ -5,13 +5,13 @@
 kills it with SIGKILL at each change, and then a command that unpacks an archive in place of another.
 """
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from mlx_gpt import files
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.kaggle import from_file
 from mlx_gpt.data.prepare import prepare
@@ -100,7 +100,7 @@ def tokenized(folder: Path) -> list[str]:
 if __name__ == "__main__":
     here = Path(sys.argv[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
+        patch.setattr(files, "flush", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
         start(here)
         kills = check_each(here, killed_at_each_change(here, lambda: work(here)))
         kills += check_unpacking(here / "archives")

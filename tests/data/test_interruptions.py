@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_gpt import files
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.prepare import prepare
 from mlx_gpt.errors import UserError
-from mlx_gpt.files import remove_leftovers, temporary_folder, write_text_whole, write_whole
+from mlx_gpt.files import READY, publish, remove_leftovers, temporary_folder, write_text_whole, write_whole
 from tests.data import interrupting
 from tests.faults import at_each_change, disk_full, raising
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("strike", [disk_full, raising(KeyboardInterrupt)], ids=["full disk", "Ctrl-C"])
 def test_an_error_at_any_change_loses_nothing(tmp_path, monkeypatch, strike):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # disks are slow
+    monkeypatch.setattr(files, "flush", lambda handle: None)  # disks are slow
     interrupting.start(tmp_path)
     strikes = at_each_change(tmp_path, lambda: interrupting.work(tmp_path), strike)
     assert interrupting.check_each(tmp_path, strikes) > 20
@@ -102,6 +103,70 @@ def test_a_folder_without_locks_keeps_its_leftovers(tmp_path, monkeypatch):
     (tmp_path / ".a.4711-140000.part").touch()
     write_text_whole(tmp_path / "file", "text")  # works without a lock
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.4711-140000.part", "file"]
+
+
+@pytest.fixture
+def order(tmp_path, monkeypatch):
+    """List the names that are flushed to the disk and moved, in order."""
+    order = []
+
+    def flush(handle):
+        opened = os.fstat(handle)
+        found = [path for path in (tmp_path, *tmp_path.rglob("*")) if os.path.samestat(opened, path.stat())]
+        order.append(f"flush {plain(found[0])}")
+
+    def plain(path):
+        path = Path(path)
+        return "folder" if path == tmp_path else "part" if path.name.endswith((".part", ".part.npy")) else path.name
+
+    rename = os.rename
+
+    def move(source, target):
+        order.append(f"{plain(source)} to {plain(target)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", move)
+    monkeypatch.setattr(os, "replace", move)
+    monkeypatch.setattr(files, "flush", flush)
+    return order
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, order):
+    write_text_whole(tmp_path / "a.npy", "text")
+    assert order == ["flush part", "part to a.npy", "flush folder"]
+
+
+def test_a_corpus_is_on_the_disk_before_it_replaces_another(tmp_path, order):
+    with temporary_folder(tmp_path) as staged:
+        for name in ("train.jsonl", "val.jsonl"):
+            (staged / name).write_text("{}")
+        publish(staged, tmp_path)
+    assert order == [
+        "flush train.jsonl",
+        "flush val.jsonl",
+        "flush part",
+        f"part to {READY}",
+        "flush folder",
+        "train.jsonl to train.jsonl",
+        "val.jsonl to val.jsonl",
+        "flush folder",
+    ]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_cache_of_a_macs_drive_is_flushed_too(tmp_path, monkeypatch, known):
+    calls = []
+
+    def control(handle, command):
+        calls.append(command)
+        if not known:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append("fsync"))
+    files.sync(tmp_path)
+    assert calls == ([51] if known else [51, "fsync"])
 
 
 def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path):

@@ -1,5 +1,6 @@
 """Downloads work, fail in one sentence, and never damage old data: the real Kaggle client against a local server."""
 
+import fcntl
 import io
 import json
 import os
@@ -279,6 +280,7 @@ def test_an_interruption_while_unpacking_changes_nothing(
         return real(*args)
 
     monkeypatch.setattr(os, call, fail)
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # so that fsync is called on a Mac, too
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError):
         from_file(archive, folder)
     assert remaining[0] <= 0
@@ -294,6 +296,36 @@ def test_a_dataset_that_was_being_replaced_when_the_process_died_is_there_again(
     server.body = b"the network is not asked"
     download("owner/name", folder)
     assert tree(folder) == before
+
+
+def test_a_second_download_leaves_the_first_to_replace_the_dataset(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Path, Callable[[], object]], threading.Thread]
+) -> None:
+    archive, target = folder.parent / "a.zip", folder / "a"
+    from_file(write(archive, make_zip({"old.csv": CSV})), folder)
+    write(archive, make_zip({"new.csv": CSV}))
+    rename, others, found = Path.rename, [], []
+
+    def at_once(self: Path, to: Path) -> Path:
+        if to == target and threading.current_thread() is threading.main_thread():
+            others.append(meanwhile(folder, lambda: found.extend(from_file(archive, folder))))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", at_once)
+    assert from_file(archive, folder) == [target / "new.csv"]
+    others[0].join()
+    assert found == [target / "new.csv"]
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_folder_that_appears_during_a_download_is_kept(folder: Path) -> None:
+    archive, mine = write(folder.parent / "a.zip", make_zip(FILES)), folder / "a" / "mine.csv"
+
+    def echo(line: str) -> None:
+        write(mine, b"text\n")
+
+    assert "in the way" in refused(lambda: from_file(archive, folder, echo=echo))
+    assert mine.read_bytes() == b"text\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.prepare import normalise, prepare
 from mlx_gpt.errors import UserError
+from mlx_gpt.files import READY
 
 NASTY = [
     "emoji 🦆 👩‍👩‍👧",
@@ -171,6 +174,73 @@ def test_a_corpus_of_other_files_is_kept(source, texts, tmp_path):
     prepare([tmp_path / "moved.jsonl", second], tmp_path / "out")  # nothing is lost when files are added
 
 
+def test_a_file_of_the_same_name_in_another_folder_is_another_file(source, texts, tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        source([f"{folder}: {text}" for text in texts], f"{folder}/source.jsonl")
+    monkeypatch.chdir(tmp_path / "a")
+    prepare(["source.jsonl"], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UserError, match=r"holds the text of .*/a/source\.jsonl"):
+        prepare(["source.jsonl"], tmp_path / "out")
+    shutil.rmtree(tmp_path / "a")  # now the corpus is all that is left of it
+    with pytest.raises(UserError, match=r"holds the text of .*/a/source\.jsonl"):
+        prepare(["source.jsonl"], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_project_that_was_moved_is_prepared_again(source, texts, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    source(texts, "old/source.jsonl")
+    monkeypatch.chdir(tmp_path / "old")
+    prepare(["source.jsonl", "builtin"], "data/out")
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    source(["new", *texts], "new/source.jsonl")
+    prepare(["source.jsonl", "builtin"], "data/out")
+    assert b'"new"' in contents(tmp_path / "new/data/out")["train.jsonl"]
+
+
+@pytest.mark.parametrize("paths", [None, 5, "source.jsonl", [None]])
+def test_a_report_of_another_program_does_not_make_a_corpus_replaceable(source, texts, tmp_path, paths):
+    prepare([source(texts)], tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    (tmp_path / "out" / "report.json").write_text(json.dumps(record | {"paths": paths}))
+    with pytest.raises(UserError, match="edited by hand"):
+        prepare([source(["new", *texts])], tmp_path / "out")
+
+
+def test_what_is_added_to_the_corpus_while_the_sources_are_read_is_kept(source, texts, tmp_path):
+    prepare([source(texts)], tmp_path / "out")
+
+    def edit(done, total):
+        if done == total:
+            with (tmp_path / "out" / "train.jsonl").open("a") as file:
+                file.write('{"text": "mine"}\n')
+
+    with pytest.raises(UserError, match="edited by hand"):
+        prepare([source(["new", *texts])], tmp_path / "out", progress=edit)
+    assert splits(tmp_path / "out")[0][-1] == "mine"
+
+
+def test_two_that_write_to_a_folder_at_once_take_turns(source, texts, tmp_path, monkeypatch, meanwhile):
+    out, rename, others = tmp_path / "out", Path.rename, []
+    path = source(texts)
+
+    def at_once(self, target):
+        if Path(target).name == READY and threading.current_thread() is threading.main_thread():
+            others.append(meanwhile(out, lambda: prepare([path], out, val_fraction=0.2)))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", at_once)
+    prepare([path], out)
+    others[0].join()
+    assert json.loads((out / "report.json").read_text())["settings"]["val_fraction"] == 0.2
+    train, val = splits(out)
+    assert sorted(train + val) == sorted(texts)
+
+
 def test_a_folder_that_lost_a_file_is_prepared_again(texts, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "b.txt"):
@@ -200,6 +270,10 @@ def test_a_source_is_never_overwritten(source, texts, tmp_path):
     prepare([source(texts)], tmp_path / "out")
     with pytest.raises(UserError, match="choose another folder"):
         prepare([tmp_path / "out" / "train.jsonl"], tmp_path / "out")
+    # A hard link is the same file under another name, as `OUT/Train.jsonl` is on a Mac.
+    os.link(tmp_path / "out" / "train.jsonl", tmp_path / "same.jsonl")
+    with pytest.raises(UserError, match="choose another folder"):
+        prepare([tmp_path / "same.jsonl"], tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize(

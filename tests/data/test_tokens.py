@@ -125,6 +125,30 @@ def test_a_split_whose_file_is_missing_is_encoded_again(bpe, make_corpus):
     assert (again.fingerprint, again.val.tolist()) == (tokens.fingerprint, tokens.val.tolist())
 
 
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:100], lambda whole: whole[:-1]])
+def test_a_split_whose_file_is_damaged_is_encoded_again(bpe, make_corpus, damage):
+    corpus = make_corpus(["duck"])
+    tokens = tokenize(corpus, bpe)
+    path = corpus.folder / f"{tokens.fingerprint}.val.npy"
+    path.write_bytes(damage(path.read_bytes()))
+    assert bpe.decode(tokenize(corpus, bpe).val) == "What nobody has seen.\n"
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_text_that_changes_while_it_is_encoded_is_not_kept_as_the_old_one(byte_tokenizer, make_corpus, split):
+    corpus, old = make_corpus(["duck"], ["goose"]), {"train": "duck", "val": "goose"}
+    files = {name: corpus.path(name).read_text() for name in old}
+
+    def edit(done, total):
+        corpus.path(split).write_text(files[split].replace(old[split], "swan"))
+
+    with pytest.raises(UserError, match="was changed while it was read"):
+        tokenize(corpus, byte_tokenizer, edit)
+    corpus.path(split).write_text(files[split])
+    tokens = tokenize(corpus, byte_tokenizer)
+    assert {"train": byte_tokenizer.decode(tokens.train), "val": byte_tokenizer.decode(tokens.val)} == old
+
+
 def test_a_failure_halfway_leaves_no_file(byte_tokenizer, make_corpus, sentences, monkeypatch):
     encode, rounds = CorpusEncoder.encode_batch, itertools.count()
 
@@ -201,10 +225,22 @@ def test_the_tokenizer_of_a_corpus_is_trained_once(make_corpus, sentences):
     assert get_tokenizer("bpe", 290, corpus, lines.append).vocab_size == 290
 
 
+def test_a_tokenizer_of_a_text_that_changes_meanwhile_is_not_kept(make_corpus, sentences):
+    corpus = make_corpus(sentences)
+
+    def edit(done, total):
+        corpus.path("train").write_text('{"text": "swan"}\n')
+
+    with pytest.raises(UserError, match="was changed while it was read"):
+        get_tokenizer("bpe", 280, corpus, print, edit)
+    assert not list(corpus.folder.glob("*.tokenizer.json"))
+
+
 def test_a_tokenizer_for_a_large_corpus_is_trained_on_a_sample(make_corpus, sentences, monkeypatch):
     corpus = make_corpus(sentences)
     monkeypatch.setattr(tokenizer_training, "SAMPLE_BYTES", corpus.path("train").stat().st_size // 10)
     corpus.path("train").write_text(corpus.path("train").read_text().replace('{"text"', " " * 3000 + '{"text"'))
+    corpus = open_corpus(corpus.folder)
     lines: list[str] = []
     tokenizer = get_tokenizer("bpe", 300, corpus, lines.append)
     assert tokenizer.to_json() == Tokenizer.train(Sample(corpus.documents("train")), 300).to_json()
@@ -256,7 +292,7 @@ def test_a_tokenizer_that_drops_characters_is_warned_of(make_corpus):
     tokenizer = Tokenizer(HFTokenizer(models.BPE({"a": 0, "b": 1}, merges=[])))
     assert tokenizer.encode("abc") == tokenizer.encode("ab")
     (line,) = lost_text([np.array(tokenizer.encode("abc"))], tokenizer)
-    assert "leaves out characters" in line
+    assert "drops characters" in line
 
 
 def test_a_tokenizer_of_all_bytes_is_not_warned_of(tokenizer):

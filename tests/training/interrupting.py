@@ -25,6 +25,7 @@ import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take 
 import mlx.core as mx
 import pytest
 
+from mlx_gpt import files
 from mlx_gpt.errors import FORESEEN, in_a_sentence
 from mlx_gpt.progress import Lines
 from mlx_gpt.training import checkpoint, loop, memory
@@ -145,7 +146,7 @@ def main() -> int:
     mx.disable_compile()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "measure", lambda run, make_step, training: line)
-        patch.setattr(os, "fsync", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
+        patch.setattr(files, "flush", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
         print(interrupt(Path(folder), every), "interruptions")
         os.chdir("/")
     return 0
