@@ -77,7 +77,7 @@ def finish_publishing(folder: Path) -> None:
     """Move the files that a process which died had published, but not all moved. Call this before reading `folder`."""
     ready = folder / READY
     if ready.is_dir():
-        with contextlib.suppress(FileNotFoundError), _locked(ready):  # another process has moved them
+        with contextlib.suppress(FileNotFoundError), locked(ready):  # another process has moved them
             _move_all(ready, folder)
 
 
@@ -85,8 +85,42 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files and folders in `folder` whose process has ended."""
     for path in folder.glob(".*.part*"):
         if UNFINISHED.fullmatch(path.name):
-            with contextlib.suppress(OSError), _locked(path, wait=False):
-                _remove(path)
+            with contextlib.suppress(OSError), locked(path, wait=False, required=True):
+                remove(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, required: bool = False) -> Iterator[None]:
+    """Hold the lock of a file or folder.
+
+    Args:
+        wait: wait until another process releases it.
+        required: fail on a disk that has no locks, as some network file systems, instead of doing without.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+        FileNotFoundError: it is gone.
+        OSError: the disk has no locks, and `required` is true.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only what may be written
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            if required:
+                raise
+        if not os.path.samestat(os.fstat(handle), path.stat()):
+            raise FileNotFoundError
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with everything in it, or a link but not what it points to, if there is one."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def size_in_words(count: float) -> str:
@@ -122,35 +156,11 @@ def _unfinished(part: Path, make: Callable[[Path], None]) -> Iterator[None]:
                 make(part)
                 # Another process may have removed it before it was locked.
                 with contextlib.suppress(FileNotFoundError):
-                    lock.enter_context(_locked(part))
+                    lock.enter_context(locked(part))
                     break
             yield
         finally:
-            _remove(part)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a file or folder.
-
-    Some network file systems have no locks. Those who wait do without; those who do not wait get the `OSError`.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        OSError: it is locked, and `wait` is false.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if wait:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), path.stat()):
-            raise FileNotFoundError
-        yield
-    finally:
-        os.close(handle)
+            remove(part)
 
 
 @contextlib.contextmanager
@@ -181,7 +191,3 @@ def _move_all(ready: Path, folder: Path) -> None:
         path.replace(folder / path.name)
     sync(folder)
     ready.rmdir()
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
