@@ -5,6 +5,7 @@ the process ends, however it ends, so the next writer in the same folder knows w
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -17,6 +18,21 @@ from types import FrameType
 
 UNFINISHED = re.compile(r"\..*\.\d+-\d+\.part(\.\w+)?")  # named by `_unfinished`
 READY = ".ready"
+
+
+class DiskFullError(OSError):
+    """The disk has too little room for what is to be written.
+
+    Attributes:
+        needed: bytes to be written.
+        free: bytes that the disk has left.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        """Make the error, with the number of a full disk."""
+        sizes = f"it takes {size_in_words(needed)} and the disk has {size_in_words(free)} left"
+        super().__init__(errno.ENOSPC, sizes)
+        self.needed, self.free = needed, free
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -121,6 +137,22 @@ def locked(path: Path, wait: bool = True, required: bool = False) -> Iterator[No
 def remove(path: Path) -> None:
     """Remove a file, a folder with everything in it, or a link but not what it points to, if there is one."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def free_space(folder: Path) -> int:
+    """Return the bytes that are free on the disk of `folder`, which need not exist yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Check that the disk of `folder`, which need not exist yet, has room for `needed` bytes.
+
+    Raises:
+        DiskFullError: it has less.
+    """
+    if needed > (free := free_space(folder)):
+        raise DiskFullError(needed, free)
 
 
 def size_in_words(count: float) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data.sources import BUILTIN
 from mlx_gpt.errors import UserError
-from mlx_gpt.files import locked, remove, size_in_words
+from mlx_gpt.files import free_space, locked, remove, size_in_words
 from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
 from mlx_gpt.training import checkpoint
 
@@ -50,7 +49,7 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
     return lock
 
 
-def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
+def check_room_for_run(folder: Path, model: int, saved: int, checkpoints: int) -> None:
     """Make sure that the disk of `folder` has room for the checkpoints, the best and the final model.
 
     What the folder holds of these already will be replaced, or counts as one of them.
@@ -63,9 +62,8 @@ def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
     Raises:
         UserError: the disk has too little room.
     """
-    disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     there = [path for name in ("final/*", "best/*", "checkpoints/step-*/*") for path in folder.glob(name)]
-    free = shutil.disk_usage(disk).free
+    free = free_space(folder)
     room = free + sum(path.stat().st_size for path in there if path.is_file())
     if room < (needed := checkpoints * saved + 2 * model):
         fewer = ""

@@ -482,7 +482,7 @@ def full(folder, needed):
 
 
 def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eager):
-    monkeypatch.setattr("mlx_gpt.training.checkpoint.check_room", full)
+    monkeypatch.setattr("mlx_gpt.training.checkpoint.check_free_space", full)
     with pytest.raises(RunError, match="could not be saved"):
         train(tmp_path / "run", max_steps=1)
     with pytest.raises(RunError, match="could not be saved"):
