@@ -10,6 +10,7 @@ newer than any checkpoint.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -187,8 +188,18 @@ def read_progress(folder: Path) -> Progress:
     """Check a checkpoint's files against their checksums and return its progress.
 
     Raises:
+        OSError: a file is there and can't be read, although the disk is sound.
         UserError: `folder` is not a checkpoint, or it is damaged.
     """
+    try:
+        return _checked_progress(folder)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise UserError(f"The checkpoint {folder} is damaged: the disk can't read it ({error.strerror}).") from None
+
+
+def _checked_progress(folder: Path) -> Progress:
     try:
         text = (folder / MARKER).read_text(encoding="utf-8")
         record = json.loads(text)
