@@ -35,7 +35,7 @@ class Display(Protocol):
     """The place where a run shows what it does."""
 
     def line(self, text: str) -> None:
-        """Show one line of the log."""
+        """Show one line of the log. For a run, it drops a line that can't be shown, so that the run continues."""
         ...
 
     def progress(self, what: str) -> ByteProgress:

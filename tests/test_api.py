@@ -154,6 +154,13 @@ def test_train_shows_its_lines_where_the_caller_wants_them(data, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_reader_of_the_lines_that_has_gone_does_not_end_the_run(data):
+    def gone(line):
+        raise BrokenPipeError
+
+    assert mlx_gpt.train(data=data, out="run", echo=gone, **TINY) == Path("run")
+
+
 def test_stream_gives_the_text_of_generate_piece_by_piece(directory):
     model, tokenizer = mlx_gpt.load(directory)
     settings = {"max_tokens": 12, "seed": 1, "temperature": 0.9}
