@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.device import device
 from mlx_gpt.distributed import is_first
-from mlx_gpt.errors import UserError, is_utf8
+from mlx_gpt.errors import UserError, in_a_sentence, is_utf8
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.generation.stream import stream as stream_pieces
 from mlx_gpt.models.directory import load_model, load_tokenizer
@@ -92,17 +92,26 @@ def train(
     from mlx_gpt.training.loop import train as run_training
 
     display = Lines(echo if is_first() else None)
-    stop = StopSignals(speaks=bool(echo) and is_first())
-    outcome = run_training(
-        settings,
-        display,
-        file=config,
-        resume=resume,
-        overwrite=overwrite,
-        ignore_memory=ignore_memory,
-        stop_requested=stop.requested,
-        around=stop,
-    )
-    if stop.received:  # the run is saved, so the signal may now do what the caller expects of it
-        signal.raise_signal(stop.received)
+    stop = StopSignals(display.line)
+    stopped = False
+    try:
+        outcome = run_training(
+            settings,
+            display,
+            file=config,
+            resume=resume,
+            overwrite=overwrite,
+            ignore_memory=ignore_memory,
+            stop_requested=stop.requested,
+            around=stop,
+        )
+        stopped = not outcome.finished
+    except Exception as error:
+        if stop.received:  # which may end this process before the caller sees the error
+            display.line(in_a_sentence(error)[0])
+        raise
+    finally:
+        # Training has ended, so the signal may now do what the caller expects of it. Perhaps only another rank got it.
+        if stop.received or stopped:
+            signal.raise_signal(stop.received or signal.SIGTERM)
     return outcome.folder

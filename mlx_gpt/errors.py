@@ -67,6 +67,8 @@ def explain_os_error(error: OSError, task: str = "") -> str:
     if path and isinstance(error, NotADirectoryError | FileExistsError):
         return f"A file is in the way of the folder {path}{therefore}: move it away or choose another path."
     reason = ": ".join(str(part) for part in (error.strerror or error or type(error).__name__, path) if part)
+    if not (path or task):
+        return f"Cannot continue ({reason}): try another disk."
     return f"Cannot {task or 'continue'} ({reason}): check that it is readable and writable."
 
 

@@ -5,6 +5,7 @@ the process ends, however it ends, so the next writer in the same folder knows w
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -17,6 +18,21 @@ from types import FrameType
 
 UNFINISHED = re.compile(r"\..*\.\d+-\d+\.part(\.\w+)?")  # named by `_unfinished`
 READY = ".ready"
+
+
+class DiskFullError(OSError):
+    """The disk has too little room for what is to be written.
+
+    Attributes:
+        needed: bytes to be written.
+        free: bytes that the disk has left.
+    """
+
+    def __init__(self, needed: int, free: int) -> None:
+        """Make the error, with the number of a full disk."""
+        sizes = f"it takes {size_in_words(needed)} and the disk has {size_in_words(free)} left"
+        super().__init__(errno.ENOSPC, sizes)
+        self.needed, self.free = needed, free
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -97,10 +113,60 @@ def remove_leftovers(folder: Path) -> bool:
     removed = False
     for path in folder.glob(".*.part*"):
         if UNFINISHED.fullmatch(path.name):
-            with contextlib.suppress(OSError), locked(path, wait=False):
-                _remove(path)
+            with contextlib.suppress(OSError), locked(path, wait=False, required=True):
+                remove(path)
                 removed = True
     return removed
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, required: bool = False) -> Iterator[None]:
+    """Hold the lock of a file or folder.
+
+    Args:
+        wait: wait until another process releases it.
+        required: fail on a disk that has no locks, as some network file systems, instead of doing without.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+        FileNotFoundError: it is gone.
+        OSError: the disk has no locks, and `required` is true.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only what may be written
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            if required:
+                raise
+        if not os.path.samestat(os.fstat(handle), path.stat()):
+            raise FileNotFoundError
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with everything in it, or a link but not what it points to, if there is one."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def free_space(folder: Path) -> int:
+    """Return the bytes that are free on the disk of `folder`, which need not exist yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Check that the disk of `folder`, which need not exist yet, has room for `needed` bytes.
+
+    Raises:
+        DiskFullError: it has less.
+    """
+    if needed > (free := free_space(folder)):
+        raise DiskFullError(needed, free)
 
 
 def size_in_words(count: float) -> str:
@@ -133,30 +199,6 @@ def flush(handle: int) -> None:
     os.fsync(handle)
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a file or folder.
-
-    Some network file systems have no locks. Those who wait do without; those who do not wait get the `OSError`.
-
-    Raises:
-        FileNotFoundError: it is gone.
-        OSError: it is locked, and `wait` is false.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if wait:
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), path.stat()):
-            raise FileNotFoundError
-        yield
-    finally:
-        os.close(handle)
-
-
 def _part(path: Path) -> Path:
     """Return a name beside `path` that belongs to this thread alone."""
     return path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
@@ -176,7 +218,7 @@ def _unfinished(part: Path, make: Callable[[Path], None]) -> Iterator[None]:
                     break
             yield
         finally:
-            _remove(part)
+            remove(part)
 
 
 @contextlib.contextmanager
@@ -213,7 +255,3 @@ def _move_all(ready: Path, folder: Path) -> None:
         path.replace(folder / path.name)
     sync(folder)
     ready.rmdir()
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The lines and progress bars that show a person how the work proceeds."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class Display(Protocol):
     """The place where a run shows what it does."""
 
     def line(self, text: str) -> None:
-        """Show one line of the log."""
+        """Show one line of the log. For a run, it drops a line that can't be shown, so that the run continues."""
         ...
 
     def progress(self, what: str) -> ByteProgress:
@@ -53,8 +54,9 @@ class Lines:
         self._echo = echo or ignore_line
 
     def line(self, text: str) -> None:
-        """Show one line."""
-        self._echo(text)
+        """Show one line. It is dropped if `echo` raises `OSError`, because its reader may have gone."""
+        with contextlib.suppress(OSError):
+            self._echo(text)
 
     def progress(self, what: str) -> ByteProgress:
         """Return a function that shows nothing."""

@@ -4,8 +4,14 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+
+def say_on_stderr(sentence: str) -> None:
+    """Write a sentence to stderr past Python's buffers, which a signal may find in the middle of a write."""
+    os.write(2, f"\n{sentence}\n".encode())
 
 
 class StopSignals:
@@ -17,12 +23,13 @@ class StopSignals:
         received: the signal that came, or 0.
 
     Args:
-        speaks: whether to acknowledge a signal on the terminal.
+        say: called in the signal handler with the sentence that acknowledges a signal. The handler may interrupt a
+            write, so an error of I/O, or one that says that the writer is busy, is ignored.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
+    def __init__(self, say: Callable[[str], object] | None = None) -> None:
         self.received = 0
-        self._speaks = speaks
+        self._say = say
 
     def requested(self) -> bool:
         """Return whether a signal has come."""
@@ -48,9 +55,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        # The signal may interrupt a write to sys.stderr, so this bypasses Python's buffers.
-        if self._speaks:
-            with contextlib.suppress(OSError):
-                os.write(2, b"\nStopping after this step, and saving. Press Ctrl-C again to quit at once.\n")
+        if self._say:
+            with contextlib.suppress(OSError, RuntimeError):  # Python's buffers refuse a write within a write
+                self._say("Stopping after this step, and saving. Press Ctrl-C again to quit at once.")
         # A closed terminal counts as SIGTERM.
         self.received = signal.SIGTERM if number == signal.SIGHUP else number

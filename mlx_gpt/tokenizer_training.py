@@ -22,9 +22,10 @@ WORDS = re.compile(rf" ?[^\W_]+| ?(?:[^\w{SPACE}]|_)+|[{SPACE}]+")
 # The library takes two seconds and 110 MB for each megabyte of distinct words. A merge that changes a word shortens it,
 # and the library walks the whole word to do so, so the time also grows with the length of the words.
 WORD_CHARACTERS = 256
-PATIENCE = 5.0  # seconds that an interrupted training may take to stop reading
 WORD_BYTES = 4_000_000
 SAMPLE_BYTES = 32_000_000  # twice as much gave 0.06 % fewer tokens
+
+PATIENCE = 5.0  # seconds that an interrupted training may take to stop reading
 
 
 class Sample:
@@ -125,7 +126,8 @@ def train(texts: Iterable[str], vocab_size: int, read: Callable[[int], object] =
         _interruptibly(work, lambda: read(done))
     finally:
         stopped.set()
-        # The library's threads call Python for each text, and would crash if the interpreter ended meanwhile.
+        # The library's threads call Python for each text, and would crash if the interpreter ended meanwhile. So this
+        # waits until they have stopped reading, but no longer than a person does after Ctrl-C.
         all_read.wait(PATIENCE)
     return backend
 
@@ -133,7 +135,7 @@ def train(texts: Iterable[str], vocab_size: int, read: Callable[[int], object] =
 def _interruptibly(work: Callable[[], object], meanwhile: Callable[[], object]) -> None:
     """Call `work` in a thread, because the library does not answer Ctrl-C, and `meanwhile` every tenth of a second.
 
-    After Ctrl-C nobody waits for the thread any more: it ends with its work or with the process.
+    Ctrl-C raises at once, while the thread still works. The thread ends with its work or with the process.
     """
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 

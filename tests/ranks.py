@@ -98,7 +98,7 @@ def wait():
 
     with join() as ranks:
         if ranks.first:
-            with StopSignals(speaks=False):
+            with StopSignals():
                 Path("0.pid").write_text(str(os.getpid()))
                 Path("waits").touch()
                 ranks.total()

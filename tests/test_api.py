@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 import mlx_gpt
+from mlx_gpt.errors import RunError
 from mlx_gpt.models.directory import save_model
+from mlx_gpt.training import loop
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -93,6 +95,52 @@ def test_ctrl_c_saves_the_run_and_interrupts_the_program(data):
     assert mlx_gpt.train(resume="run", max_steps=4, echo=None) == Path("run")
 
 
+@pytest.fixture
+def terminated():
+    """Catch SIGTERM as a program may, and list the signals that came."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_is_acknowledged_where_the_lines_go(data, terminated, capfd):
+    lines: list[str] = []
+
+    def echo(line):
+        lines.append(line)
+        if line.startswith("Step 2,"):
+            signal.raise_signal(signal.SIGTERM)
+
+    mlx_gpt.train(data=data, out="run", echo=echo, **(TINY | {"max_steps": 9}))
+    assert "Stopping after this step, and saving. Press Ctrl-C again to quit at once." in lines
+    assert capfd.readouterr() == ("", "")
+    assert terminated == [signal.SIGTERM]
+
+
+def test_a_signal_outlives_an_error_that_follows_it(data, terminated):
+    lines: list[str] = []
+
+    def echo(line):
+        lines.append(line)
+        if line.startswith("Step 2,"):
+            signal.raise_signal(signal.SIGTERM)
+            shutil.rmtree("run/checkpoints", ignore_errors=True)
+            Path("run/checkpoints").touch()
+
+    with pytest.raises(RunError, match="could not be saved"):
+        mlx_gpt.train(data=data, out="run", echo=echo, **(TINY | {"max_steps": 9}))
+    assert terminated == [signal.SIGTERM]
+    assert "could not be saved" in lines[-1]  # the signal may end a program before it can show the error
+
+
+def test_a_signal_to_another_rank_ends_the_run_of_this_one(terminated, monkeypatch):
+    stopped = loop.Outcome(Path("run"), finished=False, step=2, best_loss=None)
+    monkeypatch.setattr(loop, "train", lambda *arguments, **options: stopped)
+    mlx_gpt.train(echo=None)
+    assert terminated == [signal.SIGTERM]
+
+
 def test_train_works_in_a_thread_that_no_signal_reaches(data):
     with ThreadPoolExecutor() as pool:
         assert pool.submit(lambda: mlx_gpt.train(data=data, out="run", echo=None, **TINY)).result() == Path("run")
@@ -104,6 +152,13 @@ def test_train_shows_its_lines_where_the_caller_wants_them(data, capsys):
     assert any(line.startswith("Validation Loss: ") for line in lines)
     mlx_gpt.train(data=data, out="quiet", echo=None, **TINY)
     assert capsys.readouterr().out == ""
+
+
+def test_a_reader_of_the_lines_that_has_gone_does_not_end_the_run(data):
+    def gone(line):
+        raise BrokenPipeError
+
+    assert mlx_gpt.train(data=data, out="run", echo=gone, **TINY) == Path("run")
 
 
 def test_stream_gives_the_text_of_generate_piece_by_piece(directory):

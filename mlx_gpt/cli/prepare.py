@@ -28,8 +28,8 @@ def command(paths: tuple[str, ...], out: str, overwrite: bool, **settings: str) 
     """Turn files, or folders of files, into a corpus to train on.
 
     This reads CSV, TSV, JSON, JSONL, plain text and, with the extra `parquet`, Parquet. It leaves out empty and
-    repeated documents. The hash of a document's text decides whether it goes to training or validation, unless that
-    would leave one of them too small.
+    repeated documents. The hash of a document's text decides whether it goes to training or validation, unless
+    validation would get far less or far more than its fraction.
     """
     prepare([Path(path) for path in paths], out, overwrite, settings)
 

@@ -12,19 +12,31 @@ from mlx_gpt.progress import ByteProgress
 
 # Short enough to leave room for the facts beside the bar in 80 columns.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, and of a terminal
 
 
 class Terminal:
-    """A display of lines and bars on a terminal, or of lines alone in a pipe."""
+    """A display of lines and bars on a terminal, or of lines alone in a pipe or a file.
+
+    Args:
+        lossy: drop lines that can't be written, because the command has other results, such as a run.
+    """
+
+    def __init__(self, lossy: bool = False) -> None:
+        self._lossy = lossy
+        # A terminal that has closed no longer says that it is one.
+        self._reader_gone = (errno.EPIPE, errno.EIO) if sys.stdout and sys.stdout.isatty() else (errno.EPIPE,)
 
     def line(self, text: str) -> None:
-        """Print a line above the bar. It is dropped if its reader has gone, and the work continues."""
+        """Print a line above the bar. It is dropped if its reader has gone, and the work continues.
+
+        Raises:
+            OSError: it can't be written for another reason, and the display is not `lossy`.
+        """
         try:
             with tqdm.external_write_mode():
                 click.echo(text)
         except OSError as error:
-            if error.errno not in READER_GONE:
+            if not self._lossy and error.errno not in self._reader_gone:
                 raise
 
     def bar(self, what: str, total: int, done: int = 0, unit: str = "step") -> "TerminalBar":

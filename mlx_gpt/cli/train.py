@@ -1,6 +1,5 @@
 """`mlx-gpt train`."""
 
-import contextlib
 import signal
 from typing import Any
 
@@ -10,7 +9,7 @@ from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import Config
 from mlx_gpt.errors import typed
-from mlx_gpt.signals import StopSignals
+from mlx_gpt.signals import StopSignals, say_on_stderr
 
 
 @click.command("train", cls=SettingsCommand)
@@ -42,10 +41,11 @@ def command(
     from mlx_gpt.progress import Lines
     from mlx_gpt.training import loop
 
-    stop = StopSignals(is_first())
+    stop = StopSignals(say_on_stderr if is_first() else None)
+    display = Terminal(lossy=not dry_run) if is_first() else Lines()
     outcome = loop.train(
         given(settings),
-        Terminal() if is_first() else Lines(),
+        display,
         file=file,
         resume=resume,
         overwrite=overwrite,
@@ -60,7 +60,5 @@ def command(
     if not outcome.finished:
         again = typed("train", "--resume", outcome.folder)
         words = f"Stopped after step {outcome.step:,}. Continue with: {again}"
-    if is_first():
-        with contextlib.suppress(OSError):  # the terminal may have closed
-            click.echo(words)
+    display.line(words)
     return 0 if outcome.finished else 128 + (stop.received or signal.SIGTERM)  # a signal may reach only another rank

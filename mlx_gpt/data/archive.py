@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from mlx_gpt.errors import UserError, os_errors_explained
-from mlx_gpt.files import sync
+from mlx_gpt.files import DiskFullError, check_free_space, size_in_words, sync
 from mlx_gpt.progress import Echo, ignore_line
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".md", ".parquet")
@@ -87,13 +87,10 @@ def check_space(needed: int, folder: Path) -> None:
     Raises:
         UserError: the sentence says how many bytes are needed and how many are free.
     """
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"The disk is full: {_size(needed)} needed, {_size(free)} free; make room, then run the command again."
-        )
+    try:
+        check_free_space(folder, needed)
+    except DiskFullError as error:
+        raise UserError(f"The disk is full ({error.strerror}): make room, then run the command again.") from None
 
 
 class _BoundedFile(io.BufferedReader):
@@ -187,7 +184,7 @@ def _check_contents(chosen: list[zipfile.ZipInfo], zip_path: Path) -> None:
     # because the sum is compared with the size of the zip itself.
     total, packed = sum(member.file_size for member in chosen), zip_path.stat().st_size
     if total > MAX_BYTES or total > max(HARMLESS_BYTES, MAX_RATIO * packed):
-        sizes = f"{_size(packed)} would become {_size(total)}"
+        sizes = f"{size_in_words(packed)} would become {size_in_words(total)}"
         raise UserError(f"{zip_path.name} is suspiciously large inside ({sizes}): if you trust it, unpack it by hand.")
 
 
@@ -222,7 +219,3 @@ def _explain_bad_zip(zip_path: Path) -> str:
 def _shown(member: zipfile.ZipInfo) -> str:
     name = member.orig_filename
     return repr(name if len(name) <= 80 else name[:77] + "...")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_gpt import models
 from mlx_gpt.device import GIB, device
 from mlx_gpt.errors import UserError, shown
-from mlx_gpt.files import write_text_whole, write_whole
+from mlx_gpt.files import check_free_space, write_text_whole, write_whole
 from mlx_gpt.models import gpt2
 from mlx_gpt.tokenizer import Tokenizer
 
@@ -76,11 +76,14 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         OSError: not all of it could be written.
     """
     mx.eval(arrays)  # what fails in here is not the disk
+    check_free_space(path.parent, sum(array.nbytes for array in arrays.values()))
     try:
         mx.save_safetensors(str(path), arrays, metadata=metadata or {})
         with safe_open(path, framework="np"):
             pass  # checks that the file is as long as its header says: MLX's writer does not report a full disk
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, OSError) as error:
+        with path.open("ab") as file:  # MLX does not say why it failed: if the disk is full, this does
+            file.write(bytes(2**20))
         raise OSError(errno.EIO, f"the disk did not store it: {error}") from None
 
 

@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.files import size_in_words, sync, write_text_whole, write_whole
+from mlx_gpt.files import check_free_space, sync, write_text_whole, write_whole
 from mlx_gpt.models.directory import save_arrays, save_model
 from mlx_gpt.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def save(
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
     array_bytes = sum(array.nbytes for _, array in tree_flatten((model.parameters(), arrays)))
-    check_room(run, array_bytes + len(tokenizer.to_json().encode()) + SMALL_FILES)
+    check_free_space(run, array_bytes + len(tokenizer.to_json().encode()) + SMALL_FILES)
     try:
         save_model(part, model, tokenizer)
         write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
@@ -86,7 +86,7 @@ def save(
 def remove_older(run: Path, step: int, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints up to `step`."""
     for old in [folder for folder in all_checkpoints(run) if step_of(folder) <= step][:-keep]:
-        _remove(old)
+        remove(old)
 
 
 def remove_unfinished(run: Path) -> None:
@@ -100,12 +100,14 @@ def later_than(run: Path, step: int) -> list[Path]:
     return [folder for folder in all_checkpoints(run) if step_of(folder) > step]
 
 
-def remove_oldest(run: Path) -> Path | None:
-    """Remove the oldest checkpoint, to make room on the disk, and return it; None if it is the only one."""
-    older = all_checkpoints(run)[:-1]
-    if older:
-        _remove(older[0])
-    return older[0] if older else None
+def remove(folder: Path) -> None:
+    """Remove a folder so that a crash leaves all of it or nothing that counts as a checkpoint."""
+    # It is renamed first. `remove_unfinished` removes the rest later.
+    doomed = folder.with_name(f".{folder.name}.removed.part")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_after(run: Path, step: int) -> None:
@@ -116,7 +118,7 @@ def remove_after(run: Path, step: int) -> None:
     """
     best = best_model(run)
     for folder in (run / "final", *([run / "best"] if best and best[0] > step else []), *later_than(run, step)):
-        _remove(folder)
+        remove(folder)
 
 
 def save_best(run: Path, model: nn.Module, tokenizer: Tokenizer, step: int, loss: float) -> None:
@@ -143,20 +145,14 @@ def trained_weights(run: Path) -> list[Path]:
     return [folder for folder in found if not (folder.name == "best" and best and best[0] == 0)]
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Check that the disk of `folder` has room for `needed` bytes.
-
-    Raises:
-        OSError: the disk has too little room; the error number is ENOSPC.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"it takes {size_in_words(needed)} and the disk has {size_in_words(free)} left")
-
-
 def step_of(folder: Path) -> int:
     """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
+
+
+def size(folder: Path) -> int:
+    """Return the bytes in the files of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def all_checkpoints(run: Path) -> list[Path]:
@@ -192,8 +188,18 @@ def read_progress(folder: Path) -> Progress:
     """Check a checkpoint's files against their checksums and return its progress.
 
     Raises:
+        OSError: a file is there and can't be read, although the disk is sound.
         UserError: `folder` is not a checkpoint, or it is damaged.
     """
+    try:
+        return _checked_progress(folder)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise UserError(f"The checkpoint {folder} is damaged: the disk can't read it ({error.strerror}).") from None
+
+
+def _checked_progress(folder: Path) -> Progress:
     try:
         text = (folder / MARKER).read_text(encoding="utf-8")
         record = json.loads(text)
@@ -239,13 +245,3 @@ def _marker(record: dict[str, Any]) -> str:
     """Return the text of the marker: the record, with its own checksum."""
     checksum = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     return json.dumps(record | {"checksum": checksum}, indent=2) + "\n"
-
-
-def _remove(folder: Path) -> None:
-    # The folder is renamed first, so that a crash leaves no half checkpoint. `remove_unfinished` removes the rest
-    # later.
-    doomed = folder.with_name(f".{folder.name}.removed.part")
-    shutil.rmtree(doomed, ignore_errors=True)
-    if folder.exists():
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)

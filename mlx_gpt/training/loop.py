@@ -225,7 +225,8 @@ def fit(
             over, stopping = run.ranks.any(out_of_time(), stop_requested())
             over = over or number >= plan.total_steps
             logs, validates = number % training.log_every == 0 or over, number % training.eval_every == 0 or over
-            # No trained weights are without a checkpoint to resume from: the first ones to evaluate are saved, too.
+            # The first weights to be evaluated get a checkpoint too, so a kill never leaves a `best` that cannot be
+            # resumed.
             saves = number % training.save_every == 0 or over or stopping or (validates and not saved)
             if logs or validates or saves:
                 review(run, *unread)

@@ -177,7 +177,7 @@ def _check_disk(run: Run) -> None:
     n_params = models.n_params(run.model)
     # In float32; a checkpoint has AdamW's two means as well.
     model = 4 * n_params + len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
-    run_folder.check_room(run.folder, model, model + 8 * n_params, min(saves, training.keep_checkpoints + 1))
+    run_folder.check_room_for_run(run.folder, model, model + 8 * n_params, min(saves, training.keep_checkpoints + 1))
 
 
 def _refuse(problem: str) -> None:

@@ -50,7 +50,7 @@ class Monitor:
     def line(self, text: str) -> None:
         """Add a line to the log and show it."""
         self._write(self._log, text)
-        self._show(text)
+        self._display.line(text)
 
     def listen(self, listener: Callable[[Mapping[str, Any]], None]) -> None:
         """Pass each record to `listener` from now on."""
@@ -137,11 +137,7 @@ class Monitor:
             file.flush()
         except OSError as error:
             # A full disk must not end the training; saving a checkpoint will say more.
-            self._show(f"WARNING: {file.name} could not be written: {error.strerror}.")
-
-    def _show(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal or a pipe that is gone must not end the run
-            self._display.line(text)
+            self._display.line(f"WARNING: {file.name} could not be written: {error.strerror}.")
 
 
 def finite(number: float) -> float | None:

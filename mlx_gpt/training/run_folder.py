@@ -1,9 +1,7 @@
 """The folder of a run: how it is claimed, checked and found again."""
 
 import contextlib
-import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data.sources import BUILTIN
 from mlx_gpt.errors import UserError
-from mlx_gpt.files import size_in_words
+from mlx_gpt.files import free_space, locked, remove, size_in_words
 from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
 from mlx_gpt.training import checkpoint
 
@@ -51,7 +49,7 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
     return lock
 
 
-def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
+def check_room_for_run(folder: Path, model: int, saved: int, checkpoints: int) -> None:
     """Make sure that the disk of `folder` has room for the checkpoints, the best and the final model.
 
     What the folder holds of these already will be replaced, or counts as one of them.
@@ -64,9 +62,8 @@ def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
     Raises:
         UserError: the disk has too little room.
     """
-    disk = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     there = [path for name in ("final/*", "best/*", "checkpoints/step-*/*") for path in folder.glob(name)]
-    free = shutil.disk_usage(disk).free
+    free = free_space(folder)
     room = free + sum(path.stat().st_size for path in there if path.is_file())
     if room < (needed := checkpoints * saved + 2 * model):
         fewer = ""
@@ -80,16 +77,27 @@ def check_room(folder: Path, model: int, saved: int, checkpoints: int) -> None:
         )
 
 
+def check_kept(path: Path, folder: Path) -> None:
+    """Make sure that emptying `folder` of an old run would not delete `path`, which the new run begins from.
+
+    Raises:
+        UserError: it would.
+    """
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} would be deleted before the new run has saved anything: choose another --out.")
+
+
 def clear(folder: Path) -> None:
     """Make `folder` and empty it of an old run."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in CONTENTS:
-        target = folder / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 class Lock:
     """Keeps a second process out of a run. The system releases it when the process ends, however it ends.
+
+    Some network file systems have no locks. There it keeps nobody out.
 
     Raises:
         UserError: another process holds it; the sentence names it.
@@ -98,20 +106,21 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise UserError(
-                f"Process {holder} is training into {folder}: wait for it, stop it, or choose another --out."
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
+        self._held = contextlib.ExitStack()
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
+            try:
+                self._held.enter_context(locked(self._path, wait=False))
+                break
+            except FileNotFoundError:
+                continue  # the process that had locked it has removed it
+            except BlockingIOError:
+                holder = self._path.read_text(encoding="utf-8").strip() or "unknown"
+                raise UserError(
+                    f"Process {holder} is training into {folder}: wait for it, stop it, or choose another --out."
+                ) from None
+        self._path.write_text(f"{os.getpid()}\n", encoding="utf-8")
 
     def release(self) -> None:
         """Let others in. Folders that were made for the lock alone are removed."""
@@ -120,7 +129,7 @@ class Lock:
             with contextlib.suppress(OSError):
                 for folder in self._made:
                     folder.rmdir()
-        self._file.close()
+        self._held.close()
 
     def __enter__(self) -> "Lock":
         return self

@@ -198,6 +198,8 @@ def open_run(
         config = resolve(settings, file)
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
+        if config.init_from:
+            run_folder.check_kept(run_folder.model_directory(Path(config.init_from)), Path(config.out))
         return Resumed(config, None, Progress(), {})
     given = (read_toml(file) if file else {}) | dict(settings)
     folder, chosen = run_folder.run_to_resume(resume, given)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from mlx_gpt.errors import RunError, typed
+from mlx_gpt.files import DiskFullError, free_space
 from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.setup import Run
 
@@ -56,18 +57,31 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
 def _save_making_room(run: Run, name: str, save: Callable[[], object]) -> None:
     """Save; while the disk is full, remove the oldest checkpoint and try again. The newest checkpoint always stays.
 
+    Nothing is removed if everything that may go is too little. A removal that frees nothing is the last one: snapshots
+    of the disk, as macOS makes them, keep what is deleted. If the disk does not say how much is missing, at most one is
+    removed, because it leaves the room of a checkpoint.
+
     Raises:
         OSError: saving failed.
     """
+    made_room = False
     while True:
         try:
             save()
             return
         except OSError as error:
-            oldest = checkpoint.remove_oldest(run.folder) if error.errno in FULL else None
-            if not oldest:
+            older, free = checkpoint.all_checkpoints(run.folder)[:-1], free_space(run.folder)
+            missing = max(1, error.needed - free) if isinstance(error, DiskFullError) else 1
+            in_vain = made_room and not isinstance(error, DiskFullError)
+            if error.errno not in FULL or in_vain or sum(map(checkpoint.size, older)) < missing:
                 raise
-            run.monitor.line(f"WARNING: the disk is full, so {oldest} was removed to make room for {name}.")
+            checkpoint.remove(older[0])
+            removed = f"WARNING: the disk is full, so {older[0]} was removed to make room for {name}"
+            if free_space(run.folder) <= free:
+                run.monitor.line(f"{removed}, which did not free any.")
+                raise
+            run.monitor.line(f"{removed}.")
+            made_room = True
 
 
 def too_many_bad_steps(run: Run, step: int) -> RunError:

@@ -208,8 +208,8 @@ FAILURES: dict[str, tuple[Arrange, list[str]]] = {
     "flipped byte": (sends(flipped()), ["name.zip is damaged"]),
     "no text": (sends(make_zip({"a.png": b"", "b.bin": b""})), ["no .csv", "a.png", "b.bin"]),
     "hostile": (sends(make_zip({"../evil.csv": CSV})), ["not safe"]),
-    "too big for the disk": (sets(promised=10**15), ["disk is full", "1000000.0 GB needed", "free"]),
-    "too big once unpacked": (little_room, ["disk is full", "5.0 MB needed", "1.0 MB free"]),
+    "too big for the disk": (sets(promised=10**15), ["disk is full", "it takes 1,000,000 GB", "left"]),
+    "too big once unpacked": (little_room, ["disk is full", "it takes 5.00 MB", "has 1.00 MB left"]),
     "client not importable": (broken_client, ["pip install"]),
     "no home": (read_only_home, ["/dev/null"]),
 }

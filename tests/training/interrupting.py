@@ -1,22 +1,26 @@
 """Interrupt a run, and the resume of a run, at the changes that they make to files, and compare with undisturbed ones.
 
-    python -m tests.training.interrupting --every 1
+    python -m tests.training.interrupting
 
 Each change is struck in three ways: the disk is full, Ctrl-C is pressed twice, the process is killed. After each, no
 trained weights may be lost. The next command must end with the same bytes as an undisturbed run, and leave nothing
-unfinished.
+unfinished. `--sample` strikes a few changes, of every kind.
 
-Every run is a fork of this process, so that a kill ends only the run. MLX can't compute in a fork of a process that has
-computed with it, so this process computes nothing itself.
+A run that is to be killed has a process of its own. It is no fork of this one, because MLX can't compute in a fork.
 """
 
 import argparse
 import os
+import random
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["MLX_GPT_DEVICE"] = "cpu"
 
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
 
@@ -45,7 +49,9 @@ MISSING = {
     "run/best could not be saved": "best/model.safetensors",
     "run/metrics.jsonl could not be written": "metrics",
 }
-FINISHED, ENDED = 0, 3
+# Kinds of changes, by their first part under the run's folder.
+KINDS = ("checkpoints", "best", "metrics", "run", "final")
+SEED = 0  # another one draws another sample
 
 
 def train(stop_after: int = 0) -> None:
@@ -58,27 +64,35 @@ def train(stop_after: int = 0) -> None:
         loop.train(settings, display, resume=resume, stop_requested=lambda: next(made) == stop_after)
 
 
-def struck(act: Callable[[], object], at: int = 0, by: Strike = kill) -> tuple[int, int]:
-    """Do something in a fork that is struck at change number `at`; return how it ended, and the number of changes."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        code = 1
+def struck(at: int = 0, by: Strike = kill) -> list[str]:
+    """Train, struck at change number `at`; return the changes. A strike other than a kill may end the run."""
+    with strike_at(Path("run"), at, by) as changes:
         try:
-            with strike_at(Path("run"), at, by) as changes:
-                act()
-            os.write(writing, str(len(changes)).encode())
-            code = FINISHED
+            train()
         except FORESEEN as error:
-            code = ENDED if "\n" not in in_a_sentence(error)[0] else 1
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading) as lines:
-        changes_made = int(lines.read() or 0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), changes_made
+            if not 0 < at <= len(changes) or "\n" in in_a_sentence(error)[0]:
+                raise
+    return changes
+
+
+def killed(at: int) -> bool:
+    """Train in a process that is killed at change number `at`; return whether it was."""
+    command = [sys.executable, "-m", "tests.training.interrupting", "--killed-at", str(at)]
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, env=os.environ | path, check=False).returncode < 0
+
+
+def kind_of(change: str) -> str:
+    """Return the kind of a change, such as "best"; "" if it is none of `KINDS`."""
+    found = re.search(r"\brun/\.?(\w+)", change)
+    return found[1] if found and found[1] in KINDS else ""
+
+
+def sample(changes: list[str], combination: int) -> Iterator[int]:
+    """Yield the numbers of two changes of different kinds; the next combinations take the next kinds."""
+    draw = random.Random(SEED + combination)
+    for kind in (KINDS[(2 * combination + i) % len(KINDS)] for i in range(2)):
+        yield draw.choice([number for number, change in enumerate(changes, 1) if kind_of(change) == kind])
 
 
 def check(what: str, started: Path | None, expected: dict[str, object]) -> None:
@@ -91,7 +105,10 @@ def check(what: str, started: Path | None, expected: dict[str, object]) -> None:
         assert before, "the run began with a best model"
         assert best, f"{what}: the best model is lost"
         assert best[1] <= before[1], f"{what}: the best model is lost"
-    assert struck(train)[0] == FINISHED, f"{what}: the next command fails"
+    try:
+        train()
+    except FORESEEN as error:
+        raise AssertionError(f"{what}: the next command fails") from error
     found = outcome(run)
     differing = {name for name in expected | found if expected.get(name) != found.get(name)}
     missing = {name for warning, name in MISSING.items() if f"WARNING: {warning}" in SHOWN.read_text()}
@@ -100,8 +117,8 @@ def check(what: str, started: Path | None, expected: dict[str, object]) -> None:
     assert not left, f"{what}: {left} are left"
 
 
-def interrupt(folder: Path, every: int = 1) -> int:
-    """Interrupt a run and a resume in `folder` at every n-th change, n being `every`.
+def interrupt(folder: Path, sampled: bool = False) -> int:
+    """Interrupt a run and a resume in `folder` at every change, or at a sample of them.
 
     Returns:
         The number of interruptions.
@@ -110,28 +127,30 @@ def interrupt(folder: Path, every: int = 1) -> int:
     Path("text").mkdir()
     for side in ("train", "val"):
         Path(f"text/{side}.txt").write_text("".join(f"The {number}th duck of {side}.\n" for number in range(20)))
-    assert struck(train)[0] == FINISHED
+    train()
     expected = outcome(Path("run").rename("straight"))
-    assert struck(lambda: train(stop_after=1))[0] == FINISHED
+    train(stop_after=1)
     shutil.copytree("run", "stopped")
+
+    def start(started: Path | None) -> None:
+        shutil.rmtree("run")
+        SHOWN.unlink()
+        if started:
+            shutil.copytree(started, "run")
+
     interruptions = 0
-    for name, by in STRIKES.items():
-        for started in (None, Path("stopped")):
-
-            def start(started: Path | None = started) -> None:
-                shutil.rmtree("run")
-                SHOWN.unlink()
-                if started:
-                    shutil.copytree(started, "run")
-
-            start()
-            changes = struck(train)[1]
-            assert changes > 50
-            for at in range(1 + interruptions % every, changes + 1, every):
-                start()
-                ended, _ = struck(train, at, by)
-                what = f"{name} at change {at} of {'a resume' if started else 'a run'}"
-                assert ended in (FINISHED, ENDED) if by is not kill else ended < 0, f"{what}: {ended}"
+    for i, (name, by) in enumerate(STRIKES.items()):
+        for j, started in enumerate((None, Path("stopped"))):
+            start(started)
+            changes = struck()
+            assert {*map(kind_of, changes)} >= {*KINDS}
+            for at in sample(changes, 2 * i + j) if sampled else range(1, len(changes) + 1):
+                start(started)
+                what = f"{name} at change {at} ({changes[at - 1]}) of {'a resume' if started else 'a run'}"
+                if by is kill:
+                    assert killed(at), f"{what}: it was not killed"
+                else:
+                    struck(at, by)
                 check(what, started, expected)
                 interruptions += 1
     return interruptions
@@ -140,15 +159,20 @@ def interrupt(folder: Path, every: int = 1) -> int:
 def main() -> int:
     """Run as a script."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="Interrupt at every N-th change.")
-    every = parser.parse_args().every
+    parser.add_argument("--sample", action="store_true", help="Interrupt at a few changes of every kind.")
+    parser.add_argument("--killed-at", type=int, metavar="N", help="Only train here, until change number N.")
+    arguments = parser.parse_args()
     line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01), memory.Trial(2, 2**21, 2**21, 0, 0.01)))
     mx.disable_compile()
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "measure", lambda run, make_step, training: line)
         patch.setattr(files, "flush", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
-        print(interrupt(Path(folder), every), "interruptions")
-        os.chdir("/")
+        if arguments.killed_at:
+            struck(arguments.killed_at)
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            print(interrupt(Path(folder), arguments.sample), "interruptions")
+            os.chdir("/")
     return 0
 
 

@@ -1,6 +1,8 @@
 """Damaged checkpoints are noticed, passed over or refused, and never trained on."""
 
 import contextlib
+import errno
+import hashlib
 import random
 import shutil
 
@@ -93,6 +95,21 @@ def test_a_run_resumes_from_the_one_before_and_ends_in_the_same_bytes(train, tra
     assert any(f"Resuming from {run}/checkpoints/{BEFORE}" in line for line in outcome.lines)
     for path in ("final/model.safetensors", f"checkpoints/{NEWEST}/optimizer.safetensors"):
         assert (run / path).read_bytes() == (trained / path).read_bytes()
+
+
+def test_the_checkpoint_before_is_taken_if_the_disk_can_t_read_the_newest(run, monkeypatch):
+    def read(file, algorithm):
+        if NEWEST in file.name and "model" in file.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return file_digest(file, algorithm)
+
+    file_digest = hashlib.file_digest
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", read)
+        found, why = checkpoint.newest_sound(run)
+    assert found is not None
+    assert found[0] == run / "checkpoints" / BEFORE
+    assert "is damaged: the disk can't read it (Input/output error)." in why[run / "checkpoints" / NEWEST]
 
 
 def test_a_dry_run_leaves_a_damaged_checkpoint_where_it_is(train, run):

@@ -453,15 +453,6 @@ def test_the_rate_and_its_lowest_change_together(train, whole, tmp_path):
     assert min(column(run, "learning_rate")) == pytest.approx(1e-5)
 
 
-def test_a_closed_terminal_does_not_end_the_run(train, whole, tmp_path, monkeypatch):
-    def gone(self, text):
-        raise BrokenPipeError
-
-    monkeypatch.setattr("tests.training.conftest.Silent.line", gone)
-    assert train(tmp_path / "run").finished
-    assert weights(tmp_path / "run/final") == weights(whole.folder / "final")
-
-
 def test_no_bar_stays_on_the_screen_when_a_run_ends_in_an_error(train, tmp_path, monkeypatch, eager):
     shown = []
     open_bar = Silent.bar
@@ -482,7 +473,7 @@ def full(folder, needed):
 
 
 def test_a_failed_save_at_the_end_is_a_failure(train, tmp_path, monkeypatch, eager):
-    monkeypatch.setattr("mlx_gpt.training.checkpoint.check_room", full)
+    monkeypatch.setattr("mlx_gpt.training.checkpoint.check_free_space", full)
     with pytest.raises(RunError, match="could not be saved"):
         train(tmp_path / "run", max_steps=1)
     with pytest.raises(RunError, match="could not be saved"):

@@ -118,7 +118,15 @@ def test_a_short_write_of_arrays_is_an_error(disk, tmp_path, floats):
     disk.fills_up(4 * floats)  # all but the header
     with pytest.raises(OSError) as caught:  # noqa: PT011 - its number is checked below
         save_arrays(tmp_path / "a.safetensors", {"a": mx.ones((floats,))})
-    assert caught.value.errno == errno.EIO
+    assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk here is always full")
+def test_arrays_that_fill_the_disk_raise_the_error_of_a_full_disk():
+    """MLX raises its own error, whatever the reason."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - its number is checked below
+        save_arrays(Path("/dev/full"), {"a": mx.ones((10_000,))})
+    assert caught.value.errno == errno.ENOSPC
 
 
 # A checkpoint has an optimizer of 280 KB, a model of 140 KB and smaller files.
@@ -246,12 +254,46 @@ def test_when_the_disk_is_full_the_oldest_checkpoint_makes_room(train, monkeypat
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     outcome = train("run", **EACH_STEP, max_steps=6, keep_checkpoints=5, tick=after({1: fill}))
-    assert (outcome.finished, steps_saved()) == (True, [4, 5, 6])
+    assert (outcome.finished, steps_saved()) == (True, [5, 6])
     assert warnings(outcome) == [
-        f"WARNING: the disk is full, so run/checkpoints/step-0000000{step - 3} was removed to make room for the "
-        f"checkpoint of step {step}."
-        for step in (4, 5, 6)
+        f"WARNING: the disk is full, so run/checkpoints/step-0000000{number} was removed to make room for {name}."
+        for number, name in enumerate([*(f"the checkpoint of step {step}" for step in (4, 5, 6)), "run/best"], start=1)
     ]
+
+
+def test_checkpoints_that_would_not_make_enough_room_stay(train, free):
+    """One of them has 430 KB, and the next one needs 487 KB."""
+    train("run", **EACH_STEP, max_steps=2, keep_checkpoints=2)
+    fill_and_clear = after({1: lambda: free(10_000), 2: lambda: free(10**9)})
+    outcome = train("run", resume="run", **(EACH_STEP | {"max_steps": 4}), tick=fill_and_clear)
+    (warning,) = warnings(outcome)
+    assert warning.startswith("WARNING: the checkpoint of step 3 could not be saved (it takes 487 KB")
+    assert steps_saved() == [2, 4]
+
+
+def test_a_disk_that_keeps_what_is_deleted_loses_one_checkpoint_at_most(train, free):
+    """As APFS does while a snapshot holds the blocks."""
+    fill_and_clear = after({4: lambda: free(10_000), 5: lambda: free(10**9)})
+    outcome = train("run", **EACH_STEP, max_steps=5, keep_checkpoints=9, tick=fill_and_clear)
+    freed, failed = warnings(outcome)
+    assert freed.endswith(
+        "step-00000001 was removed to make room for the checkpoint of step 4, which did not free any."
+    )
+    assert "the checkpoint of step 4 could not be saved" in failed
+    assert steps_saved() == [2, 3, 5]
+
+
+def test_an_error_that_room_does_not_mend_costs_one_checkpoint_at_most(train, monkeypatch):
+    save_model = checkpoint.save_model
+
+    def save(folder, *rest):
+        if "step-00000004" in folder.name:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        save_model(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_model", save)
+    assert train("run", **EACH_STEP, max_steps=5, keep_checkpoints=9).finished
+    assert set(steps_saved()) >= {2, 3, 5}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk here is always full")
