@@ -29,7 +29,7 @@ from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model, read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
-from mlx_gpt.settings import build, flat, read_toml, resolve
+from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
@@ -194,12 +194,13 @@ def open_run(
     Raises:
         UserError: a setting is wrong, the folder is taken, or there is no checkpoint to resume from.
     """
+    in_file = run_folder.read_config(file) if file else {}
     if not resume:
-        config = resolve(settings, file)
+        config = resolve(settings, in_file)
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
         return Resumed(config, None, Progress(), {})
-    given = (read_toml(file) if file else {}) | dict(settings)
+    given = in_file | dict(settings)
     folder, chosen = run_folder.run_to_resume(resume, given)
     config = run_folder.resumed_config(folder, given)
     reporters.check(config.training.report_to)
@@ -253,7 +254,8 @@ def find_checkpoint(
         settings = "train", "--config", folder / run_folder.SETTINGS
         again = f"replace it with `{typed(*settings, '--overwrite')}`"
         if weights:
-            other = typed(*settings, "--from", weights[0], "--out", folder.with_name(f"{folder.name}-2"))
+            named = folder if folder.name else folder.resolve()  # "." has no name
+            other = typed(*settings, "--from", weights[0], "--out", named.with_name(f"{named.name}-2"))
             again = f"start another run from its weights with `{other}`, or {again}"
         sentence = f"{folder} has {'no intact' if damaged else 'no'} checkpoint, so it can't be resumed: {again}."
         raise UserError("\n".join([*damaged.values(), sentence]))
