@@ -103,7 +103,7 @@ def train(
         UserError: a setting, the data or a folder cannot be used, or there is too little memory or disk; in that case
             nothing has been changed.
     """
-    with set_up(settings, display, file, resume, overwrite) as run, trouble.gpu_failures(run):
+    with set_up(settings, display, file, resume, overwrite, dry_run) as run, trouble.gpu_failures(run):
         run.model = network(run.model)
         plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
         if dry_run:

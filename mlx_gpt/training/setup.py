@@ -133,6 +133,7 @@ def set_up(
     file: str | Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Run:
     """Check everything that can be checked before the run's folder is touched. Arguments as in `loop.train`.
 
@@ -143,7 +144,10 @@ def set_up(
         ranks = resources.enter_context(join())
         begun = Resumed(Config(), None, Progress(), {})
         if ranks.first:
-            begun = open_run(settings, file, resume, overwrite, resources)
+            with contextlib.ExitStack() as locks:
+                begun = open_run(settings, file, resume, overwrite, locks)
+                if not dry_run:  # which changes nothing, and must leave no folder however it ends
+                    resources.enter_context(locks.pop_all())
         config: Config = build(Config, ranks.broadcast(flat(begun.config)))
         config = dataclasses.replace(config, training=share_out(config.training, ranks.size))
         here = device().share_host(ranks.number_here, ranks.here)

@@ -233,6 +233,20 @@ def test_a_dry_run_shows_the_plan_and_leaves_no_folder(train, eager):
     assert not Path("deep").exists()
 
 
+def test_a_dry_run_makes_no_folder_while_it_measures(train, monkeypatch, eager):
+    """Or one would be left if the process is killed then."""
+    there = []
+
+    def measure(*arguments):
+        there.append(Path("deep").exists())
+        return line
+
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01),))
+    monkeypatch.setattr(memory, "measure", measure)
+    train("deep/run", dry_run=True)
+    assert there == [False]
+
+
 @pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": "run", "max_steps": 20}])
 def test_a_dry_run_leaves_the_run_that_is_there(train, whole, tmp_path, options):
     run = copy_of(whole.folder, tmp_path / "run")
