@@ -232,11 +232,14 @@ def fingerprint_of(path: Path) -> str | None:
 
 def write_settings(config: Config) -> None:
     """Write `run.toml` with absolute paths. `read_settings` finds them again after the run has moved."""
-    values = flat(config)
+    run, values = Path(config.out), flat(config)
     for name in ("out", *PATHS):
         if _is_path(name, values.get(name)):
             values[name] = str(_absolute(values[name]))
-    write_toml(build(Config, values), Path(config.out) / SETTINGS)
+    was = Path(read_toml(run / SETTINGS).get("out", "")) if (run / SETTINGS).exists() else run
+    if was.is_absolute() and was.exists() and was.samefile(run):
+        values["out"] = str(was)  # a link that names the run now does not move with it
+    write_toml(build(Config, values), run / SETTINGS)
 
 
 def read_settings(run: Path) -> dict[str, Any]:

@@ -88,9 +88,12 @@ def test_a_run_that_moves_alone_finds_its_text(train, project, tmp_path):
     Path("link").symlink_to(project / "runs/one")
     assert train(None, resume="link", only={"max_steps": 3}).step == 3
     assert train(None, resume="link/checkpoints/step-00000003", only={"max_steps": 4}).step == 4
-    assert config_of(Path("link/best")).data.data == str(project / "text")
+    assert read_toml(project / "runs/one/run.toml")["out"] == str(project / "runs/one")
     Path("best").symlink_to(project / "runs/one/best")
-    assert config_of(Path("best")).data.data == str(project / "text")
+    for path in ("link/best", "best"):
+        config = config_of(Path(path))
+        assert config
+        assert config.data.data == str(project / "text")
 
 
 def test_a_project_whose_runs_are_a_link_to_another_disk_may_move(train, project, tmp_path):
