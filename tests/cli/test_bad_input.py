@@ -133,7 +133,7 @@ MISTAKES = [
     ("generate --prompt Geese --interactive", ["--prompt, --prompt-file and --interactive"]),
     ("generate --prompt Geese --prompt-file ducks.txt", ["--prompt, --prompt-file and --interactive"]),
     ("generate --prompt-file none.txt", ["none.txt"]),
-    ("generate --prompt-file weights", ["weights"]),
+    ("generate --prompt-file weights", ["weights is a folder: name a file."]),
     ("generate --prompt-file latin.csv", ["latin.csv is not UTF-8 text", "byte 14"]),
     ("generate --prompt-file empty.txt", ["prompt is empty"]),
     ("generate --prompt-file -", ["prompt is empty"]),
