@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_gpt.api import generate, load, stream, train
     from mlx_gpt.config import GenerationConfig, ModelConfig
-    from mlx_gpt.errors import UserError
+    from mlx_gpt.errors import RunError, UserError
     from mlx_gpt.tokenizer import Tokenizer
 
 _HOME = {
     "GenerationConfig": "config",
     "ModelConfig": "config",
+    "RunError": "errors",
     "Tokenizer": "tokenizer",
     "UserError": "errors",
     "generate": "api",
@@ -26,7 +27,17 @@ _HOME = {
     "stream": "api",
     "train": "api",
 }
-__all__ = ["GenerationConfig", "ModelConfig", "Tokenizer", "UserError", "generate", "load", "stream", "train"]
+__all__ = [
+    "GenerationConfig",
+    "ModelConfig",
+    "RunError",
+    "Tokenizer",
+    "UserError",
+    "generate",
+    "load",
+    "stream",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

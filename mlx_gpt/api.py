@@ -1,5 +1,6 @@
 """The functions that `import mlx_gpt` offers: the commands, for use from Python."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def load(path: str | Path, precision: str = "auto") -> tuple[nn.Module, Tokenize
     Raises:
         UserError: there is none, it is damaged, or its architecture or the precision is unknown.
     """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise UserError(f'load() opens a path, such as "weights/demo", not {path!r}.')
     build(TrainingConfig, {"precision": precision})  # its error says which precisions there are
     folder = model_directory(Path(path))
     if not is_utf8(str(folder)):

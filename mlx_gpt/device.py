@@ -89,13 +89,19 @@ class Device:
 
     def accelerate(self, module: nn.Module) -> nn.Module:
         """Replace layers by their CPU twins, where that helps; returns `module`."""
+        self._end_with_thread()
         if self.accelerated:
             accelerate.accelerate(module)
         return module
 
     def decoder(self, model: nn.Module, sequences: int) -> Any:
         """Return a module that decodes this many sequences at a time: `model` itself, or a faster one on a CPU."""
+        self._end_with_thread()
         return decoding.decoder(model, sequences) if self.accelerated else model
+
+    def _end_with_thread(self) -> None:
+        if self.kind == "cpu":
+            streams.end_with_thread()
 
     def in_slices(self, function: Callable[..., Tree]) -> Callable[..., list[Tree]]:
         """Compute a function of a batch in slices side by side, where that fills the device; else in one slice.

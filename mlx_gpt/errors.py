@@ -64,11 +64,15 @@ def explain_os_error(error: OSError, task: str = "") -> str:
         return f"You have no permission to use {path}{therefore}: change its permissions or choose another."
     if path and error.errno == errno.EROFS:
         return f"{path} is on a disk that can only be read{therefore}: choose another path."
+    if path and isinstance(error, IsADirectoryError):
+        return f"{path} is a folder: name a file."
     if path and isinstance(error, NotADirectoryError | FileExistsError):
         return f"A file is in the way of the folder {path}{therefore}: move it away or choose another path."
-    reason = ": ".join(str(part) for part in (error.strerror or error or type(error).__name__, path) if part)
+    reason = str(error.strerror or error or type(error).__name__)
     if not (path or task):
         return f"Cannot continue ({reason}): try another disk."
+    if path and str(path) not in task:
+        reason += f": {path}"
     return f"Cannot {task or 'continue'} ({reason}): check that it is readable and writable."
 
 
@@ -107,6 +111,17 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def as_utf8(text: str) -> str:
+    """Return an argument of the command line as the UTF-8 that it is, even where Python expects ASCII.
+
+    Paths must stay as they are, because Python encodes them in the same way again. So does text that is not UTF-8.
+    """
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
 
 
 def typed(*words: object) -> str:

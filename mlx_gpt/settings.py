@@ -69,13 +69,13 @@ def build(config_class: type, values: Mapping[str, Any]) -> Any:
     return _fill(config_class, values)
 
 
-def resolve(flags: Mapping[str, Any], file: str | Path | None = None) -> Config:
+def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.MappingProxyType({})) -> Config:
     """Return the settings of a run: a flag wins over the file, the file over the preset, the preset over the default.
 
     Raises:
         UserError: there are unknown settings, bad values or impossible combinations; each gets a line.
     """
-    given = (read_toml(file) if file else {}) | dict(flags)
+    given = dict(in_file) | dict(flags)
     given = {name: _plain(value) for name, value in given.items()}
     if not given.get("data"):
         has_corpus = any(Path(PREPARED, name).exists() for name in ("train.jsonl", "train.txt"))

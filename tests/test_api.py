@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,6 +147,23 @@ def test_train_works_in_a_thread_that_no_signal_reaches(data):
         assert pool.submit(lambda: mlx_gpt.train(data=data, out="run", echo=None, **TINY)).result() == Path("run")
 
 
+def test_a_program_that_worked_in_a_thread_ends_well(data):
+    """MLX aborted it at its exit."""
+    program = f"""
+import threading, mlx_gpt
+
+def work():
+    run = mlx_gpt.train(**{TINY | {"data": str(data), "out": "run"}!r}, echo=None)
+    mlx_gpt.generate(*mlx_gpt.load(run), "The duck", max_tokens=4)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_train_shows_its_lines_where_the_caller_wants_them(data, capsys):
     lines: list[str] = []
     mlx_gpt.train(data=data, out="loud", echo=lines.append, **TINY)
@@ -227,6 +245,8 @@ def test_all_wrong_settings_are_reported_at_once(data):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(mlx_gpt.UserError, match=r"There is no .*none"):
         mlx_gpt.load(tmp_path / "none")
+    with pytest.raises(mlx_gpt.UserError, match=r"^load\(\) opens a path, .* not None\.$"):
+        mlx_gpt.load(None)  # type: ignore[arg-type]
     with pytest.raises(mlx_gpt.UserError, match="not a run or a model directory"):
         mlx_gpt.load(tmp_path)
 

@@ -55,7 +55,7 @@ def name_of(case):
 
 def test_a_flag_wins_over_the_file_the_file_over_the_preset_the_preset_over_the_default(toml):
     file = toml('preset = "small"\nn_layer = 3\nn_embd = 64\n')
-    config = resolve({"n_layer": 1}, file)
+    config = resolve({"n_layer": 1}, read_toml(file))
     assert config.model.n_layer == 1  # the flag; 3 in the file, 6 in the preset, 12 by default
     assert config.model.n_embd == 64  # the file; 512 in the preset, 768 by default
     assert config.model.n_head == 8  # the preset; 12 by default
@@ -64,7 +64,7 @@ def test_a_flag_wins_over_the_file_the_file_over_the_preset_the_preset_over_the_
 
 
 def test_the_file_wins_over_a_preset_that_a_flag_names(toml):
-    config = resolve({"preset": "large"}, toml('preset = "tiny"\nn_embd = 64\n'))
+    config = resolve({"preset": "large"}, read_toml(toml('preset = "tiny"\nn_embd = 64\n')))
     assert (config.preset, config.model.n_layer, config.model.n_embd) == ("large", 24, 64)
 
 
@@ -128,11 +128,11 @@ def test_paths_may_be_paths():
 def test_saved_settings_load_as_the_same_config(preset, tmp_path):
     config = resolve({"preset": preset, "data": 'C:\\"naïve" 鳥\n.csv', "max_minutes": 1.5})
     write_toml(config, tmp_path / "run.toml")
-    assert resolve({}, tmp_path / "run.toml") == config
+    assert resolve(read_toml(tmp_path / "run.toml")) == config
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(toml):
-    assert resolve({}, toml("\ufeffn_layer = 2\n")).model.n_layer == 2
+    assert resolve({}, read_toml(toml("\ufeffn_layer = 2\n"))).model.n_layer == 2
 
 
 def test_a_missing_file_a_folder_and_a_file_that_is_not_toml_are_refused(toml, tmp_path):
@@ -155,7 +155,7 @@ def test_a_missing_file_a_folder_and_a_file_that_is_not_toml_are_refused(toml, t
     [("learning_rat", "learning_rate"), ("n-layers", "n_layer"), ("lr_min", "min_lr"), ("batchsize", "batch_size")],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest_name(name, nearest, toml):
-    (sentence,) = problems(lambda: resolve({}, toml(f"{name} = 1\n")))
+    (sentence,) = problems(lambda: resolve({}, read_toml(toml(f"{name} = 1\n"))))
     assert f"`{name}`" in sentence
     assert f"did you mean `{nearest}`?" in sentence
 
@@ -173,12 +173,12 @@ def test_a_path_that_toml_cannot_hold_is_refused_in_one_sentence():
 
 
 def test_a_table_is_refused(toml):
-    assert "`model`" in problems(lambda: resolve({}, toml("[model]\nn_layer = 2\n")))[0]
+    assert "`model`" in problems(lambda: resolve({}, read_toml(toml("[model]\nn_layer = 2\n"))))[0]
 
 
 def test_all_mistakes_are_reported_at_once(toml):
     file = toml('n_layer = 0\ndrop_out = 0.1\nlearning_rate = nan\nschedule = "cosin"\n')
-    sentences = problems(lambda: resolve({"batch_size": -1}, file))
+    sentences = problems(lambda: resolve({"batch_size": -1}, read_toml(file)))
     assert len(sentences) == 5
     for name in ("n_layer", "drop_out", "learning_rate", "schedule", "batch_size"):
         assert any(f"`{name}`" in sentence for sentence in sentences)

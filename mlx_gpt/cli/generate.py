@@ -8,7 +8,7 @@ import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.config import GenerationConfig
-from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.errors import UserError, as_utf8, os_errors_explained
 from mlx_gpt.settings import build
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
     """
     if (prompt is not None) + (prompt_file is not None) + interactive > 1:
         raise UserError("--prompt, --prompt-file and --interactive exclude each other: give one of them.")
+    settings["stop"] = tuple(map(as_utf8, settings["stop"] or ()))
     config: GenerationConfig = build(GenerationConfig, given(settings))
+    if prompt is not None:
+        prompt = as_utf8(prompt)
     if prompt_file is not None:
         prompt = read_prompt(prompt_file)
 

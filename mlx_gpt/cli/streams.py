@@ -38,4 +38,5 @@ def prepare() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # whoever reads the text says that it is not valid
+        # As the files that are read; whoever reads the text says that it is not valid.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

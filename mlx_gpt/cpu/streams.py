@@ -68,6 +68,19 @@ def divide_cores(products: int = 1) -> None:
     blas.set_threads(max(1, cores() // products))
 
 
+class _ClearStreams:
+    """Ends the streams of a thread together with the thread, which holds the only reference to this."""
+
+    def __del__(self) -> None:
+        mx.clear_streams()
+
+
+def end_with_thread() -> None:
+    """Have MLX end the streams of this thread when it ends. Otherwise they would abort the process at its exit."""
+    if threading.current_thread() is not threading.main_thread() and not hasattr(_of_thread, "clear"):
+        _of_thread.clear = _ClearStreams()
+
+
 def side_by_side(parts: Iterable[T]) -> Iterator[T]:
     """Yield each part while a stream of its own is the default, so that the parts are computed at the same time."""
     for i, part in enumerate(parts):

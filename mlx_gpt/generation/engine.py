@@ -152,8 +152,11 @@ class Engine:
             if prompt.done:
                 self._reading = None
                 logits_bv = mx.broadcast_to(logits_v, (len(prompt.texts), self._entries))
-                self._tokens_b = mx.concatenate([self._tokens_b, self._pick(logits_bv, prompt.texts)])
+                tokens_b = self._pick(logits_bv, prompt.texts)
                 self._picked[-1].prompt_logprobs = prompt.logprobs
+                if all(text.over for text in prompt.texts):
+                    return  # no later step would compute the rows that are copied here, and free the prompt's cache
+                self._tokens_b = mx.concatenate([self._tokens_b, tokens_b])
                 for text in prompt.texts:
                     self._cache.add(prompt.cache)
                     self._rows.append(text)

@@ -140,7 +140,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
 
 def in_words(count: float) -> str:
     """Return a number of bytes in words, such as "1.5 GiB"."""
-    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{max(1, count / 2**20):.0f} MiB"
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{max(1, count / 2**20):,.0f} MiB"
 
 
 def duration(seconds: float) -> str:

@@ -8,16 +8,17 @@ from typing import Any
 
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data.sources import BUILTIN
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, typed
 from mlx_gpt.files import free_space, locked, remove, size_in_words
 from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
 from mlx_gpt.training import checkpoint
 
 SETTINGS = "run.toml"
+LOG = "training.log"
 LOCK = ".lock"
 # In the order in which they are removed: while run.toml is there, the folder is a run.
 CONTENTS = (
-    "final", "best", "checkpoints", "metrics.jsonl", "training.log", "curves.png", "tensorboard", "wandb",
+    "final", "best", "checkpoints", "metrics.jsonl", LOG, "curves.png", "tensorboard", "wandb",
     SETTINGS,
 )  # fmt: skip
 # Settings that may change on a resume. Any other would silently make it another run.
@@ -35,8 +36,9 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
 
     Raises:
         UserError: another process trains into it, or it holds another run and `overwrite` is not set, or it holds
-            something that is not a run.
+            something that is not a run, or a link in it leads nowhere.
     """
+    refuse_dead_links(folder)
     is_run = (folder / SETTINGS).exists()
     if folder.is_file() or (folder.is_dir() and not is_run and any(path.name[0] != "." for path in folder.iterdir())):
         raise UserError(f"{folder} exists and is not a run: choose another --out.")
@@ -68,12 +70,12 @@ def check_room_for_run(folder: Path, model: int, saved: int, checkpoints: int) -
     if room < (needed := checkpoints * saved + 2 * model):
         fewer = ""
         if checkpoints > 2:
-            fewer = f", or keep fewer checkpoints (--keep-checkpoints 1: {size_in_words(2 * saved + 2 * model)})"
-        count = "A checkpoint" if checkpoints == 1 else f"{checkpoints} checkpoints, one of them being written"
+            fewer = f", keep fewer checkpoints (--keep-checkpoints 1: {size_in_words(2 * saved + 2 * model)})"
+        count = "a checkpoint" if checkpoints == 1 else f"up to {checkpoints} checkpoints at a time"
         held = f", besides {size_in_words(room - free)} that the run has already" if room > free else ""
         raise UserError(
-            f"{count}, the best and the final model take {size_in_words(needed)}, and the disk of {folder} has "
-            f"{size_in_words(free)} left{held}: make room, choose another --out{fewer}."
+            f"The run takes {size_in_words(needed)} ({count}, the best model and the final model), and the disk of "
+            f"{folder} has {size_in_words(free)} left{held}: make room{fewer} or choose another --out."
         )
 
 
@@ -92,6 +94,19 @@ def clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in CONTENTS:
         remove(folder / name)
+
+
+def refuse_dead_links(run: Path) -> None:
+    """Make sure that no link on the way to a run or in it leads nowhere, because the run's weights may be behind it.
+
+    Raises:
+        UserError: one does, as while its disk is not mounted.
+    """
+    for path in (*reversed(run.parents), run, *(run / name for name in CONTENTS), *sorted(run.glob("checkpoints/*"))):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {path.readlink()}, where there is nothing: mount its disk or correct the link."
+            )
 
 
 class Lock:
@@ -146,7 +161,7 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
             weights/.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run; the sentence says what to do with the weights that are there instead.
     """
     chosen = None
     if resume != "newest":
@@ -157,9 +172,33 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
         run = Path(resolve(given).out)
     else:
         run = newest_run(Path("weights"))
+    refuse_dead_links(run)
     if not (run / SETTINGS).is_file():
-        raise UserError(f"There is no run in {run}: leave --resume out to start one.")
+        raise UserError(_not_a_run(chosen or run))
     return run, chosen
+
+
+def _not_a_run(path: Path) -> str:
+    """Say what a folder is that can't be resumed, and what can be done with it."""
+    if path.exists() and (run := _run_around(path)):
+        again = typed("train", "--resume", run)
+        return f"{path} is only a part of the run {run}, and not a whole checkpoint: resume the run with `{again}`."
+    with contextlib.suppress(UserError):
+        start = typed("train", "--from", model_directory(path))
+        return (
+            f"{path} has no {SETTINGS}, so it can't be resumed: start another run from its weights with `{start}`, "
+            "and give it the --data and the settings that it had."
+        )
+    return f"There is no run in {path}: leave --resume out to start one."
+
+
+def _run_around(path: Path) -> Path | None:
+    """Return the run that `path` is or lies in, by the path that the user gave if that contains the run."""
+    for folder in (path, path.resolve()):
+        for run in (folder, folder.parent, folder.parent.parent):
+            if (run / SETTINGS).is_file():
+                return run
+    return None
 
 
 def _run_of(saved: Path) -> Path:
@@ -180,7 +219,7 @@ def newest_run(weights: Path, with_model: bool = False) -> Path:
         raise UserError(f"There is no run in {weights}/ yet: train one with `mlx-gpt train`, or name one.")
 
     def worked_on(run: Path) -> float:
-        log = run / "training.log"
+        log = run / LOG
         return (log if log.exists() else run / SETTINGS).stat().st_mtime
 
     return max(runs, key=worked_on)
@@ -188,55 +227,69 @@ def newest_run(weights: Path, with_model: bool = False) -> Path:
 
 def config_of(path: Path) -> Config | None:
     """Return the settings of the run at `path`, or of the run that has the model directory at `path`."""
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / SETTINGS).is_file():
-            return resolve(read_settings(folder))
-    return None
+    run = _run_around(path)
+    return resolve(read_settings(run)) if run else None
 
 
 def fingerprint_of(path: Path) -> str | None:
     """Return the fingerprint of the tokens that the run at `path` was trained on; None before its first checkpoint."""
-    for folder in (path, path.parent, path.parent.parent):
-        for saved in checkpoint.all_checkpoints(folder):
-            with contextlib.suppress(UserError):
-                return checkpoint.read_progress(saved).fingerprint
+    for saved in checkpoint.all_checkpoints(_run_around(path) or path):
+        with contextlib.suppress(UserError):
+            return checkpoint.read_progress(saved).fingerprint
     return None
 
 
 def write_settings(config: Config) -> None:
-    """Write `run.toml`, so that the run can be resumed from any folder, and after it has moved together with its text.
-
-    Paths below the folder in which the run was begun are relative to that folder, if the run itself is below it. Other
-    paths are absolute.
-    """
+    """Write `run.toml` with absolute paths. `read_settings` finds them again after the run has moved."""
     run, values = Path(config.out), flat(config)
-    begun_as = read_toml(run / SETTINGS).get("out", "") if (run / SETTINGS).exists() else config.out
-    begun_in = _begun_in(run, begun_as)
     for name in ("out", *PATHS):
-        if _is_path(name, values[name]):
-            path = _absolute(values[name])
-            values[name] = str(path.relative_to(begun_in) if begun_in and path.is_relative_to(begun_in) else path)
+        if _is_path(name, values.get(name)):
+            values[name] = str(_absolute(values[name]))
+    was = Path(read_toml(run / SETTINGS).get("out", "")) if (run / SETTINGS).exists() else run
+    if was.is_absolute() and was.exists() and was.samefile(run):
+        values["out"] = str(was)  # a link that names the run now does not move with it
     write_toml(build(Config, values), run / SETTINGS)
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """Return the settings in a run's `run.toml`, with its relative paths as seen from the current folder.
+    """Return the settings in a run's `run.toml`, with its paths as they are now, seen from the current folder.
 
     Raises:
         UserError: the file cannot be read.
     """
     saved = read_toml(run / SETTINGS)
-    begun_in = _begun_in(run, saved.get("out", ""))
-    for name in PATHS.keys() & saved.keys():
-        if begun_in and _is_path(name, saved[name]) and (path := begun_in / saved[name]).exists():
-            saved[name] = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    for name in PATHS:
+        if _is_path(name, saved.get(name)):
+            path, here = _found(Path(saved[name]), Path(saved.get("out", "")), run), Path.cwd()
+            saved[name] = str(path.relative_to(here) if path.exists() and path.is_relative_to(here) else path)
     return saved
 
 
-def _begun_in(run: Path, out: str) -> Path | None:
-    """Return the folder in which a run was begun with this `out`, wherever it is now; None if that can't be known."""
-    here, parts = _absolute(run).parts, Path(os.path.normpath(out)).parts
-    return Path(*here[: -len(parts)]) if 0 < len(parts) < len(here) and here[-len(parts) :] == parts else None
+def read_config(file: str | Path) -> dict[str, Any]:
+    """Return the settings in a TOML file. If a run wrote it, paths are as in `read_settings`, and `out` is that run.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    run, saved = Path(file).parent, read_toml(file)
+    of_run = Path(file).name == SETTINGS and Path(str(saved.get("out", ""))).is_absolute() and (run / LOG).exists()
+    return read_settings(run) | {"out": str(run)} if of_run else saved
+
+
+def _found(path: Path, out: Path, run: Path) -> Path:
+    """Return where a path of a run is now: with the run, if both have moved together, else where it was.
+
+    Args:
+        path: the path as `run.toml` has it.
+        out: the run as `run.toml` has it.
+        run: the run as it is now.
+    """
+    moved = out.is_absolute() and not (out.exists() and out.samefile(run))
+    # The run may be named by a link, or be behind a link that has moved with the project.
+    for folder in (run.resolve(), _absolute(run)) if moved else ():
+        if (beside := _absolute(folder / os.path.relpath(path, out))).exists():
+            return beside
+    return path
 
 
 def _absolute(path: str | Path) -> Path:
@@ -244,7 +297,7 @@ def _absolute(path: str | Path) -> Path:
 
 
 def _is_path(name: str, value: Any) -> bool:
-    return value is not None and value not in PATHS.get(name, ())
+    return isinstance(value, str) and value not in PATHS.get(name, ())
 
 
 def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
@@ -292,6 +345,7 @@ def model_directory(path: Path) -> Path:
     Raises:
         UserError: there is no such folder, or no model in it.
     """
+    refuse_dead_links(path)
     if not path.exists():
         raise UserError(f"There is no {path}: name a run or a model directory.")
     candidates: Iterable[Path] = (path, path / "best", path / "final", *reversed(checkpoint.all_checkpoints(path)))

@@ -29,7 +29,7 @@ from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model, read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
-from mlx_gpt.settings import build, flat, read_toml, resolve
+from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
@@ -133,6 +133,7 @@ def set_up(
     file: str | Path | None = None,
     resume: str | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Run:
     """Check everything that can be checked before the run's folder is touched. Arguments as in `loop.train`.
 
@@ -143,7 +144,10 @@ def set_up(
         ranks = resources.enter_context(join())
         begun = Resumed(Config(), None, Progress(), {})
         if ranks.first:
-            begun = open_run(settings, file, resume, overwrite, resources)
+            with contextlib.ExitStack() as locks:
+                begun = open_run(settings, file, resume, overwrite, locks)
+                if not dry_run:  # which changes nothing, and must leave no folder however it ends
+                    resources.enter_context(locks.pop_all())
         config: Config = build(Config, ranks.broadcast(flat(begun.config)))
         config = dataclasses.replace(config, training=share_out(config.training, ranks.size))
         here = device().share_host(ranks.number_here, ranks.here)
@@ -194,14 +198,15 @@ def open_run(
     Raises:
         UserError: a setting is wrong, the folder is taken, or there is no checkpoint to resume from.
     """
+    in_file = run_folder.read_config(file) if file else {}
     if not resume:
-        config = resolve(settings, file)
+        config = resolve(settings, in_file)
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
         if config.init_from:
             run_folder.check_kept(run_folder.model_directory(Path(config.init_from)), Path(config.out))
         return Resumed(config, None, Progress(), {})
-    given = (read_toml(file) if file else {}) | dict(settings)
+    given = in_file | dict(settings)
     folder, chosen = run_folder.run_to_resume(resume, given)
     config = run_folder.resumed_config(folder, given)
     reporters.check(config.training.report_to)
@@ -255,7 +260,8 @@ def find_checkpoint(
         settings = "train", "--config", folder / run_folder.SETTINGS
         again = f"replace it with `{typed(*settings, '--overwrite')}`"
         if weights:
-            other = typed(*settings, "--from", weights[0], "--out", folder.with_name(f"{folder.name}-2"))
+            named = folder if folder.name else folder.resolve()  # "." has no name
+            other = typed(*settings, "--from", weights[0], "--out", named.with_name(f"{named.name}-2"))
             again = f"start another run from its weights with `{other}`, or {again}"
         sentence = f"{folder} has {'no intact' if damaged else 'no'} checkpoint, so it can't be resumed: {again}."
         raise UserError("\n".join([*damaged.values(), sentence]))

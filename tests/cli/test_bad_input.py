@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -133,7 +135,7 @@ MISTAKES = [
     ("generate --prompt Geese --interactive", ["--prompt, --prompt-file and --interactive"]),
     ("generate --prompt Geese --prompt-file ducks.txt", ["--prompt, --prompt-file and --interactive"]),
     ("generate --prompt-file none.txt", ["none.txt"]),
-    ("generate --prompt-file weights", ["weights"]),
+    ("generate --prompt-file weights", ["weights is a folder: name a file."]),
     ("generate --prompt-file latin.csv", ["latin.csv is not UTF-8 text", "byte 14"]),
     ("generate --prompt-file empty.txt", ["prompt is empty"]),
     ("generate --prompt-file -", ["prompt is empty"]),
@@ -346,6 +348,26 @@ def test_ctrl_c_before_training_leaves_no_half_written_file(start, tmp_path):
     assert err.split() == ["Interrupted."]
     assert not (tmp_path / "weights").exists()
     assert {path.name for path in tmp_path.glob("data/cache/*/*")} == {"train.jsonl", "val.jsonl", "report.json"}
+
+
+def test_ctrl_c_is_acknowledged_while_python_cannot_run():
+    """As while MLX computes a long step: here a call that does not return before the words are there."""
+    program = """
+import ctypes, os, signal, threading
+from mlx_gpt.signals import acknowledged
+
+reader, writer = os.pipe()
+os.dup2(writer, 2)
+with acknowledged("Stopping."):
+    signal.siginterrupt(signal.SIGINT, False)
+    try:
+        threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
+        ctypes.CDLL(None).read(reader, ctypes.create_string_buffer(99), 99)
+    except KeyboardInterrupt:
+        print("Interrupted.")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (0, "Interrupted.\n"), ran.stderr
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step():

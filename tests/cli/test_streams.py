@@ -51,6 +51,18 @@ def test_characters_that_stdout_lacks_are_written_as_escapes(generate):
     assert ran.stdout.startswith(b"L\xe4ufer \\u9d28")
 
 
+def test_a_prompt_is_utf8_where_python_expects_ascii(generate, start, models):
+    in_c = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    ran = generate("", "Läufer", **in_c)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("Läufer".encode())
+    talk = ("generate", "--model", models / "one", "--interactive", "--max-tokens", "2")
+    process = start(*talk, stdin=subprocess.PIPE, text=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    _, err = process.communicate("Läufer\n".encode(), timeout=30)
+    assert b"not valid Unicode" not in err
+    assert b"Generation: 2 tokens" in err
+
+
 @pytest.fixture
 def gone():
     """A pipe that nobody reads."""

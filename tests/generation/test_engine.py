@@ -156,6 +156,18 @@ def test_memory_does_not_grow_with_the_number_of_samples(model, bpe, monkeypatch
     assert peak(64) < 0.5 * peak(1) * 64  # one at a time, if no memory is free
 
 
+def test_texts_of_one_token_leave_nothing_behind(model, bpe):
+    engine, prompt = Engine(model, bpe), bpe.encode(PROMPT)
+
+    def memory_after_one_more():
+        engine.add(Request(prompt, GenerationConfig(max_tokens=1)))
+        assert len(run(engine)) == 1
+        return mx.get_active_memory()
+
+    first = memory_after_one_more()
+    assert max(memory_after_one_more() for _ in range(20)) <= first
+
+
 def test_one_sample_may_end_before_the_other(model, bpe):
     whole = texts(model, bpe, PROMPT, max_tokens=20, seed=5, num_samples=2)
     stop = whole[0][10:14]

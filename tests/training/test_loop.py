@@ -13,7 +13,7 @@ import pytest
 from mlx_gpt.api import load
 from mlx_gpt.device import Device, device
 from mlx_gpt.errors import RunError, UserError
-from mlx_gpt.settings import resolve
+from mlx_gpt.settings import read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
 
@@ -116,7 +116,7 @@ def test_every_folder_of_weights_opens(whole):
 
 
 def test_the_saved_settings_are_those_of_the_run(whole, corpus):
-    config = resolve({}, whole.folder / "run.toml")
+    config = resolve(read_toml(whole.folder / "run.toml"))
     assert (config.data.data, config.out) == (str(corpus), str(whole.folder))
     assert (config.training.max_steps, config.model.dropout, config.training.learning_rate) == (8, 0.1, 0.01)
 
@@ -231,6 +231,20 @@ def test_a_dry_run_shows_the_plan_and_leaves_no_folder(train, eager):
     assert (outcome.finished, outcome.step) == (False, 0)
     assert {"Run", "Steps", "Memory", "Time"} <= {line.split(maxsplit=1)[0] for line in outcome.lines}
     assert not Path("deep").exists()
+
+
+def test_a_dry_run_makes_no_folder_while_it_measures(train, monkeypatch, eager):
+    """Or one would be left if the process is killed then."""
+    there = []
+
+    def measure(*arguments):
+        there.append(Path("deep").exists())
+        return line
+
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01),))
+    monkeypatch.setattr(memory, "measure", measure)
+    train("deep/run", dry_run=True)
+    assert there == [False]
 
 
 @pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": "run", "max_steps": 20}])
@@ -366,53 +380,6 @@ def test_a_text_that_has_changed_is_noticed(train, corpus, tmp_path, eager):
         file.write('{"text": "One more."}\n')
     assert "start another run" in refusal(lambda: train(run, resume=run, data=str(data), max_steps=4))
     assert contents(run) == before
-
-
-@pytest.fixture
-def project(train, corpus, tmp_path, monkeypatch, eager):
-    """A folder with a text and a run that was begun there, with relative paths; another folder is the current one."""
-    folder = tmp_path / "project"
-    shutil.copytree(corpus, folder / "text")
-    monkeypatch.chdir(folder)
-    train("runs/one", data="text", max_steps=1)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    return folder
-
-
-def test_a_run_resumes_from_any_folder(train, project, tmp_path, monkeypatch):
-    assert train(None, resume=project / "runs/one", only={"max_steps": 2}).step == 2
-    assert train(None, resume="../project/runs/one", only={"max_steps": 3}).step == 3
-    monkeypatch.chdir(tmp_path)
-    assert train(None, resume="project/runs/one", only={"max_steps": 4}).step == 4
-    monkeypatch.chdir(project / "runs/one")
-    assert train(None, resume=".", only={"max_steps": 5}).step == 5
-
-
-def test_a_run_resumes_after_its_project_has_moved(train, project, tmp_path):
-    train(None, resume=project / "runs/one", only={})
-    moved = project.rename(tmp_path / "moved")
-    assert train(None, resume=moved / "runs/one", only={"max_steps": 2}).step == 2
-
-
-def test_a_run_outside_the_current_folder_finds_its_text_from_anywhere(train, corpus, tmp_path, monkeypatch, eager):
-    shutil.copytree(corpus, tmp_path / "text")
-    train(tmp_path / "runs/one", data="text", max_steps=1)
-    (tmp_path / "runs/one").rename(tmp_path / "two")
-    monkeypatch.chdir("/")
-    assert train(None, resume=tmp_path / "two", only={"max_steps": 2}).step == 2
-
-
-def test_a_text_that_has_moved_can_be_named(train, project, tmp_path):
-    run, before = project / "runs/one", contents(project / "runs/one")
-    (project / "text").rename(tmp_path / "elsewhere/essays")
-    sentence = refusal(lambda: train(None, resume=run, only={"max_steps": 2}))
-    assert sentence == f"The text of {run} is no longer in text: name its new place with --data."
-    other = refusal(lambda: train(None, resume=run, only={"data": "builtin", "max_steps": 2}))
-    assert other.startswith(f"The text in builtin is not what {run} was trained on: name that text with --data, or")
-    assert contents(run) == before
-    assert train(None, resume=run, only={"data": "essays", "max_steps": 2}).step == 2
-    assert train(None, resume=run, only={"max_steps": 3}).step == 3  # the new place is kept
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])

@@ -12,7 +12,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.settings import resolve
 from mlx_gpt.training import loop, memory
 from mlx_gpt.training.memory import Estimate, Line, Trial
-from mlx_gpt.training.plan import HEADROOM, duration
+from mlx_gpt.training.plan import HEADROOM, duration, in_words
 from tests.training.conftest import TINY, Silent
 from tests.training.peaks import SHAPES, VARIANTS, expected, make_run, measured
 
@@ -67,6 +67,14 @@ def test_an_update_that_takes_the_most_in_small_batches_hides_no_activations():
 def test_no_trial_is_made_where_the_weights_alone_do_not_fit():
     run = make_run(with_room(1e6))
     assert memory.measure(run, loop.make_step, run.training) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(1, "1 MiB"), (0.16 * 2**30, "164 MiB"), (2**30 - 2**20, "1,023 MiB"), (1.55 * 2**30, "1.6 GiB")],
+)
+def test_memory_is_given_in_three_digits_or_so(count, words):
+    assert in_words(count) == words
 
 
 @pytest.mark.parametrize(
