@@ -4,8 +4,42 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+
+@contextlib.contextmanager
+def acknowledged(words: str) -> Iterator[None]:
+    """Write `words` on stderr as soon as Ctrl-C is pressed, since Python itself notices it only when MLX returns.
+
+    In a thread that gets no signals, or where an event loop listens for them, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    listening = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if listening != -1:
+        signal.set_wakeup_fd(listening)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGINT:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{words}\n".encode())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        if listening == -1:
+            signal.set_wakeup_fd(-1)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
 
 
 class StopSignals:

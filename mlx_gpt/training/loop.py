@@ -24,6 +24,7 @@ from mlx_gpt.models.directory import save_model
 from mlx_gpt.optim import make_optimizer, make_schedule
 from mlx_gpt.progress import Display
 from mlx_gpt.seeds import seed_from
+from mlx_gpt.signals import acknowledged
 from mlx_gpt.training import checkpoint, trouble
 from mlx_gpt.training.memory import plan_run
 from mlx_gpt.training.metrics import was_evaluated
@@ -105,7 +106,8 @@ def train(
     """
     with set_up(settings, display, file, resume, overwrite, dry_run) as run, trouble.gpu_failures(run):
         run.model = network(run.model)
-        plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
+        with acknowledged("Stopping after this step."):
+            plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
         if dry_run:
             return Outcome(run.folder, False, run.progress.step, run.best_loss)
         optimizer = make_optimizer(run.training)

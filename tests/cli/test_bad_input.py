@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -346,6 +348,23 @@ def test_ctrl_c_before_training_leaves_no_half_written_file(start, tmp_path):
     assert err.split() == ["Interrupted."]
     assert not (tmp_path / "weights").exists()
     assert {path.name for path in tmp_path.glob("data/cache/*/*")} == {"train.jsonl", "val.jsonl", "report.json"}
+
+
+def test_ctrl_c_while_steps_are_measured_is_acknowledged():
+    program = """
+import os, signal
+from mlx_gpt.signals import acknowledged
+
+reader, writer = os.pipe()
+os.dup2(writer, 2)
+with acknowledged("Stopping."):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        print(os.read(reader, 99))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert ran.stdout == "b'\\nStopping.\\n'\n"
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step():
