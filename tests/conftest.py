@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a network
 # The suite runs on the CPU, where equal means equal to the bit, in this process and in those that it starts. Tests
@@ -24,6 +25,10 @@ from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.device import device
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
+
+# A shell starts background jobs with these ignored, and tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TEXT = "the duck swims in a pond and dives for plants or snails while naïve geese — 鳥 — look on 🦆 don't they"
 
