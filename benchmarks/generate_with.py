@@ -221,7 +221,7 @@ def write_model(folder: Path, settings: dict[str, Any], device: Any) -> None:
     from mlx_gpt.tokenizer import BYTE_OF, Tokenizer
 
     config, dtype = resolve(settings).model, device.dtype("auto")
-    model = models.create(config).init_weights(0)
+    model = models.init_weights(models.create(config), 0)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
     # As many entries as the weights have, including the end of the text, or mlx-gpt would never choose the others.
     entries = BYTE_OF | {f"<{i}>": i for i in range(len(BYTE_OF), config.vocab_size - 1)}

@@ -29,13 +29,15 @@ class Ours(MLXContender):
         from mlx_gpt.optim import make_optimizer
         from mlx_gpt.training.loop import StepResult, make_step
 
-        self.model = self.device.accelerate(models.create(self.config).init_weights(self.training.seed))
+        self.model = self.device.accelerate(models.init_weights(models.create(self.config), self.training.seed))
         if weights:
             self.model.load_weights(weights)
         else:
             self._enlarge_matrices()
         objective = self.device.accelerate(self.objective())
-        self._step = make_step(self.model, make_optimizer(self.training), objective, self.training, self.device)
+        self._step = make_step(
+            self.model, make_optimizer(self.training, self.model), objective, self.training, self.device
+        )
         self._weights_bt = self.mx.ones((self.training.batch_size, self.training.seq_len))
         self._made = 0
         self._unread: StepResult | None = None

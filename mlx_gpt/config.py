@@ -43,13 +43,24 @@ def setting(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT-2, with its dropout."""
+    """The network, with its dropout."""
 
+    model_type: str = setting(
+        "gpt2",
+        "Network: gpt2 is GPT-2; qwen3 has rotary positions, RMSNorm, normalised queries and keys, and a gated MLP.",
+        choices=("gpt2", "qwen3"),
+    )
     vocab_size: int = setting(
         16384, "Entries of the tokenizer to train; ignored with --tokenizer bytes or PATH.", at_least=1
     )
     n_layer: int = setting(12, "Transformer blocks.", at_least=1)
     n_head: int = setting(12, "Attention heads per block; must divide --n-embd.", at_least=1)
+    n_kv_head: int | None = setting(
+        None,
+        "Heads of keys and values, each shared by a group of attention heads; qwen3 only. [default: --n-head]",
+        at_least=1,
+    )
+    tie_embeddings: bool = setting(True, "Use the token embedding as the head, too; gpt2 has no other.")
     n_embd: int = setting(768, "Width: numbers per token between the blocks.", at_least=1)
     n_positions: int = setting(1024, "Longest context that the model can see, in tokens.", at_least=1)
     dropout: float = setting(
@@ -100,11 +111,18 @@ class TrainingConfig:
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
     max_epochs: float = setting(10.0, "Stop after this many passes over the training text.", above=0)
     max_minutes: float | None = setting(None, "Stop after this many minutes of training.", above=0)
+    optimizer: str = setting(
+        "adamw",
+        "Optimizer: adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest.",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = setting(3e-4, "Highest learning rate, reached after the warm-up.", above=0)
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)
     warmup_steps: int | None = setting(
         None, "Steps over which the rate rises to its highest value. [default: a tenth of all, 100 at most]", at_least=0
     )
+    muon_learning_rate: float = setting(0.02, "Highest learning rate of the matrices that Muon trains.", above=0)
+    muon_momentum: float = setting(0.95, "Muon's decay of the mean gradient.", at_least=0, below=1)
     schedule: str = setting(
         "cosine",
         "How the rate falls after the warm-up; wsd keeps it high for four fifths of the steps.",
@@ -112,7 +130,7 @@ class TrainingConfig:
     )
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient.", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient.", at_least=0, below=1)
-    weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only.", at_least=0)
+    weight_decay: float = setting(0.1, "Weight decay, on matrices only.", at_least=0)
     max_grad_norm: float = setting(1.0, "Clip the gradients' global norm to this; 0 turns this off.", at_least=0)
     log_every: int = setting(100, "Steps between two lines of the log.", at_least=1)
     eval_every: int = setting(500, "Steps between two evaluations.", at_least=1)

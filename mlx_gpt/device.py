@@ -27,7 +27,7 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
-from mlx_gpt.cpu import accelerate, adamw, decoding, streams  # noqa: E402
+from mlx_gpt.cpu import accelerate, decoding, optimizers, streams  # noqa: E402
 from mlx_gpt.errors import UserError  # noqa: E402
 
 if WANTED == "cpu" or (WANTED == "gpu" and mx.is_available(mx.gpu)):
@@ -117,7 +117,7 @@ class Device:
 
     def update(
         self,
-        optimizer: optim.Optimizer,
+        optimizer: optim.MultiOptimizer,
         gradients: dict,
         parameters: dict,
         state: dict,
@@ -132,8 +132,8 @@ class Device:
         """
         optimizer.state = tree_map(lambda array: array, state)  # a copy, since the optimizer changes it in place
         optimizer.learning_rate = rate
-        if self.accelerated and adamw.fits(optimizer):
-            return adamw.update(optimizer, gradients, parameters, state, sound)
+        if self.accelerated:
+            return optimizers.update(optimizer, gradients, parameters, state, sound)
         new = optimizer.apply_gradients(gradients, parameters), optimizer.state
         return tree_map(lambda new, old: mx.where(sound, new, old), new, (parameters, state))
 

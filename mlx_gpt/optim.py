@@ -1,29 +1,132 @@
 """The optimizer and the learning rate of a run, put together from `mlx.optimizers`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
 
 # isort: split
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gpt.config import TrainingConfig
+from mlx_gpt.models import block_matrices
 
 Schedule = Callable[[int], float]
 BLOCK = 1024  # rates computed at a time
 
 
-def make_optimizer(training: TrainingConfig) -> optim.MultiOptimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with bias correction, and weight decay on matrices only."""
+class Groups(optim.MultiOptimizer):
+    """Optimizers for groups of parameters, each with its own multiple of the learning rate.
+
+    Args:
+        groups: the names of the parameters, their optimizer, and the multiple.
+    """
+
+    def __init__(self, groups: Sequence[tuple[frozenset[str], optim.Optimizer, float]]) -> None:
+        groups = [group for group in groups if group[0]]
+        names, optimizers, self.multiples = zip(*groups, strict=True)
+        super().__init__(list(optimizers), [lambda name, weight, own=own: name in own for own in names[:-1]])
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """The learning rate, before any multiple; set for each update."""
+        return self.optimizers[-1].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, rate: mx.array) -> None:
+        for optimizer, multiple in zip(self.optimizers, self.multiples, strict=True):
+            optimizer.learning_rate = rate * multiple
+
+
+class Muon(optim.Muon):
+    """`mlx.optimizers.Muon` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), all matrices at once.
+
+    Matrices of one shape are orthogonalised together, which takes a tenth of the kernels. Weight decay is decoupled
+    from the gradient, as in AdamW: added to the gradient, it would disappear in the orthogonalisation.
+    """
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated parameters; the arguments are trees of matrices, and `parameters` may have more."""
+        flat, weights = dict(tree_flatten(gradients)), dict(tree_flatten(parameters))
+        state: dict[str, mx.array] = dict(tree_flatten(self.state))
+        updates = {}
+        for name, gradient in flat.items():
+            velocity = self.momentum * state[f"{name}.v"] + (1 - self.momentum) * gradient
+            updates[name] = (1 - self.momentum) * gradient + self.momentum * velocity if self.nesterov else velocity
+            state[f"{name}.v"] = velocity
+        rate = self.learning_rate
+        new = {
+            name: weights[name] * (1 - rate * self.weight_decay) - rate * spectral_scale(update) * update
+            for name, update in self._orthogonalised(updates).items()
+        }
+        self.state.update(tree_unflatten(list(state.items())) | {"step": self.step + 1})
+        return tree_unflatten([(name, new[name]) for name in flat])
+
+    def _orthogonalised(self, updates: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        wide = {name: update if len(update) <= update.shape[1] else update.T for name, update in updates.items()}
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name, update in wide.items():
+            by_shape.setdefault(update.shape, []).append(name)
+        found: dict[str, mx.array] = {}
+        for names in by_shape.values():
+            found |= zip(names, self.orthogonalise(mx.stack([wide[name] for name in names])), strict=True)
+        return {name: found[name] if update is wide[name] else found[name].T for name, update in updates.items()}
+
+    def orthogonalise(self, x_nrc: mx.array) -> mx.array:
+        """Move the singular values of N matrices (R <= C) to about 1, by an odd polynomial that is applied repeatedly.
+
+        The coefficients are Jordan's: they lift small values fast and leave all within about [0.7, 1.2].
+        """
+        a, b, c = 3.4445, -4.7750, 2.0315
+        rows, columns = x_nrc.shape[-2:]
+        x_nrc = x_nrc / (mx.linalg.norm(x_nrc, axis=(-2, -1), keepdims=True) + 1e-7)
+        if columns < 2 * rows:
+            for _ in range(self.ns_steps):
+                gram_nrr = x_nrc @ x_nrc.swapaxes(-1, -2)
+                x_nrc = mx.addmm(a * x_nrc, mx.addmm(b * gram_nrr, gram_nrr, gram_nrr, alpha=c), x_nrc)
+            return x_nrc
+        # Every step multiplies by a polynomial of the Gram matrix, and these are multiplied with each other first,
+        # because they are smaller.
+        gram_nrr, product_nrr = x_nrc @ x_nrc.swapaxes(-1, -2), None
+        for _ in range(self.ns_steps):
+            factor_nrr = mx.addmm(a * mx.eye(rows) + b * gram_nrr, gram_nrr, gram_nrr, alpha=c)
+            product_nrr = factor_nrr if product_nrr is None else factor_nrr @ product_nrr
+            gram_nrr = factor_nrr @ gram_nrr @ factor_nrr  # never computed after the last step
+        return product_nrr @ x_nrc
+
+
+def spectral_scale(update: mx.array) -> float:
+    """Return the factor that makes an orthogonal (out, in) update change outputs by the same amount in every shape."""
+    rows, columns = update.shape
+    return max(1.0, rows / columns) ** 0.5
+
+
+def make_optimizer(training: TrainingConfig, model: nn.Module) -> Groups:
+    """Return the optimizer of a model's trainable parameters.
+
+    `adamw`: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with bias correction, and weight decay on matrices only.
+    `muon`: Muon for the matrices of the blocks, and AdamW for everything else.
+    """
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    matrices = {name for name, weight in weights.items() if weight.ndim >= 2}
+    to_muon = matrices & block_matrices(model) if training.optimizer == "muon" else set()
 
     def adamw(weight_decay: float) -> optim.AdamW:
         betas = [training.beta1, training.beta2]
         return optim.AdamW(training.learning_rate, betas=betas, weight_decay=weight_decay, bias_correction=True)
 
-    return optim.MultiOptimizer([adamw(training.weight_decay), adamw(0.0)], [lambda name, weight: weight.ndim >= 2])
+    muon = Muon(training.muon_learning_rate, training.muon_momentum, training.weight_decay)
+    return Groups(
+        [
+            (frozenset(to_muon), muon, training.muon_learning_rate / training.learning_rate),
+            (frozenset(matrices - to_muon), adamw(training.weight_decay), 1.0),
+            (frozenset(weights.keys() - matrices), adamw(0.0), 1.0),
+        ]
+    )
 
 
 def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:

@@ -21,3 +21,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "medium": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "large": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "vocab_size": 32768},
 }
+
+# Rates that suit an optimizer, where they differ from the defaults and the presets' (benchmarks/NOTES.md).
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {"learning_rate": 4e-3},
+}

@@ -1,6 +1,6 @@
 """Turns flags, TOML keys and keyword arguments into configs, checked against the declarations in config.py.
 
-A value comes from the first of these that has it: flag, file, preset, default.
+A value comes from the first of these that has it: flag, file, optimizer, preset, default.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import tomli_w
 from mlx_gpt.config import PREPARED, Config
 from mlx_gpt.errors import UserError, is_utf8, printable
 from mlx_gpt.files import write_text_whole
-from mlx_gpt.presets import PRESETS
+from mlx_gpt.presets import OPTIMIZERS, PRESETS
 
 COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -70,7 +70,7 @@ def build(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.MappingProxyType({})) -> Config:
-    """Return the settings of a run: a flag wins over the file, the file over the preset, the preset over the default.
+    """Return the settings of a run. A value comes from the first that has it: flag, file, optimizer, preset.
 
     Raises:
         UserError: there are unknown settings, bad values or impossible combinations; each gets a line.
@@ -85,7 +85,8 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
     if not given.get("out"):
         name = printable(Path(str(given["data"])).resolve().stem)  # resolved, because "." has no name
         given["out"] = f"weights/{given['preset']}-{name}"
-    values = PRESETS.get(str(given["preset"]), {}) | given
+    optimizer = OPTIMIZERS.get(str(given.get("optimizer")), {})
+    values = PRESETS.get(str(given["preset"]), {}) | optimizer | given
     problems = _problems(Config, values)
     sound: Config = _fill(Config, {name: value for name, value in values.items() if name not in problems})
     # A setting that is wrong by itself is not reported again as part of a combination.
@@ -202,6 +203,21 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
         yield (
             {"n_embd", "n_head"},
             f"`n_embd` {model.n_embd} is not a multiple of `n_head` {model.n_head}: try `n_head` {nearest}.",
+        )
+    if model.model_type == "gpt2" and (model.n_kv_head or not model.tie_embeddings):
+        given = "n_kv_head" if model.n_kv_head else "tie_embeddings"
+        yield {given, "model_type"}, f"GPT-2 has no `{given}` to set: leave it out, or use `model_type` qwen3."
+    elif model.n_kv_head and model.n_head % model.n_kv_head:
+        yield (
+            {"n_kv_head", "n_head"},
+            f"`n_head` {model.n_head} is not a multiple of `n_kv_head` {model.n_kv_head}: each head of keys and values "
+            "is shared by as many attention heads.",
+        )
+    if model.model_type == "qwen3" and model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
+        yield (
+            {"n_embd", "n_head"},
+            f"`n_embd` {model.n_embd} over `n_head` {model.n_head} gives heads of odd width, which qwen3's positions "
+            "can't rotate: raise or lower one of them.",
         )
     if config.data.tokenizer == "bpe" and model.vocab_size < 257:
         yield (

@@ -86,19 +86,20 @@ def tokenizer(request, byte_tokenizer, bpe, foreign):
 
 @pytest.fixture(scope="session")
 def make_model(bpe):
-    """Make a fresh tiny GPT-2: 2 layers, 2 heads, 32 wide, 32 positions, the vocabulary of `bpe`.
+    """Make a fresh tiny GPT-2: 2 layers, 2 heads, 32 wide, 32 positions, the vocabulary of `bpe`; or another network.
 
     No weight is near where training starts, so that each part of the network shows in what comes out.
     """
 
-    def make(seed=0, dropout=0.0, vocab_size=bpe.vocab_size):
-        model = create(ModelConfig(vocab_size, n_layer=2, n_head=2, n_embd=32, n_positions=32, dropout=dropout))
+    def make(seed=0, **settings):
+        sizes = {"vocab_size": bpe.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32}
+        model = create(ModelConfig(**sizes | settings))
         draw = np.random.default_rng(seed)
         weights = []
         for name, weight in tree_flatten(model.parameters()):
             # Positions and blocks must be heard over the token itself, or the likeliest next token is always the last.
-            spread = {"wpe": 0.5, "h": 0.3}.get(name.split(".")[0], 0.2)
-            mean = 1 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0
+            spread = 0.5 if name.startswith("wpe") else 0.3 if name.startswith(("h.", "model.layers.")) else 0.2
+            mean = 1 if weight.ndim == 1 and name.endswith("weight") else 0
             weights.append((name, mx.array(draw.normal(mean, spread, weight.shape).astype(np.float32))))
         model.update(tree_unflatten(weights))
         return device().accelerate(model)

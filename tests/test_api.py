@@ -59,11 +59,13 @@ def text_of(pieces, sample=0):
     return "".join(piece.text for piece in pieces if piece.sample == sample)
 
 
-def test_train_load_and_generate_are_enough(data, capsys):
-    run = mlx_gpt.train(data=data, out="weights/ducks", **TINY)
+@pytest.mark.parametrize("settings", [{}, {"model_type": "qwen3", "optimizer": "muon"}], ids=["", "qwen3 with muon"])
+def test_train_load_and_generate_are_enough(data, capsys, settings):
+    run = mlx_gpt.train(data=data, out="weights/ducks", **TINY, **settings)
     assert run == Path("weights/ducks")
     assert "Step 2, Epoch 0, Loss: " in capsys.readouterr().out
     model, tokenizer = mlx_gpt.load(run)
+    assert model.model_type == settings.get("model_type", "gpt2")
     text = mlx_gpt.generate(model, tokenizer, "The duck", max_tokens=5, seed=1)
     assert text
     assert text == mlx_gpt.generate(model, tokenizer, "The duck", max_tokens=5, seed=1)

@@ -178,6 +178,14 @@ def test_two_ranks_and_then_four_make_the_steps_of_one_process(alone, half):
     assert_equal_losses(Path("run"), alone)
 
 
+def test_two_ranks_train_a_qwen3_with_muon_as_one_process_does(corpus):
+    settings = {"data": str(corpus), "model_type": "qwen3", "optimizer": "muon", "max_steps": 3}
+    train_alone("one", **settings)
+    (_, first, *_), (_, second, *_) = train_on(2, "two", **settings)
+    assert first == second  # the same bits
+    assert_equal_losses(Path("two"), Path("one"))
+
+
 def test_one_process_continues_what_two_ranks_began(alone, half):
     shutil.copytree(half[0], "run")
     train_alone("run", resume="run", max_steps=6)

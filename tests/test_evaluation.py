@@ -34,7 +34,7 @@ def evaluator(text, byte_tokenizer):
 def trainer(model, ids):
     """A function that makes step `i` on a batch of `ids`."""
     training = TrainingConfig()
-    step = make_step(model, make_optimizer(training), device().accelerate(Text()), training, device())
+    step = make_step(model, make_optimizer(training, model), device().accelerate(Text()), training, device())
     return lambda i: step(i, 1e-3, [(mx.array(ids), mx.ones((4, 16)))])
 
 

@@ -1,15 +1,16 @@
-"""AdamW makes the same updates as PyTorch's, and the learning rate rises and falls where it should."""
+"""AdamW makes the same updates as PyTorch's, Muon those of its definition, and the learning rate rises and falls."""
 
 import dataclasses
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_gpt.config import TrainingConfig
-from mlx_gpt.optim import make_optimizer, make_schedule
+from mlx_gpt.optim import Muon, make_optimizer, make_schedule
 
 SETTINGS = TrainingConfig(beta1=0.8, beta2=0.9, weight_decay=0.3)
 RATES = [0.1, 0.05, 0.2, 0.01, 0.1]
@@ -26,7 +27,11 @@ def parameters():
 
 @pytest.fixture
 def optimizer(parameters):
-    optimizer = make_optimizer(SETTINGS)
+    network = nn.Module()
+    network.layers = []
+    network.matrix, network.norm = parameters["matrix"], nn.Module()
+    network.norm.bias = parameters["norm"]["bias"]
+    optimizer = make_optimizer(SETTINGS, network)
     optimizer.init(parameters)
     return optimizer
 
@@ -57,6 +62,99 @@ def test_without_gradients_only_matrices_shrink(optimizer, parameters):
     after = update(optimizer, parameters, tree_map(mx.zeros_like, parameters), 0.1)
     np.testing.assert_allclose(np.array(after["matrix"]), 0.97 * numbers((6, 5), 0), rtol=1e-6)
     assert np.array_equal(np.array(after["norm"]["bias"]), numbers(5, 1))
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+
+MUON = dataclasses.replace(SETTINGS, optimizer="muon", learning_rate=0.1, muon_learning_rate=0.2, muon_momentum=0.9)
+
+
+def newton_schulz(x):
+    """Jordan's five steps in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x.astype(np.float64)
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Reference:
+    """Muon for one matrix in float64: momentum with Nesterov's look ahead, Newton-Schulz, scale, decoupled decay."""
+
+    def __init__(self, weight):
+        self.weight, self.velocity = weight.astype(np.float64), np.zeros(weight.shape)
+
+    def __call__(self, gradient, rate):
+        rows, columns = gradient.shape
+        self.velocity = 0.9 * self.velocity + 0.1 * gradient
+        update = 0.1 * gradient + 0.9 * self.velocity
+        update = newton_schulz(update) if rows <= columns else newton_schulz(update.T).T
+        self.weight = self.weight * (1 - rate * 0.3) - rate * max(1, rows / columns) ** 0.5 * update
+
+
+def block(seed):
+    """Matrices of several shapes, two of them alike, and a vector."""
+    layer = nn.Module()
+    shapes = {"wide": (4, 6), "tall": (6, 4), "tall_too": (6, 4), "gain": (6,)}
+    for i, (name, shape) in enumerate(shapes.items()):
+        setattr(layer, name, mx.array(numbers(shape, seed + i)))
+    return layer
+
+
+@pytest.fixture
+def network():
+    network = nn.Module()
+    network.embedding, network.layers = mx.array(numbers((8, 6), 0)), [block(10), block(20)]
+    return network
+
+
+def test_muon_trains_the_matrices_of_the_blocks_as_it_is_defined_and_adamw_the_rest(network, weights_of):
+    muon, adamw = make_optimizer(MUON, network), make_optimizer(SETTINGS, network)
+    trees, before = [network.parameters(), network.parameters()], weights_of(network)
+    references = {name: Reference(weight) for name, weight in before.items() if weight.ndim == 2 and "layers" in name}
+    for optimizer, tree in zip((muon, adamw), trees, strict=True):
+        optimizer.init(tree)
+    for step, rate in enumerate(RATES):
+        gradients = {name: numbers(weight.shape, 100 * step + i) for i, (name, weight) in enumerate(before.items())}
+        as_tree = tree_unflatten([(name, mx.array(gradient)) for name, gradient in gradients.items()])
+        trees = [update(one, tree, as_tree, rate) for one, tree in zip((muon, adamw), trees, strict=True)]
+        for name, reference in references.items():
+            reference(gradients[name], 2 * rate)  # Muon's highest rate is twice the other
+    found, rest = (dict(tree_flatten(tree)) for tree in trees)
+    assert len(references) == 6
+    for name in before:
+        if name in references:
+            np.testing.assert_allclose(np.array(found[name]), references[name].weight, rtol=1e-4, atol=1e-5)
+        else:
+            assert mx.array_equal(found[name], rest[name]), name
+
+
+def with_singular_values(values, seed=0):
+    rows = len(values)
+    left, _ = np.linalg.qr(numbers((rows, rows), seed))
+    right, _ = np.linalg.qr(numbers((rows + 8, rows + 8), seed + 1))
+    return (left * values) @ right[:rows]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.logspace(0, -6, 16), np.logspace(3, -3, 16), np.zeros(16), np.eye(16)[0], np.ones(16), np.full(16, 1e-12)],
+    ids=["1 to 1e-6", "1000 to 1e-3", "zero", "rank 1", "orthogonal", "tiny"],
+)
+def test_float32_is_enough_to_orthogonalise(values):
+    """However ill-conditioned the update is."""
+    matrix = with_singular_values(values)
+    found = np.array(Muon(0.1).orthogonalise(mx.array(matrix, mx.float32)[None])[0])
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, newton_schulz(matrix), atol=2e-5)
+
+
+def test_large_singular_values_end_near_1():
+    values = np.linalg.svd(np.array(Muon(0.1).orthogonalise(mx.array(numbers((1, 16, 64), 0)))[0]), compute_uv=False)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
 
 
 # ---- learning rate --------------------------------------------------------------------------------------------------

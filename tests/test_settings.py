@@ -191,9 +191,19 @@ CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"min_lr": 0.2, "learning_rate": 0.1}, ["`min_lr` 0.2", "`learning_rate` 0.1"]),
     ({"vocab_size": 256, "tokenizer": "bpe"}, ["`vocab_size` 256", "257"]),
 ]
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "n_embd": 32}
+NETWORK_CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"n_kv_head": 2}, ["GPT-2 has no `n_kv_head`", "`model_type` qwen3"]),
+    ({"tie_embeddings": False}, ["GPT-2 has no `tie_embeddings`"]),
+    ({"n_kv_head": 2, "tie_embeddings": False}, ["GPT-2"]),
+    ({**QWEN3, "n_head": 4, "n_kv_head": 3}, ["`n_head` 4", "`n_kv_head` 3"]),
+    ({**QWEN3, "n_head": 4, "n_kv_head": 8}, ["`n_head` 4", "`n_kv_head` 8"]),
+    ({**QWEN3, "n_head": 32}, ["`n_embd` 32", "`n_head` 32", "odd"]),
+    ({**QWEN3, "n_head": 5}, ["`n_embd` 32 is not a multiple of `n_head` 5"]),
+]
 
 
-@pytest.mark.parametrize(("settings", "named"), CONFLICTS)
+@pytest.mark.parametrize(("settings", "named"), [*CONFLICTS, *NETWORK_CONFLICTS])
 def test_an_impossible_combination_is_refused(settings, named):
     (sentence,) = problems(lambda: resolve(settings))
     assert all(words in sentence for words in named)
@@ -202,6 +212,7 @@ def test_an_impossible_combination_is_refused(settings, named):
 def test_a_combination_that_is_just_possible_is_allowed():
     resolve({"n_embd": 30, "n_head": 3, "seq_len": 64, "n_positions": 64, "min_lr": 0.1, "learning_rate": 0.1})
     resolve({"vocab_size": 257})
+    resolve({**QWEN3, "n_head": 16, "n_kv_head": 1, "tie_embeddings": False})
     resolve({"vocab_size": 1, "tokenizer": "bytes"})  # which has its own vocabulary
 
 

@@ -257,14 +257,14 @@ def _training(
     model = here.accelerate(models.create(config.model))
     draw = np.random.default_rng(0)
     with mx.stream(mx.cpu):  # other devices round random numbers differently
-        model.init_weights(seed=0)
+        models.init_weights(model, seed=0)
         mx.eval(model.parameters())
     shape = training.batch_size, training.seq_len + 1
     batch = (
         mx.array(draw.integers(config.model.vocab_size, size=shape, dtype=np.int32)),
         mx.ones((shape[0], shape[1] - 1)),
     )
-    optimizer = make_optimizer(training)
+    optimizer = make_optimizer(training, model)
     step = make_step(model, optimizer, here.accelerate(OBJECTIVES["text"]()), training, here)
     return step, batch, lambda: (model.parameters(), optimizer.state)
 

@@ -11,6 +11,8 @@ import mlx.nn as nn
 
 from mlx_gpt.cpu import kernels
 
+FEW = 2**13  # numbers, for which starting a product takes longer than to add them up
+
 
 class Linear(nn.Linear):
     """An `nn.Linear` whose gradient has the same memory layout as its weight."""
@@ -30,6 +32,30 @@ class LayerNorm(nn.LayerNorm):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """An `nn.RMSNorm` whose sums are matrix products, unless it has few rows, as in decoding."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32 or x.size < FEW:
+            return super().__call__(x)
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class RoPE(nn.RoPE):
+    """An `nn.RoPE` that exchanges the halves by a matrix product."""
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        plain = x.dtype == mx.float32 and x.shape[-1] == self.dims and self.scale == 1 and not self.traditional
+        return kernels.rope(x, self.base, offset) if plain else super().__call__(x, offset)
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU with an exponential that compiles to vector instructions."""
+
+    def __call__(self, gate: mx.array, up: mx.array) -> mx.array:
+        return super().__call__(gate, up) if gate.dtype != mx.float32 else kernels.swiglu(gate, up)
+
+
 class GELU(nn.Module):
     """GELU with a tanh that compiles to vector instructions."""
 
@@ -43,8 +69,10 @@ class ScaledDotProductAttention(nn.Module):
     scale: float
 
     def __call__(self, q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array, mask: Any = None) -> mx.array:
-        if q_bhtd.dtype != mx.float32 or not isinstance(mask, str) or q_bhtd.shape[1] != k_bhsd.shape[1]:
+        if q_bhtd.dtype != mx.float32 or not isinstance(mask, str):
             return super().__call__(q_bhtd, k_bhsd, v_bhsd, mask)
+        if (shared_by := q_bhtd.shape[1] // k_bhsd.shape[1]) > 1:
+            k_bhsd, v_bhsd = mx.repeat(k_bhsd, shared_by, 1), mx.repeat(v_bhsd, shared_by, 1)
         return kernels.causal_attention(q_bhtd * self.scale, k_bhsd, v_bhsd)
 
 
@@ -58,9 +86,10 @@ class LinearCrossEntropy(nn.Module):
         return compute(x_nc, weight_vc, targets_n, weights_n)
 
 
-MLX_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm}
+MLX_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm, nn.RoPE: RoPE}
 BY_NAME: dict[str, type] = {  # for layers that name their twin with `cpu_twin`
     "gelu": GELU,
+    "swiglu": SwiGLU,
     "attention": ScaledDotProductAttention,
     "linear_cross_entropy": LinearCrossEntropy,
 }
@@ -73,10 +102,10 @@ def accelerate(module: nn.Module) -> None:
         if twin := MLX_LAYERS.get(original):
             layer.__class__ = twin
         elif twin := BY_NAME.get(getattr(original, "cpu_twin", "")):
-            layer.__class__ = _both(twin, original)
+            layer.__class__ = both(twin, original)
 
 
 @functools.cache
-def _both(twin: Any, original: Any) -> Any:
+def both(twin: Any, original: Any) -> Any:
     """Return a class that computes as the twin does, and falls back on the original."""
     return original if issubclass(original, twin) else type(original.__name__, (twin, original), {})

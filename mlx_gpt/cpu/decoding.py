@@ -1,10 +1,14 @@
-"""Decoding on a CPU, for networks whose blocks are GPT-2's.
+"""Decoding on a CPU, for our own networks.
 
 A product with few rows takes as long as reading its weight, and OpenBLAS shares it among cores only if there is a
 single row. The operations between the products are so small that starting one costs more than computing it. So each
 block is divided as in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): each part has its share of the heads and of
 the MLP's inner width, and its own stream. Each weight is read once, by one core, and everything that need not wait for
 the cache is compiled.
+
+A network that can be divided has `with_layers`, and its blocks have `stages`: norm, attention, norm and MLP. Attention
+and MLP name the linear layers to divide by their outputs, with the number of matrices that each has one below the
+other (`split_by_output`), and those to divide by their inputs (`split_by_input`).
 """
 
 import copy
@@ -18,10 +22,6 @@ from mlx.utils import tree_flatten
 from mlx_gpt.cpu import streams
 
 WORTH_IT = 2**19  # weights of a block: with fewer, parts wait for each other longer than they compute
-BLOCK = {  # the modules of GPT-2's block, some of whose names other networks use, too
-    *("", "ln_1", "attn", "attn.c_attn", "attn.attend", "attn.c_proj", "attn.resid_dropout"),
-    *("ln_2", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj", "mlp.resid_dropout"),
-}
 
 
 def decoder(model: nn.Module, sequences: int) -> nn.Module:
@@ -31,16 +31,15 @@ def decoder(model: nn.Module, sequences: int) -> nn.Module:
     directory. The copy is kept as long as the model has the same weights.
     """
     weights = [weight for _, weight in tree_flatten(model.parameters())]
-    in_parts = all({name for name, _ in layer.named_modules()} == BLOCK for layer in model.layers)
+    in_parts = hasattr(model, "with_layers")
     count = part_count(model, sequences) if in_parts else 1
     kept: tuple[nn.Module, int, list[mx.array]] | None = vars(model).get("_decoder")
     if kept and kept[1] == count and all(one is other for one, other in zip(kept[2], weights, strict=True)):
         return kept[0]
     kept = vars(model)["_decoder"] = None  # otherwise the copy would keep the earlier decoder alive
-    made, original = copy.copy(model), cast(Any, type(model))
+    made = model.with_layers([_Block(block, count) for block in model.layers]) if in_parts else copy.copy(model)
+    made.parts, original = count, cast(Any, type(model))
     made.__class__ = _subclass(_InParts if in_parts else _OnAllCores, original)
-    if in_parts:
-        made.parts, made.h = count, [_Block(block, count) for block in model.layers]
     vars(model)["_decoder"] = (made, count, weights)
     return made
 
@@ -50,9 +49,15 @@ def part_count(model: nn.Module, sequences: int) -> int:
 
     For one sequence, a product has a single row, and the BLAS itself shares it among the cores.
     """
-    block = model.layers[0]
-    large = block.attn.c_attn.weight.size + 2 * block.mlp.c_fc.weight.size + block.attn.c_proj.weight.size >= WORTH_IT
-    return 2 if sequences > 1 and streams.cores() > 1 and block.attn.n_head % 2 == 0 and large else 1
+    _, attention, _, mlp = model.layers[0].stages()
+    large = sum(weight.size for _, weight in tree_flatten([attention, mlp]) if weight.ndim == 2) >= WORTH_IT
+    units = [
+        len(module[name].weight) // joined // unit
+        for module, unit in ((attention, attention.head_dim), (mlp, 1))
+        for name, joined in module.split_by_output.items()
+    ]
+    divisible = all(count % 2 == 0 for count in units)
+    return 2 if sequences > 1 and streams.cores() > 1 and divisible and large else 1
 
 
 @functools.cache
@@ -91,98 +96,75 @@ class _Block(nn.Module):
 
     def __init__(self, block: nn.Module, count: int) -> None:
         super().__init__()
-        self._attn, mlp = _heads(block.attn, count), _inner(block.mlp, count)
+        norm_1, attention, norm_2, mlp = block.stages()
+        self._attentions, mlps = _parts(attention, count), _parts(mlp, count)
         # Otherwise the compiled functions would compute these weights again each time.
-        mx.eval([part.parameters() for part in self._attn], [part.parameters() for part in mlp])
-        self._before = mx.compile(functools.partial(_before, block.ln_1, self._attn))
-        self._after = mx.compile(functools.partial(_after, self._attn, block.ln_2, mlp))
+        mx.eval([part.parameters() for part in (*self._attentions, *mlps)])
+        self._before = mx.compile(functools.partial(_before, norm_1, self._attentions))
+        self._after = mx.compile(functools.partial(_after, self._attentions, norm_2, mlps))
 
     def __call__(self, x_btc: mx.array, mask: Any, cache: Any) -> mx.array:
-        q, k, v = (list(parts) for parts in zip(*self._before(x_btc), strict=True))
+        # The offset is an array, because a function is compiled for each number.
+        q, k, v = (list(parts) for parts in zip(*self._before(x_btc, mx.array(cache.offset)), strict=True))
         heads = k[0].shape[1]
-        k_bhsd, v_bhsd = cache.update_and_fetch(_joined(k), _joined(v))
-        attended = []
-        for i, (attn, q_bhtd) in enumerate(streams.side_by_side(list(zip(self._attn, q, strict=True)))):
+        k_bksd, v_bksd = cache.update_and_fetch(_joined(k), _joined(v))
+        gathered = []
+        for i, (part, q_bhtd) in enumerate(streams.side_by_side(list(zip(self._attentions, q, strict=True)))):
             own = slice(i * heads, (i + 1) * heads)
-            attended.append(attn.attend(q_bhtd, k_bhsd[:, own], v_bhsd[:, own], mask).transpose(0, 2, 1, 3).flatten(2))
-        return self._after(x_btc, attended)
+            gathered.append(part.attend(q_bhtd, k_bksd[:, own], v_bksd[:, own], mask))
+        return self._after(x_btc, gathered)
 
 
 def _joined(parts: list[mx.array]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
 
-def _before(ln_1: nn.Module, attns: list[Any], x_btc: mx.array) -> list[tuple[mx.array, mx.array, mx.array]]:
+def _before(
+    norm: nn.Module, attentions: list[Any], x_btc: mx.array, offset: mx.array
+) -> list[tuple[mx.array, mx.array, mx.array]]:
     """Return the queries, keys and values of each part."""
-    x_btc = ln_1(x_btc)
-    return [attn.qkv(x_btc) for attn in streams.side_by_side(attns)]
+    x_btc = norm(x_btc)
+    return [attention.qkv(x_btc, offset) for attention in streams.side_by_side(attentions)]
 
 
-def _after(attns: list[Any], ln_2: nn.Module, mlps: list[Any], x_btc: mx.array, attended: list[mx.array]) -> mx.array:
+def _after(
+    attentions: list[Any], norm: nn.Module, mlps: list[Any], x_btc: mx.array, gathered: list[mx.array]
+) -> mx.array:
     """Return the output of the block, from its input and from what the heads of each part gathered."""
-    parts = zip(attns, attended, strict=True)
-    x_btc = sum([attn.c_proj(y_btc) for attn, y_btc in streams.side_by_side(parts)], x_btc)
-    y_btc = ln_2(x_btc)
+    parts = zip(attentions, gathered, strict=True)
+    x_btc = sum([attention.project(y_bhtd) for attention, y_bhtd in streams.side_by_side(parts)], x_btc)
+    y_btc = norm(x_btc)
     return sum([mlp(y_btc) for mlp in streams.side_by_side(mlps)], x_btc)
 
 
-class _Attention(nn.Module):
-    """An attention layer with some of the heads."""
-
-    def __init__(self, n_head: int, c_attn: nn.Linear, c_proj: nn.Linear, attend: nn.Module) -> None:
-        super().__init__()
-        self.n_head, self.c_attn, self.c_proj, self.attend = n_head, c_attn, c_proj, attend
-
-    def qkv(self, x_btc: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Return queries, keys and values, each (B, H, T, D)."""
-        B, T, _ = x_btc.shape
-        qkv_3bhtd = self.c_attn(x_btc).reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
-        q_bhtd, k_bhtd, v_bhtd = mx.contiguous(qkv_3bhtd)
-        return q_bhtd, k_bhtd, v_bhtd
-
-
-class _MLP(nn.Module):
-    """An MLP with part of the inner width."""
-
-    def __init__(self, c_fc: nn.Linear, gelu: nn.Module, c_proj: nn.Linear) -> None:
-        super().__init__()
-        self.c_fc, self.gelu, self.c_proj = c_fc, gelu, c_proj
-
-    def __call__(self, x_btc: mx.array) -> mx.array:
-        return self.c_proj(self.gelu(self.c_fc(x_btc)))
-
-
-def _heads(attn: Any, count: int) -> list[_Attention]:
-    """Return the attention divided into parts by heads."""
+def _parts(module: Any, count: int) -> list[Any]:
+    """Return copies of an attention layer or an MLP, each with a part of the heads or of the inner width."""
     if count == 1:
-        return [_Attention(attn.n_head, attn.c_attn, attn.c_proj, attn.attend)]
-    # The rows of the weight are those of all queries, then of all keys, then of all values.
-    weights = zip(*(_outputs(weight, count) for weight in mx.split(attn.c_attn.weight, 3)), strict=True)
-    biases = zip(*(_outputs(bias, count) for bias in mx.split(attn.c_attn.bias, 3)), strict=True)
-    return [
-        _Attention(attn.n_head // count, _linear(mx.concatenate(weight), mx.concatenate(bias)), c_proj, attn.attend)
-        for weight, bias, c_proj in zip(weights, biases, _inputs(attn.c_proj, count), strict=True)
-    ]
+        return [module]
+    parts = [copy.copy(module) for _ in range(count)]
+    divided = {name: _outputs(module[name], joined, count) for name, joined in module.split_by_output.items()}
+    divided |= {name: _inputs(module[name], count) for name in module.split_by_input}
+    for name, layers in divided.items():
+        for part, layer in zip(parts, layers, strict=True):
+            part[name] = layer
+    return parts
 
 
-def _inner(mlp: Any, count: int) -> list[_MLP]:
-    """Return the MLP divided into parts by its inner width."""
-    weights, biases = _outputs(mlp.c_fc.weight, count), _outputs(mlp.c_fc.bias, count)
-    return [
-        _MLP(_linear(weight, bias), mlp.gelu, c_proj)
-        for weight, bias, c_proj in zip(weights, biases, _inputs(mlp.c_proj, count), strict=True)
-    ]
+def _outputs(layer: nn.Linear, joined: int, count: int) -> list[nn.Linear]:
+    """Return a layer divided by the outputs of each of its `joined` matrices: views of one, if it is contiguous."""
 
+    def divide(array: mx.array) -> list[mx.array]:
+        shares = zip(*(mx.split(mx.contiguous(one), count) for one in mx.split(array, joined)), strict=True)
+        return [share[0] if joined == 1 else mx.concatenate(share) for share in shares]
 
-def _outputs(array: mx.array, count: int) -> list[mx.array]:
-    """Return a weight or bias divided by its outputs, as views of a contiguous array."""
-    return mx.split(mx.contiguous(array), count)
+    biases = divide(layer.bias) if "bias" in layer else [None] * count
+    return [_linear(weight, bias) for weight, bias in zip(divide(layer.weight), biases, strict=True)]
 
 
 def _inputs(layer: nn.Linear, count: int) -> list[nn.Linear]:
     """Return a layer divided by its inputs, the bias in the first part: views, if its transpose is contiguous."""
     weights = mx.split(mx.contiguous(layer.weight.T), count)
-    return [_linear(weight.T, None if i else layer.bias) for i, weight in enumerate(weights)]
+    return [_linear(weight.T, None if i else layer.get("bias")) for i, weight in enumerate(weights)]
 
 
 def _linear(weight: mx.array, bias: mx.array | None) -> nn.Linear:

@@ -8,6 +8,7 @@ are kept.
 All arrays are float32. Shapes as in `models/base.py`.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -60,6 +61,36 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Mean 0 and variance 1 over the last axis, then a gain and a bias (Ba et al. 2016, arXiv:1607.06450)."""
     return _layer_norm(x, weight, bias, mx.array(eps))[0]
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Mean square 1 over the last axis, then a gain (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    return _rms_norm(x, weight, mx.array(eps))[0]
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+    return _swiglu(gate, up)[0]
+
+
+def rope(x_bhtd: mx.array, base: float, offset: int | mx.array) -> mx.array:
+    """Rotate each token's pairs (x_i, x_i+D/2) by its position times base^(-2i/D) (Su et al. 2021, arXiv:2104.09864).
+
+    The exchange of the halves is a product with a small matrix, since copying by slices is slower.
+
+    Args:
+        offset: the position of the first token; (B,) if the sequences differ.
+    """
+    T, D = x_bhtd.shape[2:]
+    frequencies_d, exchange_dd = _frequencies(D, base)
+    if isinstance(offset, mx.array):
+        angles = (offset[..., None] + mx.arange(T))[..., None] * frequencies_d
+        cos, sin = mx.cos(angles), mx.sin(angles)
+        if offset.ndim:
+            cos, sin = cos[:, None], sin[:, None]
+    else:
+        cos, sin = _rotation(T, D, base, offset)
+    return _rope(x_bhtd, cos, sin, exchange_dd)
 
 
 def causal_attention(q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array) -> mx.array:
@@ -180,6 +211,75 @@ def _layer_norm_vjp(
     dx = (d - _mean_columns(d) - normalised * _mean_columns(d * normalised)) * factor
     size = len(weight)
     return dx, _sum_rows((dy * normalised).reshape(-1, size)), _sum_rows(dy.reshape(-1, size)), mx.zeros_like(eps)
+
+
+@mx.custom_function
+def _rms_norm(x: mx.array, weight: mx.array, eps: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    # The normalised values and the factor are returned for the gradient.
+    factor = mx.rsqrt(_mean_columns(x * x) + eps)
+    normalised = x * factor
+    return normalised * weight, normalised, factor
+
+
+@_rms_norm.vjp
+def _rms_norm_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    _, weight, eps = primals
+    dy, (_, normalised, factor) = cotangents[0], outputs
+    d = dy * weight
+    dx = (d - normalised * _mean_columns(d * normalised)) * factor
+    return dx, _sum_rows((dy * normalised).reshape(-1, len(weight))), mx.zeros_like(eps)
+
+
+@mx.custom_function
+def _swiglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    # The sigmoid is returned for the gradient.
+    exp = exp_nonpositive(mx.where(gate > 0, -gate, gate))
+    sigmoid = mx.where(gate > 0, 1.0, exp) / (1 + exp)
+    return gate * sigmoid * up, sigmoid
+
+
+@_swiglu.vjp
+def _swiglu_vjp(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    dy, sigmoid = cotangents[0], outputs[1]
+    return dy * up * (sigmoid * (1 + gate * (1 - sigmoid))), dy * (gate * sigmoid)
+
+
+@functools.lru_cache(maxsize=8)
+def _frequencies(D: int, base: float) -> tuple[mx.array, mx.array]:
+    """The angle between two tokens in each dimension, (D,), and the matrix (D, D) that turns (a, b) into (-b, a)."""
+    with mx.stream(mx.cpu):
+        frequencies = base ** (-mx.arange(0, D, 2) / D)
+        arrays = mx.concatenate([frequencies, frequencies]), mx.eye(D, k=D // 2) - mx.eye(D, k=-(D // 2))
+        mx.eval(arrays)
+    return arrays
+
+
+@functools.lru_cache(maxsize=8)
+def _rotation(T: int, D: int, base: float, offset: int) -> tuple[mx.array, mx.array]:
+    """The cosines and sines of T tokens, (T, D) both."""
+    with mx.stream(mx.cpu):
+        angles = mx.arange(offset, offset + T)[:, None] * _frequencies(D, base)[0]
+        arrays = mx.cos(angles), mx.sin(angles)
+        mx.eval(arrays)
+    return arrays
+
+
+@mx.custom_function
+def _rope(x_bhtd: mx.array, cos_td: mx.array, sin_td: mx.array, exchange_dd: mx.array) -> mx.array:
+    return x_bhtd * cos_td + (x_bhtd @ exchange_dd) * sin_td
+
+
+@_rope.vjp
+def _rope_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+    _, cos_td, sin_td, exchange_dd = primals
+    # The inverse rotation, whose matrix is the transpose.
+    dx = cotangent * cos_td - (cotangent @ exchange_dd) * sin_td
+    return dx, mx.zeros_like(cos_td), mx.zeros_like(sin_td), mx.zeros_like(exchange_dd)
 
 
 def _blocks(T: int, S: int) -> Iterator[tuple[slice, slice]]:

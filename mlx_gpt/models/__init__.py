@@ -1,14 +1,15 @@
 """The networks, by the `model_type` of their `config.json`, and the functions by which other modules use them.
 
 A network has the interface of mlx-lm: `Model(args)`, which turns ids and caches into logits, and has `layers`, `args`
-and `sanitize`. Ours have more: `hidden` and `head` apart, `head_weight`, `init_weights`, `flops_per_token` and
-`to_file`. The functions here also work with a network of mlx-lm, which lacks these.
+and `sanitize`. Ours have more: `hidden` and `head` apart, `head_weight`, `residual_projections` and `flops_per_token`,
+and `to_file` if a file has other names or orientations. The functions here also work with a network of mlx-lm, which
+lacks these.
 """
 
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,42 +23,35 @@ from mlx.utils import tree_flatten
 
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.errors import UserError, shown
+from mlx_gpt.models.initial import init_weights as init_weights
 from mlx_gpt.packages import install
 
-OURS = {"gpt2": "mlx_gpt.models.gpt2"}
+OURS = {"gpt2": "mlx_gpt.models.gpt2", "qwen3": "mlx_gpt.models.qwen3"}
 
 
 def create(config: ModelConfig) -> nn.Module:
     """Make the network that the settings describe. Its weights are not drawn yet (`init_weights` draws them)."""
-    from mlx_gpt.models import gpt2
-
-    return gpt2.Model(
-        gpt2.ModelArgs(
-            vocab_size=config.vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_positions=config.n_positions,
-            dropout=config.dropout,
-        )
-    )
+    module = importlib.import_module(OURS[config.model_type])
+    model: nn.Module = module.Model(module.ModelArgs.from_settings(config))
+    return model
 
 
-def architecture(model_type: str) -> ModuleType:
-    """Return the module with `Model` and `ModelArgs` for a `model_type`: ours, or mlx-lm's if that is installed.
+def architecture(config: Mapping[str, Any]) -> ModuleType:
+    """Return the module with `Model` and `ModelArgs` for a `config.json`: ours, or mlx-lm's if that is installed.
 
     No code from a model's own directory is ever run.
 
     Raises:
         UserError: there is no such module.
     """
+    model_type = config["model_type"]
     if model_type in OURS:
-        return importlib.import_module(OURS[model_type])
+        module = importlib.import_module(OURS[model_type])
+        if model_type == "gpt2" or module.computes(config):
+            return module
     if importlib.util.find_spec("mlx_lm") is None:
-        raise UserError(
-            f"A model of type {shown(model_type)} needs mlx-lm: {install('models')}. "
-            f"Without it mlx-gpt reads {', '.join(OURS)}."
-        )
+        kind = f"A model of type {shown(model_type)}" + (" with these settings" if model_type in OURS else "")
+        raise UserError(f"{kind} needs mlx-lm: {install('models')}. Without it mlx-gpt reads {', '.join(OURS)}.")
     from mlx_lm.utils import MODEL_REMAPPING
 
     name = MODEL_REMAPPING.get(model_type, model_type)
@@ -78,6 +72,14 @@ def flops_per_token(model: nn.Module, seq_len: int) -> int:
     """Return the floating-point operations to train on one token: the model's own count, or 6 per parameter."""
     own: Callable[[int], int] | None = getattr(model, "flops_per_token", None)
     return own(seq_len) if own else 6 * n_params(model)
+
+
+def block_matrices(model: nn.Module) -> set[str]:
+    """Return the names of the parameters of the blocks that are matrices."""
+    blocks = [(name, module) for name, module in model.named_modules() if any(module is b for b in model.layers)]
+    return {
+        f"{block}.{name}" for block, module in blocks for name, w in tree_flatten(module.parameters()) if w.ndim == 2
+    }
 
 
 def context_length(model: nn.Module) -> int:

@@ -63,12 +63,19 @@ class ScaledDotProductAttention(nn.Module):
     def unfused(self, q_bhtd: mx.array, k_bhsd: mx.array, v_bhsd: mx.array, mask: Mask = None) -> mx.array:
         """Compute the same from elementary operations."""
         T, S = q_bhtd.shape[2], k_bhsd.shape[2]
+        k_bhsd, v_bhsd = for_each_head(q_bhtd, k_bhsd, v_bhsd)
         scores_bhts = (q_bhtd * self.scale) @ k_bhsd.swapaxes(-1, -2)
         if isinstance(mask, str):
             mask = mx.arange(S) <= mx.arange(S - T, S)[:, None]
         if mask is not None:
             scores_bhts = mx.where(mask, scores_bhts, mx.finfo(scores_bhts.dtype).min)
         return mx.softmax(scores_bhts, axis=-1, precise=True) @ v_bhsd
+
+
+def for_each_head(q_bhtd: mx.array, k_bksd: mx.array, v_bksd: mx.array) -> tuple[mx.array, mx.array]:
+    """Repeat the K heads of keys and values for the H heads of queries that share them, (B, H, S, D) both."""
+    shared_by = q_bhtd.shape[1] // k_bksd.shape[1]
+    return (k_bksd, v_bksd) if shared_by == 1 else (mx.repeat(k_bksd, shared_by, 1), mx.repeat(v_bksd, shared_by, 1))
 
 
 class GELU(nn.Module):
@@ -86,6 +93,20 @@ def _gelu(x: mx.array) -> mx.array:
     u = x.astype(mx.float32)
     u = 0.5 * u * (1 + mx.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * (u * u * u))))  # u**3 would call `pow`
     return u.astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+
+    cpu_twin = "swiglu"
+
+    def __call__(self, gate: mx.array, up: mx.array) -> mx.array:
+        return _swiglu(gate, up)
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
 
 
 class Dropout(nn.Module):

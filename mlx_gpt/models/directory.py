@@ -88,7 +88,7 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
 
 
 def load_model(folder: str | Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """Read the network of a model directory: any GPT-2's or, with mlx-lm installed, one of its architectures.
+    """Read the network of a model directory: a GPT-2, a Qwen3 or, with mlx-lm installed, one of its architectures.
 
     Args:
         dtype: of the parameters.
@@ -123,8 +123,8 @@ def _load_gpt2(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Modu
 
 
 def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
-    """Read a network of mlx-lm. Only mlx-lm's own code builds it; the directory contributes only numbers."""
-    architecture = models.architecture(config["model_type"])
+    """Read our Qwen3 or a network of mlx-lm. The directory contributes only numbers, never code."""
+    architecture = models.architecture(config)
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no model.safetensors: mlx-gpt reads weights from safetensors only.")
@@ -137,7 +137,7 @@ def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Mod
     for path in paths:
         arrays |= _arrays(path, prefix="")
     try:
-        args = architecture.ModelArgs.from_dict(_as_mlx_lm_has_it(folder, config, architecture.ModelArgs, stored))
+        args = architecture.ModelArgs.from_dict(_known_keys(folder, config, architecture.ModelArgs, stored))
         model: nn.Module = architecture.Model(args)
         weights = model.sanitize(arrays) if hasattr(model, "sanitize") else arrays
         expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
@@ -145,16 +145,17 @@ def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Mod
         if surplus := sorted(weights.keys() - expected.keys()):
             raise UserError(f"{folder} has a tensor {shown(surplus[0])}, which config.json has no place for.")
         model.load_weights([(name, array.astype(dtype)) for name, array in weights.items()])
+        models.context_length(model), models.hidden(model, mx.array([[0]]))  # computes nothing yet, but checks shapes
     except UserError:
         raise
-    except Exception as error:  # mlx-lm's code met numbers that it did not expect
+    except Exception as error:  # the architecture's code met values that it did not expect
         why = shown(" ".join(str(error).split()) or type(error).__name__, 200).rstrip(".")
         raise UserError(f"{folder} can't be read as {shown(config['model_type'])}: {why}.") from None
     model.config = MappingProxyType(config)
     return model
 
 
-def _as_mlx_lm_has_it(
+def _known_keys(
     folder: Path, config: Mapping[str, Any], args: type, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Return the keys of `config.json` as `args` reads them.
@@ -168,7 +169,7 @@ def _as_mlx_lm_has_it(
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_parameters" not in known:
         if "rope_theta" not in rope and "rope_theta" not in config:
-            raise UserError(f"{folder}/config.json: mlx-lm does not read `rope_parameters` for each kind of layer.")
+            raise UserError(f"{folder}/config.json: mlx-gpt does not read `rope_parameters` for each kind of layer.")
         found = {**{name: value for name, value in rope.items() if name in known}, **found}
         if rope.get("rope_type", "default") != "default":
             found.setdefault("rope_scaling", rope)

@@ -4,15 +4,16 @@ Shapes: B sequences of T tokens, C = n_embd, H heads of width D = C / H, V = voc
 GPT-2's published weights.
 """
 
-import math
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
+from mlx_gpt.config import ModelConfig
 from mlx_gpt.models.base import (
     GELU,
     Cache,
@@ -39,6 +40,12 @@ class ModelArgs:
     layer_norm_epsilon: float = 1e-5
     model_type: str = "gpt2"
 
+    @classmethod
+    def from_settings(cls, config: ModelConfig) -> "ModelArgs":
+        """Return the sizes that the settings ask for."""
+        names = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions", "dropout")
+        return cls(**{name: getattr(config, name) for name in names})
+
     def to_config(self) -> dict[str, Any]:
         """Return `config.json` as transformers and mlx-lm read it."""
         return {
@@ -63,26 +70,37 @@ class ModelArgs:
 class Attention(nn.Module):
     """Causal self-attention with H heads."""
 
+    split_by_output, split_by_input = {"c_attn": 3}, ("c_proj",)
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.n_head = args.n_head
+        self.head_dim = args.n_embd // args.n_head
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd)
-        self.attend = ScaledDotProductAttention(args.n_embd // args.n_head)
+        self.attend = ScaledDotProductAttention(self.head_dim)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd)
         self.resid_dropout = Dropout(args.dropout)
 
     def __call__(self, x_btc: mx.array, mask: Mask = None, cache: Cache | None = None) -> mx.array:
-        B, T, C = x_btc.shape
-        qkv_3bhtd = self.c_attn(x_btc).reshape(B, T, 3, self.n_head, -1).transpose(2, 0, 3, 1, 4)
-        q_bhtd, k_bhtd, v_bhtd = qkv_3bhtd
+        q_bhtd, k_bhtd, v_bhtd = self.qkv(x_btc)
         if cache is not None:
             k_bhtd, v_bhtd = cache.update_and_fetch(k_bhtd, v_bhtd)
-        y_bhtd = self.attend(q_bhtd, k_bhtd, v_bhtd, mask)
-        return self.resid_dropout(self.c_proj(y_bhtd.transpose(0, 2, 1, 3).reshape(B, T, C)))
+        return self.project(self.attend(q_bhtd, k_bhtd, v_bhtd, mask))
+
+    def qkv(self, x_btc: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array, mx.array]:
+        """Return queries, keys and values, (B, H, T, D) each, of tokens at any `offset`."""
+        B, T, _ = x_btc.shape
+        q_bhtd, k_bhtd, v_bhtd = self.c_attn(x_btc).reshape(B, T, 3, -1, self.head_dim).transpose(2, 0, 3, 1, 4)
+        return q_bhtd, k_bhtd, v_bhtd
+
+    def project(self, y_bhtd: mx.array) -> mx.array:
+        """Return the output (B, T, C) from what the heads have gathered."""
+        return self.resid_dropout(self.c_proj(y_bhtd.transpose(0, 2, 1, 3).flatten(2)))
 
 
 class MLP(nn.Module):
     """The feed-forward half of a block, four times as wide inside."""
+
+    split_by_output, split_by_input = {"c_fc": 1}, ("c_proj",)
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -109,9 +127,15 @@ class TransformerBlock(nn.Module):
         x_btc = x_btc + self.attn(self.ln_1(x_btc), mask, cache)
         return x_btc + self.mlp(self.ln_2(x_btc))
 
+    def stages(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """Return the modules in the order in which they compute."""
+        return self.ln_1, self.attn, self.ln_2, self.mlp
+
 
 class Model(nn.Module):
     """GPT-2 with its head tied to the token embedding."""
+
+    residual_projections = ("c_proj.weight",)
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -156,6 +180,12 @@ class Model(nn.Module):
         """The blocks."""
         return self.h
 
+    def with_layers(self, layers: Sequence[nn.Module]) -> "Model":
+        """Return a copy that has other blocks, and shares everything else."""
+        made = copy.copy(self)
+        made.h = list(layers)
+        return made
+
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Turn the tensors of a GPT-2 file into the parameters here: plain names, nn.Linear's (out, in), no masks."""
         plain = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
@@ -168,25 +198,6 @@ class Model(nn.Module):
     def to_file(self) -> dict[str, mx.array]:
         """Return the parameters as a GPT-2 file has them; the inverse of `sanitize`."""
         return {name: _turn(name, weight) for name, weight in tree_flatten(self.parameters())}
-
-    def init_weights(self, seed: int) -> "Model":
-        """Draw fresh weights as GPT-2 does: normal with deviation 0.02, biases 0, norms 1.
-
-        The two projections of each block that feed the residual stream get 0.02 / sqrt(2 n_layer), so that the stream
-        does not grow with depth (Radford et al. 2019, section 2.3).
-        """
-        key = mx.random.key(seed)
-        fresh = []
-        for name, weight in tree_flatten(self.parameters()):
-            if weight.ndim == 2:
-                scale = 0.02 / math.sqrt(2 * self.args.n_layer) if name.endswith("c_proj.weight") else 0.02
-                key, subkey = mx.random.split(key)
-                fresh.append((name, scale * mx.random.normal(weight.shape, key=subkey)))
-            else:
-                is_gain = name.split(".")[-2].startswith("ln_") and name.endswith("weight")
-                fresh.append((name, mx.ones_like(weight) if is_gain else mx.zeros_like(weight)))
-        self.update(tree_unflatten(fresh))
-        return self
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations to train on one token in a window of `seq_len`, forward and backward.

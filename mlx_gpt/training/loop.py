@@ -110,7 +110,7 @@ def train(
             plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
         if dry_run:
             return Outcome(run.folder, False, run.progress.step, run.best_loss)
-        optimizer = make_optimizer(run.training)
+        optimizer = make_optimizer(run.training, run.model)
         step = make_step(run.model, optimizer, run.objective, run.training, run.device, run.ranks)
         restore(run, optimizer)
         take_folder(run, display)

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_gpt import models
 from mlx_gpt.config import TrainingConfig
@@ -174,10 +175,9 @@ def _check_disk(run: Run) -> None:
     saves = math.ceil(steps / training.save_every) + (not run.resumes and training.eval_every < training.save_every)
     if run.resumes:
         saves += len(checkpoint.all_checkpoints(run.folder))
-    n_params = models.n_params(run.model)
-    # In float32; a checkpoint has AdamW's two means as well.
-    model = 4 * n_params + len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
-    run_folder.check_room_for_run(run.folder, model, model + 8 * n_params, min(saves, training.keep_checkpoints + 1))
+    weights, _, state = held_bytes(run)
+    model = weights + len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
+    run_folder.check_room_for_run(run.folder, model, model + state, min(saves, training.keep_checkpoints + 1))
 
 
 def _refuse(problem: str) -> None:
@@ -230,8 +230,7 @@ def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -
     Returns:
         The line through the two largest trials; None if even the smallest may take too much memory.
     """
-    # Weights, their gradients and AdamW's two means in float32, before any activation.
-    if 16 * models.n_params(run.model) > run.device.usable:
+    if sum(held_bytes(run)) > run.device.usable:
         return None
     most = training.micro_batch_size
     windows = min(most, 2 if run.device.accelerated else 1)  # a CPU computes two slices side by side
@@ -253,6 +252,20 @@ def measure(run: Run, make_step: Callable[..., Any], training: TrainingConfig) -
     return Line(tuple(trials[-2:]))
 
 
+def held_bytes(run: Run) -> tuple[int, int, int]:
+    """Return the bytes of the weights, of their gradients and of the optimizer's state.
+
+    Nothing is allocated: MLX would make the arrays of the state when they are first used.
+    """
+    optimizer, trained = make_optimizer(run.training, run.model), run.model.trainable_parameters()
+    optimizer.init(trained)
+    weights, gradients, state = (
+        sum(array.nbytes for _, array in tree_flatten(tree))
+        for tree in (run.model.parameters(), trained, optimizer.state)
+    )
+    return weights, gradients, state
+
+
 def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, windows: int) -> Trial:
     micro_steps = min(2, training.micro_steps)
     training = dataclasses.replace(
@@ -263,7 +276,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     batch = mx.array(ids), mx.ones((windows, training.seq_len))
     mx.eval(batch, run.model.parameters())
     _free()
-    optimizer, phases = make_optimizer(training), _Phases()
+    optimizer, phases = make_optimizer(training, run.model), _Phases()
     step = make_step(run.model, optimizer, run.objective, training, run.device, phases)
     began = time.perf_counter()
     mx.eval(step(0, 0.0, [batch] * micro_steps), run.model.parameters(), optimizer.state)

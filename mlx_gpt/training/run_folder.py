@@ -23,8 +23,8 @@ CONTENTS = (
 )  # fmt: skip
 # Settings that may change on a resume. Any other would silently make it another run.
 MAY_CHANGE = {
-    "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "schedule",
-    "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
+    "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "muon_learning_rate",
+    "schedule", "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
     "data",  # because the text may have moved; its fingerprint says whether it is the same
 }  # fmt: skip
 # Settings that are a path, each with the values that are not.

@@ -305,7 +305,9 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
     """
     if not weights:
         shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        return models.create(shape).init_weights(config.training.seed)
+        return models.init_weights(
+            models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
+        )
     model = load_model(weights)
     if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(

@@ -87,11 +87,14 @@ def _save_making_room(run: Run, name: str, save: Callable[[], object]) -> None:
 def too_many_bad_steps(run: Run, step: int) -> RunError:
     """Return the error that ends a run after too many steps without a finite loss. It says how to go back."""
     bad_steps, rate = run.progress.bad_steps, run.training.learning_rate
+    slower = ["--learning-rate", f"{rate / 3:.1g}"]
+    if run.training.optimizer == "muon":
+        slower += ["--muon-learning-rate", f"{run.training.muon_learning_rate / 3:.1g}"]
     before = [at for at in checkpoint.all_checkpoints(run.folder) if checkpoint.step_of(at) <= step - bad_steps]
     start = ["--resume", before[-1]] if before else ["--config", run.folder / run_folder.SETTINGS]
     newest = before and not checkpoint.later_than(run.folder, checkpoint.step_of(before[-1]))
     overwrite = [] if newest else ["--overwrite"]
-    way_back = typed("train", *start, *overwrite, "--learning-rate", f"{rate / 3:.1g}")
+    way_back = typed("train", *start, *overwrite, *slower)
     return RunError(
         f"{bad_steps} steps in a row had no finite loss or gradient, and changed nothing. Likely causes: a learning "
         f"rate that is too high (it was {rate:g}), bfloat16 (try --precision float32), or weights that had grown too "

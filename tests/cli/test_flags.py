@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from mlx_gpt import cli
 from mlx_gpt.cli.generate import DEMO_PROMPTS, DIVIDER
@@ -125,6 +126,21 @@ def test_train_ignore_memory(mlx_gpt, corpus, monkeypatch):
     assert mlx_gpt("train", "--data", corpus, *TINY, "--out", "run", "--ignore-memory").code == 0
 
 
+def test_train_model_type(train):
+    run = train("--model-type", "qwen3")
+    assert run.config["architectures"] == ["Qwen3ForCausalLM"]
+    assert run.shape("model.layers.0.self_attn.k_proj.weight") == (16, 16)
+
+
+def test_train_n_kv_head(train):
+    run = train("--model-type", "qwen3", "--n-kv-head", "1")
+    assert run.shape("model.layers.0.self_attn.k_proj.weight") == (8, 16)
+
+
+def test_train_tie_embeddings(train):
+    assert train("--model-type", "qwen3", "--no-tie-embeddings").shape("lm_head.weight") == (257, 16)
+
+
 def test_train_n_layer(train):
     assert train("--n-layer", "2").shape("h.1.ln_1.weight") == (16,)
 
@@ -182,6 +198,24 @@ def test_train_max_epochs(train, base):
 
 def test_train_max_minutes(train):
     assert max(train("--max-steps", "50", "--max-minutes", "0.00001").steps("val_loss")) < 50
+
+
+def test_train_optimizer(train):
+    run = train("--optimizer", "muon")
+    state = load_file(run.folder / "checkpoints" / run.checkpoints[-1] / "optimizer.safetensors")
+    means = {name.rpartition("h.0.")[2] for name in state if "h.0." in name}
+    assert {"attn.c_attn.weight.v", "attn.c_attn.bias.m", "attn.c_attn.bias.v"} <= means  # Muon has no second mean
+    assert "attn.c_attn.weight.m" not in means
+
+
+def test_train_muon_learning_rate(train):
+    slow, fast = (train("--optimizer", "muon", "--muon-learning-rate", rate, out=rate) for rate in ("0.01", "0.02"))
+    assert slow.weights != fast.weights
+
+
+def test_train_muon_momentum(train):
+    short, long = (train("--optimizer", "muon", "--muon-momentum", decay, out=decay) for decay in ("0.5", "0.95"))
+    assert short.weights != long.weights
 
 
 def test_train_learning_rate(train):

@@ -13,7 +13,8 @@ from mlx_gpt.cpu.accelerate import MLX_LAYERS
 from mlx_gpt.models.base import ScaledDotProductAttention
 from mlx_gpt.models.gpt2 import TransformerBlock
 
-SIZES = ModelConfig(300, n_layer=2, n_head=2, n_embd=32, n_positions=32)
+QWEN3 = ModelConfig(model_type="qwen3", vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_positions=32)
+SIZES = ModelConfig(vocab_size=300, n_layer=2, n_head=2, n_embd=32, n_positions=32)
 
 
 def two(make):
@@ -24,8 +25,9 @@ def two(make):
     return plain, twin
 
 
-def test_each_layer_with_a_twin_is_replaced_and_every_parameter_stays():
-    plain, twin = two(lambda: models.create(SIZES).init_weights(0))
+@pytest.mark.parametrize("sizes", [SIZES, QWEN3], ids=["gpt2", "qwen3"])
+def test_each_layer_with_a_twin_is_replaced_and_every_parameter_stays(sizes):
+    plain, twin = two(lambda: models.init_weights(models.create(sizes), 0))
     for (name, before), (_, after) in zip(plain.named_modules(), twin.named_modules(), strict=True):
         has_twin = type(before) in MLX_LAYERS or hasattr(before, "cpu_twin")
         assert (type(before) is not type(after)) == has_twin, name
@@ -51,7 +53,9 @@ def test_twins_of_twins_are_the_same():
         pytest.param(lambda: nn.LayerNorm(32), id="norm"),
         pytest.param(lambda: nn.LayerNorm(32, bias=False), id="norm without bias"),
         pytest.param(lambda: nn.LayerNorm(32, affine=False), id="norm without parameters"),
+        pytest.param(lambda: nn.RMSNorm(32), id="root mean square norm of few rows"),
         pytest.param(lambda: models.create(SIZES).h[0].mlp, id="feed-forward"),
+        pytest.param(lambda: models.create(QWEN3).layers[0].mlp, id="gated feed-forward"),
     ],
 )
 def test_a_twin_computes_the_same(make, training):
@@ -59,6 +63,13 @@ def test_a_twin_computes_the_same(make, training):
     plain, twin = (layer.train(training) for layer in two(make))
     x_btc = mx.random.normal((2, 5, 32), key=mx.random.key(0))
     np.testing.assert_allclose(twin(x_btc), plain(x_btc), rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_of_many_rows_is_the_same():
+    norm, twin = two(lambda: nn.RMSNorm(32))
+    x_btc = mx.random.normal((4, 100, 32), key=mx.random.key(0))
+    assert x_btc.size >= accelerate.FEW
+    np.testing.assert_allclose(twin(x_btc), norm(x_btc), rtol=1e-5, atol=1e-6)
 
 
 def test_other_precisions_and_masks_are_computed_as_before():
@@ -74,5 +85,19 @@ def test_other_precisions_and_masks_are_computed_as_before():
     q, k, v = mx.random.normal((3, 2, 4, 12, 8), key=mx.random.key(1))
     mask = mx.random.bernoulli(0.5, (2, 1, 12, 12), key=mx.random.key(2)) | (mx.arange(12) == 0)
     assert mx.array_equal(attention_twin(q, k, v, mask), attention(q, k, v, mask))
-    few = k[:, :2], v[:, :2]  # grouped queries
-    assert mx.array_equal(attention_twin(q, *few, "causal"), attention(q, *few, "causal"))
+
+
+def test_queries_that_share_heads_gather_the_same():
+    attention, attention_twin = two(lambda: ScaledDotProductAttention(8))
+    q, k, v = mx.random.normal((3, 2, 4, 12, 8), key=mx.random.key(1))
+    few = k[:, :2], v[:, :2]
+    np.testing.assert_allclose(attention_twin(q, *few, "causal"), attention(q, *few, "causal"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "offset", [0, 5, mx.array(5), mx.array([3, 7])], ids=["start", "later", "later, as an array", "each elsewhere"]
+)
+def test_rotations_are_the_same(offset):
+    rope, twin = two(lambda: nn.RoPE(8, base=500.0))
+    x_bhtd = mx.random.normal((2, 4, 12, 8), key=mx.random.key(1))
+    np.testing.assert_allclose(twin(x_bhtd, offset=offset), rope(x_bhtd, offset=offset), rtol=1e-5, atol=2e-6)

@@ -11,7 +11,7 @@ from mlx_gpt.device import device
 
 def test_changing_the_number_of_sequences_does_not_add_up():
     sizes = ModelConfig(vocab_size=64, n_layer=1, n_head=4, n_embd=512, n_positions=8, dropout=0.0)
-    model = models.create(sizes).init_weights(0)
+    model = models.init_weights(models.create(sizes), 0)
     mx.eval(model.parameters())
     on = dataclasses.replace(device(), accelerated=True)
     held = []

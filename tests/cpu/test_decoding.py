@@ -14,12 +14,20 @@ from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.models.directory import load_model, save_model
 
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "n_head": 4, "n_kv_head": 2}
+
 
 @pytest.fixture(autouse=True)
 def worth_it(monkeypatch):
     """Networks as small as those of the tests are divided, and there are two cores to divide them among."""
     monkeypatch.setattr(decoding, "WORTH_IT", 1)
     monkeypatch.setattr(streams, "cores", lambda: 2)
+
+
+@pytest.fixture(params=[{}, QWEN3], ids=["gpt2", "qwen3"])
+def make_model(request, make_model):
+    """Make either network of ours."""
+    return lambda **settings: make_model(**request.param | settings)
 
 
 def assert_close(ours, theirs):
@@ -63,6 +71,22 @@ def test_a_vocabulary_of_any_size_is_read_whole(make_model, batch):
         assert_close(decoding.decoder(model, 2).head(x_bc), model.head(x_bc))
 
 
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_sequences_of_other_lengths_are_read_as_alone(make_model, ids, sequences):
+    """One pass over the second of two sequences, which is behind the first."""
+    model = make_model().eval()
+    network = decoding.decoder(model, sequences)
+    together = empty_cache(network, 2, 32)
+    together.rows.lengths.clear()
+    for length in (9, 4):
+        alone = empty_cache(network, 1, 32)
+        read(network, ids[:1, :length], alone)
+        together.add(alone)
+    logits = read(network, np.stack([ids[0, 9:12], ids[0, 4:7]]), together)
+    assert_close(logits[0], model(mx.array(ids[:1, :12]))[0, 9:])
+    assert_close(logits[1], model(mx.array(ids[:1, :7]))[0, 4:])
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"num_samples": 2}])
 def test_decoding_in_two_parts_gives_the_same_text(make_model, bpe, monkeypatch, settings):
     config = GenerationConfig(max_tokens=40, seed=5, **settings)  # past the last position
@@ -83,7 +107,8 @@ def test_a_decoder_is_kept_until_the_weights_change(make_model, ids):
     model = make_model().eval()
     first = decoding.decoder(model, 4)
     assert decoding.decoder(model, 4) is first
-    model.wpe.weight = model.wpe.weight + 1
+    norm, *_ = model.layers[0].stages()
+    norm.weight = norm.weight + 1
     network = decoding.decoder(model, 4)
     assert network is not first
     assert_close(
@@ -99,8 +124,8 @@ BIGCODE |= {"layer_norm_epsilon": 1e-5, "vocab_size": 300}
 
 @pytest.mark.parametrize(("name", "sizes"), [("llama", LLAMA), ("gpt_bigcode", BIGCODE)])
 def test_a_network_with_other_blocks_is_left_whole(ids, name, sizes):
-    """Those of mlx-lm are not GPT-2's, even where the parts of a block have the same names."""
-    architecture = models.architecture(name)
+    """Those of mlx-lm are not ours, even where the parts of a block have the same names."""
+    architecture = models.architecture({"model_type": name})
     model = architecture.Model(architecture.ModelArgs(model_type=name, **sizes)).eval()
     assert_close(decoding.decoder(model, 4)(mx.array(ids)), model(mx.array(ids)))
 
@@ -112,11 +137,13 @@ def test_a_network_with_other_blocks_is_left_whole(ids, name, sizes):
         ({}, 2, 1, 1),  # the BLAS has the second core
         ({}, 1, 8, 1),
         ({"n_head": 3}, 8, 8, 1),  # not divisible
+        ({"model_type": "qwen3"}, 2, 8, 2),
+        ({"model_type": "qwen3", "n_kv_head": 3}, 2, 8, 1),
         ({"n_embd": 128, "n_head": 4}, 8, 8, 1),  # sooner done than divided
     ],
 )
 def test_networks_are_divided_where_it_pays(monkeypatch, settings, cores, sequences, count):
     monkeypatch.undo()
     monkeypatch.setattr(streams, "cores", lambda: cores)
-    model = models.create(ModelConfig(300, **{"n_layer": 1, **settings}))
+    model = models.create(ModelConfig(vocab_size=300, **{"n_layer": 1, **settings}))
     assert decoding.part_count(model, sequences) == count

@@ -55,7 +55,15 @@ def test_attention_block_by_block_is_pytorchs(queries, tokens, monkeypatch):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_linear_layers_norms_and_gelu_are_pytorchs():
+def rotated(x, base, offset):
+    """Each token's pairs (x_i, x_i+D/2) as complex numbers, turned by its position times base^(-2i/D)."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(offset, offset + x.shape[-2])[:, None] * base ** (-torch.arange(half, dtype=x.dtype) / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def test_linear_layers_norms_activations_and_rotations_are_pytorchs():
     draw = np.random.default_rng(3)
     x, gain = 4 * draw.normal(size=(2, 5, 8)) + 1, draw.normal(size=8)
     linear_without_bias = functools.partial(kernels.linear, bias=None)
@@ -68,6 +76,21 @@ def test_linear_layers_norms_and_gelu_are_pytorchs():
             [x, gain, draw.normal(size=8)],
         ),
         (kernels.gelu, lambda x: torch.nn.functional.gelu(x, approximate="tanh"), [np.linspace(-8, 8, 4001)]),
+        (
+            lambda x, weight: kernels.rms_norm(x, weight, 1e-6),
+            lambda x, weight: torch.nn.functional.rms_norm(x, (8,), weight, 1e-6),
+            [x, gain],
+        ),
+        (
+            kernels.swiglu,
+            lambda gate, up: torch.nn.functional.silu(gate) * up,
+            [np.linspace(-70, 70, 4001), draw.normal(size=4001)],
+        ),
+        (
+            lambda x: kernels.rope(x, 500.0, 3),
+            lambda x: rotated(x, 500.0, 3),
+            [draw.normal(size=(2, 2, 5, 8))],
+        ),
     ]
     for function, reference, arrays in cases:
         for found, expected in gradients(function, reference, arrays):
@@ -81,6 +104,10 @@ def test_numbers_that_are_not_finite_are_not_hidden(bad):
     x = mx.array([[0.5, bad, 1.0]])
     assert not mx.isfinite(kernels.gelu(x)).all()
     assert not mx.isfinite(kernels.layer_norm(x, mx.ones(3), mx.zeros(3), 1e-5)).all()
+    assert not mx.isfinite(kernels.rms_norm(x, mx.ones(3), 1e-6)).all()
+    assert not mx.isfinite(kernels.swiglu(x, mx.ones((1, 3)))).all()
+    assert not mx.isfinite(kernels.swiglu(mx.ones((1, 3)), x)).all()
+    assert not mx.isfinite(kernels.rope(x[None, None, :, :2], 500.0, 1)).all()
     for loss in (kernels.linear_cross_entropy, kernels.cross_entropy_sum):
         assert not mx.isfinite(loss(x, mx.eye(3), mx.array([0]), mx.ones(1)))
     q = x.reshape(1, 1, 3, 1)

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_gpt.cpu import decoding, streams
 from tests.gpu import comparing
-from tests.gpu.comparing import OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
 
 FAST, PLAIN = cpu(accelerated=True), cpu(accelerated=False)
 ROUNDING = 5e-6  # of float32 sums in another order, as a fraction of an array's norm
@@ -37,10 +37,14 @@ def operate(place, operation):
     return comparing.operate(place, operation, mx.float32)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputing"])
-def test_training_gives_the_same(recompute):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"grad_checkpoint": True}, MUON, MUON | {"kind": "qwen3"}],
+    ids=["", "recomputing", "muon", "qwen3 with muon"],
+)
+def test_training_gives_the_same(changes):
     """The loss, every gradient and the weights after three steps, with an odd number of windows."""
-    fast, plain = (comparing.train(place, "float32", grad_checkpoint=recompute) for place in (FAST, PLAIN))
+    fast, plain = (comparing.train(place, "float32", **changes) for place in (FAST, PLAIN))
     assert fast.losses == pytest.approx(plain.losses, rel=ROUNDING)
     assert fast.norms == pytest.approx(plain.norms, rel=1e-5)
     assert_close(fast.gradients, plain.gradients, ROUNDING)
@@ -64,17 +68,19 @@ def test_the_plain_path_trains_in_bfloat16():
     assert_close(half.gradients, whole.gradients, 0.05)
 
 
-def test_generation_gives_the_same():
-    fast, plain = (comparing.greedy(place) for place in (FAST, PLAIN))
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_generation_gives_the_same(kind):
+    fast, plain = (comparing.greedy(place, kind) for place in (FAST, PLAIN))
     assert fast == plain
     assert all(len(set(ids)) > 3 for ids in plain)  # a network that says but one thing would show nothing
-    assert comparing.margin(plain) > 0.2  # so that rounding on a GPU decides no token, either
+    assert comparing.margin(plain, kind) > 0.2  # so that rounding on a GPU decides no token, either
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("pieces", [(9, 1, 1, 6), (1,) * 17], ids=str)
-def test_the_cache_changes_no_logit_on_either_path(pieces):
+def test_the_cache_changes_no_logit_on_either_path(pieces, kind):
     for place in (FAST, PLAIN):
-        found, whole = (comparing.logits(place, mx.float32, p) for p in (pieces, (17,)))
+        found, whole = (comparing.logits(place, mx.float32, p, kind) for p in (pieces, (17,)))
         assert_close(found, whole, ROUNDING)
 
 

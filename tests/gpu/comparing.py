@@ -27,6 +27,7 @@ from mlx_gpt.models.base import (
     GELU,
     LinearCrossEntropy,
     ScaledDotProductAttention,
+    SwiGLU,
     cast_parameters,
     set_precision,
 )
@@ -41,10 +42,13 @@ from mlx_gpt.training.setup import set_up
 Arrays = dict[str, np.ndarray]
 
 # Heads of 64 and windows of more than 8 tokens: GPUs have fused attention for these.
-SIZES = ModelConfig(257, n_layer=2, n_head=2, n_embd=128, n_positions=64, dropout=0.0)
+SIZES = ModelConfig(vocab_size=257, n_layer=2, n_head=2, n_embd=128, n_positions=64, dropout=0.0)
+NETWORKS = {"gpt2": SIZES, "qwen3": dataclasses.replace(SIZES, model_type="qwen3", n_kv_head=1, tie_embeddings=False)}
 WINDOW = 32
 RATE = 1e-3
 TRAINING = TrainingConfig(seq_len=WINDOW, batch_size=5, gradient_accumulation_steps=1, max_grad_norm=0.0, seed=1)
+# An orthogonal update of these matrices has numbers of about a tenth, and so moves a weight about as far as AdamW.
+MUON: dict[str, Any] = {"optimizer": "muon", "muon_learning_rate": 10 * TRAINING.learning_rate}
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,17 @@ def _operations() -> dict[str, Operation]:
     return {
         "linear": Operation(lambda: nn.Linear(24, 40), (_normal(3, 17, 24),)),
         "layer norm": Operation(lambda: nn.LayerNorm(24), (_normal(3, 17, 24),)),
+        "root mean square norm": Operation(lambda: nn.RMSNorm(24), (_normal(3, 170, 24),)),
         "GELU": Operation(GELU, (3 * _normal(3, 17, 24),)),
+        "SwiGLU": Operation(SwiGLU, (3 * _normal(3, 17, 24), _normal(3, 17, 24, seed=1))),
+        "rotation": Operation(lambda: nn.RoPE(64, base=500.0), (_normal(2, 2, 17, 64),)),
+        "rotation of later tokens": Operation(
+            lambda: nn.RoPE(64, base=500.0), (_normal(2, 2, 5, 64),), (np.array([3, 40]),), training=False
+        ),
         "causal attention": Operation(attention, _heads(17, 17), ("causal",)),
+        "causal attention of shared heads": Operation(
+            attention, (_normal(2, 4, 17, 64), *(_normal(2, 2, 17, 64, seed=seed) for seed in (1, 2))), ("causal",)
+        ),
         "causal attention in a short window": Operation(attention, _heads(8, 8), ("causal",)),
         "attention after cached tokens": Operation(attention, _heads(5, 21), ("causal",), training=False),
         "attention with a mask": Operation(attention, _heads(5, 21), (mask,), training=False),
@@ -199,11 +212,13 @@ def operate(place: Place, operation: Operation, dtype: mx.Dtype) -> Arrays:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def network(place: Place, dropout: float = 0.0) -> nn.Module:
+def network(place: Place, kind: str = "gpt2", dropout: float = 0.0) -> nn.Module:
     """A network with the same weights everywhere, far from those that training starts with."""
-    model = models.create(dataclasses.replace(SIZES, dropout=dropout))
-    spreads = {"wpe": 0.3, "wte": 0.2, "ln_f": 0.2}
-    return place.device.accelerate(_draw(model, lambda name: spreads.get(name.split(".")[0], 0.1)))
+    model = models.create(dataclasses.replace(NETWORKS[kind], dropout=dropout))
+    spreads = {"wpe": 0.3, "wte": 0.2, "ln_f": 0.2, "embed_tokens": 0.2, "norm": 0.2, "lm_head": 0.2}
+    return place.device.accelerate(
+        _draw(model, lambda name: spreads.get(name.removeprefix("model.").split(".")[0], 0.1))
+    )
 
 
 @dataclass(frozen=True)
@@ -223,17 +238,21 @@ class Trained:
     weights: Arrays
 
 
-def train(place: Place, precision: str, steps: int = 3, dropout: float = 0.0, **changes: Any) -> Trained:
+def train(
+    place: Place, precision: str, steps: int = 3, dropout: float = 0.0, kind: str = "gpt2", **changes: Any
+) -> Trained:
     """Make steps of one micro-batch each, some of whose tokens do not count.
 
     Args:
+        kind: a name in `NETWORKS`.
         changes: of `TRAINING`.
     """
     training = dataclasses.replace(TRAINING, precision=precision, **changes)
     draw = np.random.default_rng(5)
     losses, norms, gradients = [], [], {}
     with place.default():
-        model, optimizer = network(place, dropout), make_optimizer(training)
+        model = network(place, kind, dropout)
+        optimizer = make_optimizer(training, model)
         objective = place.device.accelerate(OBJECTIVES["text"]())
         step = make_step(model, optimizer, objective, training, place.device)
         for number in range(steps):
@@ -248,27 +267,33 @@ def train(place: Place, precision: str, steps: int = 3, dropout: float = 0.0, **
 
 
 def mean_gradients(state: dict[str, Any]) -> Arrays:
-    """AdamW's means of the gradients by the parameter's name: after one step, a tenth of its gradients."""
-    named = {}
+    """The means of the gradients by the parameter's name: after one step, a fixed fraction of its gradients.
+
+    They are AdamW's `m`, and Muon's `v`.
+    """
+    named: Arrays = {}
     for part in state["states"]:
-        for name, array in tree_flatten(part):
-            if name.endswith(".m"):
-                named[name.removesuffix(".m")] = np.array(array)
+        arrays = tree_flatten(part, destination={})
+        mean = ".m" if any(name.endswith(".m") for name in arrays) else ".v"
+        named |= {name.removesuffix(mean): np.array(array) for name, array in arrays.items() if name.endswith(mean)}
     return named
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 # Of the random prompts that were tried, these leave the least doubt about the likeliest token.
-PROMPTS = ([221, 48, 188, 23], [101, 155, 137, 205, 41, 41, 71])
+PROMPTS = {
+    "gpt2": ([221, 48, 188, 23], [101, 155, 137, 205, 41, 41, 71]),
+    "qwen3": ([186, 22, 17], [206, 252, 97, 176, 244, 167, 215, 176]),
+}
 
 
-def greedy(place: Place, count: int = 12) -> list[list[int]]:
+def greedy(place: Place, kind: str = "gpt2", count: int = 12) -> list[list[int]]:
     """The likeliest tokens after two prompts that are decoded together."""
     with place.default():
-        engine = Engine(network(place), Tokenizer.of_bytes(), len(PROMPTS), on=place.device)
+        engine = Engine(network(place, kind), Tokenizer.of_bytes(), len(PROMPTS[kind]), on=place.device)
         config = GenerationConfig(max_tokens=count, temperature=0.0, repetition_penalty=1.0)
-        requests = [Request(prompt, config, ends=False) for prompt in PROMPTS]
+        requests = [Request(prompt, config, ends=False) for prompt in PROMPTS[kind]]
         for request in requests:
             engine.add(request)
         made: dict[Request, list[int]] = {request: [] for request in requests}
@@ -278,23 +303,23 @@ def greedy(place: Place, count: int = 12) -> list[list[int]]:
         return [*made.values()]
 
 
-def margin(made: list[list[int]]) -> float:
+def margin(made: list[list[int]], kind: str = "gpt2") -> float:
     """By how much the likeliest logit leads at the closest choice, seen by the CPU."""
     place, leads = cpu(accelerated=False), []
     with place.default():
-        model = network(place).eval()
-        for prompt, ids in zip(PROMPTS, made, strict=True):
+        model = network(place, kind).eval()
+        for prompt, ids in zip(PROMPTS[kind], made, strict=True):
             logits = np.array(model(mx.array([[*prompt, *ids]])))[0, len(prompt) - 1 : -1]
             second, first = np.sort(logits, axis=-1)[:, -2:].T
             leads.append((first - second).min())
     return float(min(leads))
 
 
-def logits(place: Place, dtype: mx.Dtype, pieces: tuple[int, ...]) -> Arrays:
+def logits(place: Place, dtype: mx.Dtype, pieces: tuple[int, ...], kind: str = "gpt2") -> Arrays:
     """The logits of two texts that are read in pieces, with a cache, or as one piece without."""
     ids = np.random.default_rng(3).integers(0, SIZES.vocab_size, (2, sum(pieces)))
     with place.default():
-        model = network(place).eval()
+        model = network(place, kind).eval()
         model.update(cast_parameters(model, model.parameters(), dtype))
         if len(pieces) == 1:
             return _numpy({"logits": model(mx.array(ids))})
@@ -319,6 +344,9 @@ RUNS = {
     "mostly activations": RUN,
     "activations computed twice": RUN | {"grad_checkpoint": True},
     "mostly the update": RUN | {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 1},
+    "mostly Muon's update": RUN
+    | {"model_type": "qwen3", "optimizer": "muon"}
+    | {"seq_len": 16, "batch_size": 2, "gradient_accumulation_steps": 1},
 }
 """Settings of runs, by what takes their memory."""
 
@@ -333,7 +361,7 @@ def peaks(place: Place, settings: dict[str, Any]) -> tuple[int, int]:
         line = measure(run, make_step, run.training)
         assert line is not None
         expected = line.at(run.training.micro_batch_size).peak
-        optimizer, batches = make_optimizer(run.training), run.batches()
+        optimizer, batches = make_optimizer(run.training, run.model), run.batches()
         step = make_step(run.model, optimizer, run.objective, run.training, place.device)
         mx.eval(run.model.parameters())
         gc.collect()

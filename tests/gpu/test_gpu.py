@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gpt.models import base
 from tests.gpu import comparing
-from tests.gpu.comparing import OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,16 +47,20 @@ def test_each_operation_gives_the_same(gpu, reference, monkeypatch, name, dtype,
     assert_close(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputing"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"grad_checkpoint": True}, MUON, MUON | {"kind": "qwen3"}],
+    ids=["", "recomputing", "muon", "qwen3 with muon"],
+)
 @pytest.mark.parametrize(
     ("precision", "losses", "gradients", "steps"),
     [("float32", 1e-3, 0.006, 0.03), ("bfloat16", 5e-3, 0.05, 0.2)],
     ids=["float32", "bfloat16"],
 )
-def test_training_gives_the_same(gpu, reference, precision, losses, gradients, steps, recompute):
+def test_training_gives_the_same(gpu, reference, precision, losses, gradients, steps, changes):
     """The loss, every gradient and the weights after three steps."""
-    found = comparing.train(gpu, precision, grad_checkpoint=recompute)
-    expected = comparing.train(reference, "float32")
+    found = comparing.train(gpu, precision, **changes)
+    expected = comparing.train(reference, "float32", **changes | {"grad_checkpoint": False})
     assert found.losses == pytest.approx(expected.losses, rel=losses)
     assert found.norms == pytest.approx(expected.norms, rel=gradients)
     assert_close(found.gradients, expected.gradients, gradients)
@@ -70,17 +74,19 @@ def test_training_drops_the_same_activations(gpu, reference):
     assert_close(found.gradients, expected.gradients, 0.006)
 
 
-def test_generation_gives_the_same(gpu, reference):
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_generation_gives_the_same(gpu, reference, kind):
     """Greedy, two texts at a time; tests/cpu/test_paths.py makes sure that rounding decides none of their tokens."""
-    assert comparing.greedy(gpu) == comparing.greedy(reference)
+    assert comparing.greedy(gpu, kind) == comparing.greedy(reference, kind)
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("pieces", [(9, 1, 1, 6), (1,) * 17], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-3), (mx.bfloat16, 0.03)], ids=str)
-def test_the_cache_changes_no_logit(gpu, reference, dtype, tolerance, pieces):
-    expected = comparing.logits(reference, mx.float32, (17,))
+def test_the_cache_changes_no_logit(gpu, reference, dtype, tolerance, pieces, kind):
+    expected = comparing.logits(reference, mx.float32, (17,), kind)
     for read in (pieces, (17,)):
-        assert_close(comparing.logits(gpu, dtype, read), expected, tolerance)
+        assert_close(comparing.logits(gpu, dtype, read, kind), expected, tolerance)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -42,7 +42,8 @@ def traced(config: Config, device: Device) -> SimpleNamespace:
         mock.patch.object(mx.random, "bernoulli", wraps=drop) as dropped,
         mock.patch.object(mx, "async_eval"),  # or the step would be computed
     ):
-        model, optimizer = models.create(config.model), make_optimizer(config.training)
+        model = models.create(config.model)
+        optimizer = make_optimizer(config.training, model)
         step = make_step(model, optimizer, OBJECTIVES["text"](), config.training, device)
         seq_len = config.training.seq_len
         step(0, 1e-3, [(mx.zeros((WINDOWS, seq_len + 1), mx.int32), mx.ones((WINDOWS, seq_len)))])
@@ -78,6 +79,17 @@ def test_each_block_of_each_preset_attends_with_the_fused_operation(name, precis
         assert call.kwargs == {"scale": head_dim**-0.5, "mask": "causal"}
     assert config.training.seq_len > 8
     assert head_dim in FUSED_WIDTHS or name == "tiny"  # which is made for a CPU
+
+
+def test_the_blocks_of_a_qwen3_do_as_well():
+    """Its few heads of keys and values are not repeated for the queries that share them."""
+    config = preset("small")
+    sizes = dataclasses.replace(config.model, model_type="qwen3", n_kv_head=2)
+    calls = traced(dataclasses.replace(config, model=sizes), PLAIN).attention
+    assert len(calls) == sizes.n_layer
+    for call in calls:
+        assert [array.shape for array in call.args] == [(WINDOWS, heads, 512, 64) for heads in (8, 2, 2)]
+        assert call.kwargs == {"scale": 64**-0.5, "mask": "causal"}
 
 
 def test_activations_that_are_computed_twice_attend_with_it_both_times():

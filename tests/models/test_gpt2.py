@@ -14,12 +14,13 @@ from mlx_gpt.generation.cache import BatchCache, Rows
 from mlx_gpt.models.base import recompute_in_backward, seed_dropout
 
 KEY = mx.random.key(5)
+SIZES = ModelConfig(vocab_size=512, n_layer=4, n_head=2, n_embd=64, n_positions=32)
 
 
 @pytest.fixture(scope="module")
 def fresh():
     """A network with its first weights."""
-    return models.create(ModelConfig(512, n_layer=4, n_head=2, n_embd=64, n_positions=32)).init_weights(seed=7)
+    return models.init_weights(models.create(SIZES), seed=7)
 
 
 def logits(model, ids, key=None):
@@ -36,7 +37,12 @@ def logits(model, ids, key=None):
     [(12, 768, 124_439_808), (24, 1024, 354_823_168), (36, 1280, 774_030_080), (48, 1600, 1_557_611_200)],
 )
 def test_has_as_many_parameters_as_gpt2(n_layer, n_embd, published):
-    assert models.n_params(models.create(ModelConfig(50257, n_layer, n_embd // 64, n_embd))) == published
+    assert (
+        models.n_params(
+            models.create(ModelConfig(vocab_size=50257, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd))
+        )
+        == published
+    )
 
 
 # ---- first weights --------------------------------------------------------------------------------------------------
@@ -60,8 +66,7 @@ def test_no_two_matrices_start_equal(fresh, weights_of):
 def test_first_weights_are_a_function_of_the_seed(weights_of):
     def drawn(seed, elsewhere):
         mx.random.seed(elsewhere)
-        model = models.create(ModelConfig(512, n_layer=4, n_head=2, n_embd=64, n_positions=32))
-        return weights_of(model.init_weights(seed))
+        return weights_of(models.init_weights(models.create(SIZES), seed))
 
     once, again, other = drawn(7, elsewhere=0), drawn(7, elsewhere=1), drawn(8, elsewhere=0)
     assert all(np.array_equal(once[name], again[name]) for name in once)
@@ -159,7 +164,7 @@ def test_dropout_in_attention_leaves_the_mean_as_it_is(make_model):
 
 def test_flops_per_token_are_those_of_the_products():
     """Worked out by hand: 6 for each weight that multiplies, 12 for each block, channel and position attended to."""
-    model = models.create(ModelConfig(100, n_layer=2, n_head=2, n_embd=8, n_positions=16))
+    model = models.create(ModelConfig(vocab_size=100, n_layer=2, n_head=2, n_embd=8, n_positions=16))
     assert models.flops_per_token(model, 10) == 6 * (models.n_params(model) - 16 * 8) + 12 * 2 * 8 * 10
 
 
@@ -186,7 +191,9 @@ def test_recomputing_the_blocks_changes_no_gradient(make_model, ids, dropout):
 
 
 def test_recomputing_the_blocks_takes_less_memory_until_it_is_switched_off():
-    model = models.create(ModelConfig(64, n_layer=8, n_head=2, n_embd=32, n_positions=64)).init_weights(0)
+    model = models.init_weights(
+        models.create(ModelConfig(vocab_size=64, n_layer=8, n_head=2, n_embd=32, n_positions=64)), 0
+    )
     windows = np.random.default_rng(0).integers(0, 64, (8, 64))
     peaks = []
     for recompute in (False, True, False):

@@ -1,4 +1,4 @@
-"""Architectures of mlx-lm: what transformers saves as llama or qwen3 opens, generates, trains and is saved here."""
+"""What transformers saves as llama (mlx-lm's network) or qwen3 (ours) opens, generates, trains and is saved here."""
 
 import dataclasses
 import json
@@ -182,7 +182,7 @@ TRAINING = TrainingConfig(batch_size=4, gradient_accumulation_steps=1, seq_len=1
 def trainer(model, **changes):
     """The optimizer and the step for a model."""
     training = dataclasses.replace(TRAINING, **changes)
-    optimizer = make_optimizer(training)
+    optimizer = make_optimizer(training, model)
     objective = device().accelerate(OBJECTIVES["text"]())
     return optimizer, make_step(model.train(), optimizer, objective, training, device())
 
@@ -301,6 +301,7 @@ def set_tensors(folder, change):
         ({"num_key_value_heads": 3}, "has shape"),
         ({"layer_types": ["sliding_attention"] * 2}, "can't be read as llama"),
         ({"rms_norm_eps": "gone"}, "config.json lacks `rms_norm_eps`"),
+        ({"max_position_embeddings": "many"}, "can't be read as llama"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "`rope_parameters` for each kind of layer"),
         ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "llama3"}}, "can't be read as llama: 'factor'."),
         ({"rope_parameters": LLAMA3 | {"rope_type": "spiral"}}, "Unsupported RoPE type spiral"),

@@ -12,6 +12,9 @@ import transformers
 
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.generation.stream import stream
+from mlx_gpt.models.directory import save_model
+
+from .conftest import served
 
 PROMPT = "The duck swims"
 GREEDY = {"temperature": 0}
@@ -36,6 +39,15 @@ def test_greedy_text_equals_that_of_mlx_lm_and_transformers(client, folders, bpe
     model, wrapped, *_ = mlx_lm.load(str(folders / "plain/best"))
     assert got.choices[0].text == mlx_lm.generate(model, wrapped, PROMPT, max_tokens=12)
     assert len({*got.choices[0].text}) > 3
+
+
+def test_a_qwen3_is_served_as_a_gpt2_is(make_model, bpe, tmp_path):
+    model = make_model(model_type="qwen3", n_head=4, n_kv_head=2)
+    save_model(tmp_path / "grouped", model, bpe)
+    with served(tmp_path / "grouped") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        got = client.completions.create(model="grouped", prompt=PROMPT, max_tokens=12, n=2, temperature=0)
+    assert [choice.text for choice in got.choices] == [text_of(model, bpe, max_tokens=12, **GREEDY)] * 2
 
 
 def test_a_streams_chunks_add_up_to_the_whole_answer(client):

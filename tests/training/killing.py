@@ -1,6 +1,8 @@
 """Kill training at random moments, resume it, and compare with a run that was left alone.
 
-    python -m tests.training.killing --runs 50
+    python -m tests.training.killing --runs 50 [--model-type qwen3 --optimizer muon ...]
+
+Any other flag is one of `mlx-gpt train`, for all runs.
 
 Each run is killed with SIGKILL several times, inside saves and evaluations too, and resumed. It must end with the same
 bytes of weights and optimizer as an undisturbed run, and with the same metrics except for times and memory.
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 COMMAND = [
@@ -38,12 +41,15 @@ def outcome(run: Path) -> dict[str, object]:
     }
 
 
-def train(folder: Path, run: str, seconds: float | None = None) -> tuple[bool, float]:
+def train(folder: Path, run: str, further: Sequence[str] = (), seconds: float | None = None) -> tuple[bool, float]:
     """Begin or resume a run, and kill it after so many seconds.
+
+    Args:
+        further: flags in addition to `SETTINGS`.
 
     Returns whether it ended by itself, and how long it took.
     """
-    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    flags = [*(f"--{name}={value}" for name, value in SETTINGS.items()), *further]
     arguments = (
         ["--resume", run] if (folder / run / "run.toml").exists() else ["--data", "text.txt", "--out", run, *flags]
     )
@@ -62,24 +68,24 @@ def train(folder: Path, run: str, seconds: float | None = None) -> tuple[bool, f
     return True, time.perf_counter() - started
 
 
-def compare(folder: Path, runs: int, kills: int, seed: int) -> list[str]:
+def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[str] = ()) -> list[str]:
     """Make one straight run and `runs` that are killed `kills` times each; the names of those that differ."""
     draw = random.Random(seed)
     words = [f"word{n} " for n in range(400)]
     (folder / "text.txt").write_text("".join(draw.choices(words, k=3000)))
     if "MLX_DISABLE_COMPILE" not in os.environ:
-        train(folder, "warm")  # fills the cache of compiled kernels
-    _, duration = train(folder, "straight")
+        train(folder, "warm", further)  # fills the cache of compiled kernels
+    _, duration = train(folder, "straight", further)
     expected = outcome(folder / "straight")
     differing = []
     for i in range(runs):
         name, killed = f"run{i}", 0
         while killed < kills:
-            ended, _ = train(folder, name, seconds=draw.uniform(0.2, duration))
+            ended, _ = train(folder, name, further, seconds=draw.uniform(0.2, duration))
             if ended:
                 break
             killed += 1
-        train(folder, name)
+        train(folder, name, further)
         found = outcome(folder / name)
         differs = [what for what in expected | found if expected.get(what) != found.get(what)]
         print(f"{name}: killed {killed} times, {f'DIFFERENT in {differs}' if differs else 'the same'}", flush=True)
@@ -94,9 +100,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments, further = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        differing = compare(Path(folder), arguments.runs, arguments.kills, arguments.seed)
+        differing = compare(Path(folder), arguments.runs, arguments.kills, arguments.seed, further)
     print(f"{arguments.runs - len(differing)} of {arguments.runs} runs ended as the straight one.")
     return 1 if differing else 0
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_gpt.data.tokens import Tokens
 from mlx_gpt.device import Device, device
-from mlx_gpt.models import create
+from mlx_gpt import models
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.settings import resolve
@@ -31,6 +31,7 @@ SHAPES: list[dict[str, Any]] = [
     {"batch_size": 7, "seq_len": 160, "n_embd": 96, "n_layer": 5, "vocab_size": 2500},
     {"batch_size": 8, "seq_len": 64, "n_embd": 64, "n_layer": 12, "vocab_size": 400},
     {"batch_size": 8, "seq_len": 256, "n_embd": 256, "n_layer": 3, "vocab_size": 8000},
+    {"model_type": "qwen3", "optimizer": "muon", "n_kv_head": 2, "batch_size": 7, "seq_len": 160, "vocab_size": 400},
 ]
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -62,7 +63,7 @@ def make_run(on: Device | None = None, **settings: Any) -> Run:
         device=on,
         tokenizer=OneByteTokens(config.model.vocab_size),
         tokens=Tokens(tokens, tokens[: 2 * config.training.batch_size * config.training.seq_len + 1], ""),
-        model=on.accelerate(create(config.model).init_weights(0)),
+        model=on.accelerate(models.init_weights(models.create(config.model), 0)),
         objective=on.accelerate(OBJECTIVES["text"]()),
         progress=Progress(),
         source=None,
@@ -77,7 +78,7 @@ def measured(run: Run) -> int:
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
-    optimizer = make_optimizer(run.training)
+    optimizer = make_optimizer(run.training, run.model)
     step = make_step(run.model, optimizer, run.objective, run.training, run.device)
     batches, evaluate, unread = run.batches(), run.evaluator(), None
     evaluate()

@@ -194,6 +194,15 @@ def test_the_sentence_names_causes_and_the_way_back(fit, corpus):
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == [f"step-0000000{n}" for n in range(1, 6)]
 
 
+def test_the_way_back_lowers_muons_rate_too(fit, corpus):
+    settings = {**EACH_STEP, "max_steps": 3, "max_bad_steps": 1}
+    fit(corpus, gpt2.Model, **EACH_STEP, max_steps=1, optimizer="muon")
+    with pytest.raises(RunError, match=r" --overwrite --learning-rate 0\.003 --muon-learning-rate 0\.007$"):
+        fit(corpus, Dead, resume="run", **settings)
+    back = {"resume": "run/checkpoints/step-00000001", "overwrite": True}
+    assert fit(corpus, gpt2.Model, **back, **settings, learning_rate=0.003, muon_learning_rate=0.007).step == 3
+
+
 # ---- a loss that jumps ----------------------------------------------------------------------------------------------
 
 

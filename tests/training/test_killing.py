@@ -1,8 +1,11 @@
 """A run that is killed at any point and resumed ends as if it had not been killed. `killing.py` tries it more often."""
 
+import pytest
+
 from .killing import compare
 
 
-def test_a_killed_run_ends_as_the_straight_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("further", [(), ("--model-type=qwen3", "--optimizer=muon")], ids=["", "qwen3 with muon"])
+def test_a_killed_run_ends_as_the_straight_one(tmp_path, monkeypatch, further):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
-    assert compare(tmp_path, runs=1, kills=3, seed=1) == []
+    assert compare(tmp_path, runs=1, kills=3, seed=1, further=further) == []

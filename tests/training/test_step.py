@@ -24,6 +24,8 @@ from mlx_gpt.training.loop import make_step
 RATE = 1e-3
 # Clips for certain: the gradients of the models here have norms of 1 to 3.
 TRAINING = TrainingConfig(max_grad_norm=0.5, seed=1)
+MUON = dataclasses.replace(TRAINING, optimizer="muon")
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "n_head": 4, "n_kv_head": 2, "tie_embeddings": False}
 # What a GPU computes with, and what a CPU computes with.
 PLAIN, ACCELERATED = dataclasses.replace(device(), accelerated=False), dataclasses.replace(device(), accelerated=True)
 
@@ -47,7 +49,7 @@ class Trainer:
 
     def __init__(self, model, training=TRAINING, on=None, ranks: Any = ALONE):
         on = on or device()
-        self.model, self.optimizer = model, make_optimizer(training)
+        self.model, self.optimizer = model, make_optimizer(training, model)
         self._step = make_step(model, self.optimizer, on.accelerate(Text()), training, on, ranks)
 
     def __call__(self, number, windows, weights=None, rate=RATE):
@@ -96,10 +98,10 @@ def assert_weights_agree(once, again):
 
 
 class Reference:
-    """PyTorch training transformers' GPT-2 from the same weights."""
+    """PyTorch training transformers' network from the same weights."""
 
     def __init__(self, folder):
-        self.model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
         matrices = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": TRAINING.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -131,9 +133,15 @@ class Reference:
         return {name: (t.T if name.endswith(gpt2.CONV1D) else t).detach().numpy() for name, t in named.items()}
 
 
+@pytest.fixture(params=[{}, QWEN3], ids=["gpt2", "qwen3"])
+def make_either(request, make_model):
+    """Make either network of ours."""
+    return lambda **settings: make_model(**request.param | settings)
+
+
 @pytest.fixture
-def reference(make_model, bpe, tmp_path):
-    save_model(tmp_path, make_model(), bpe)
+def reference(make_either, bpe, tmp_path):
+    save_model(tmp_path, make_either(), bpe)
     return Reference(tmp_path)
 
 
@@ -145,10 +153,11 @@ def assert_agrees(result, expected):
 
 
 @pytest.fixture(params=[PLAIN, ACCELERATED], ids=["plain", "accelerated"])
-def trainer(request, make_model):
+def trainer(request, make_either):
     """The model on the path of a GPU and on that of a CPU."""
-    model = gpt2.Model(make_model().args)
-    model.update(make_model().parameters())
+    made = make_either()
+    model = type(made)(made.args)
+    model.update(made.parameters())
     return Trainer(request.param.accelerate(model), on=request.param)
 
 
@@ -194,9 +203,10 @@ def test_compiled_steps_are_the_eager_ones(make_model, weights_of, windows, eage
     assert_weights_agree(weights_of(fast.model), weights_of(slow.model))
 
 
-def test_bfloat16_is_for_computing_only(make_model, windows, eager):
-    expected = Trainer(make_model()).train(windows)
-    trainer = Trainer(make_model(), dataclasses.replace(TRAINING, precision="bfloat16"))
+@pytest.mark.parametrize(("network", "training"), [({}, TRAINING), (QWEN3, MUON)], ids=["gpt2", "qwen3 with muon"])
+def test_bfloat16_is_for_computing_only(make_model, windows, eager, network, training):
+    expected = Trainer(make_model(**network), training, PLAIN).train(windows)
+    trainer = Trainer(make_model(**network), dataclasses.replace(training, precision="bfloat16"), PLAIN)
     losses = trainer.train(windows)
     stored = [array for _, array in tree_flatten([trainer.model.parameters(), trainer.optimizer.state])]
     assert {array.dtype for array in stored if array.ndim} == {mx.float32}
@@ -213,10 +223,10 @@ def test_only_gradients_above_the_limit_are_shortened(make_model, windows, eager
     assert used == pytest.approx(limit if shortened else norm, rel=1e-4)
 
 
-def test_recomputed_activations_change_no_number(make_model, windows, eager):
+def test_recomputed_activations_change_no_number(make_either, windows, eager):
     """The dropout of the second computation is that of the first."""
     kept, recomputed = (
-        Trainer(make_model(dropout=0.1), dataclasses.replace(TRAINING, grad_checkpoint=on), PLAIN)
+        Trainer(make_either(dropout=0.1), dataclasses.replace(TRAINING, grad_checkpoint=on), PLAIN)
         for on in (False, True)
     )
     assert recomputed.train(windows[:2]) == pytest.approx(kept.train(windows[:2]), rel=1e-6)
@@ -239,11 +249,12 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(make_model, weights_of, 
     assert not np.array_equal(once["wte.weight"], other["wte.weight"])
 
 
-def test_two_halves_of_a_training_are_the_whole(make_model, weights_of, windows):
-    whole, half = Trainer(make_model(dropout=0.1)), Trainer(make_model(dropout=0.1))
+@pytest.mark.parametrize(("network", "training"), [({}, TRAINING), (QWEN3, MUON)], ids=["gpt2", "qwen3 with muon"])
+def test_two_halves_of_a_training_are_the_whole(make_model, weights_of, windows, network, training):
+    whole, half = (Trainer(make_model(dropout=0.1, **network), training) for _ in range(2))
     whole.train(windows[:4])
     half.train(windows[:2])
-    other_half = Trainer(half.model)
+    other_half = Trainer(half.model, training)
     other_half.optimizer.state = half.optimizer.state
     other_half.train(windows[2:4], start=2)
     assert_same(weights_of(whole.model), weights_of(half.model))
@@ -298,9 +309,11 @@ def test_a_rank_with_one_core_sends_the_sums_of_one_with_two(make_model, windows
 # ---- what must not break it -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", [PLAIN, ACCELERATED], ids=["plain", "accelerated"])
+@pytest.mark.parametrize("training", [TRAINING, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(make_model, weights_of, windows, poison):
-    straight, poisoned = Trainer(make_model()), Trainer(make_model())
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(make_model, weights_of, windows, poison, training, place):
+    straight, poisoned = (Trainer(make_model(), training, place) for _ in range(2))
     straight.train(windows[:2])
     poisoned.train(windows[:1])
 
@@ -327,6 +340,7 @@ def test_a_step_without_a_token_that_counts_changes_nothing(make_model, weights_
     assert_same(trainer.state(), state)
 
 
-def test_training_lowers_the_loss_on_what_it_sees(make_model, windows):
-    losses = Trainer(make_model()).train(windows[:1] * 20)
+@pytest.mark.parametrize(("network", "training"), [({}, TRAINING), (QWEN3, MUON)], ids=["gpt2", "qwen3 with muon"])
+def test_training_lowers_the_loss_on_what_it_sees(make_model, windows, network, training):
+    losses = Trainer(make_model(**network), training).train(windows[:1] * 20)
     assert losses[-1] < losses[0] - 0.3

@@ -1,0 +1,103 @@
+"""The optimizers' updates on a CPU, half of the work on each stream.
+
+`mlx.optimizers.AdamW`, followed by a choice between new and old arrays, compiles to six kernels, which read and write
+each array several times. Here scalars make the choice, so that one kernel reads and writes each array once. A Muon
+computes as it is, except that each stream orthogonalises half of its matrices.
+"""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_gpt.cpu import accelerate, streams
+
+
+class Muon(optim.Muon):
+    """A Muon that orthogonalises half of the matrices on each stream."""
+
+    def orthogonalise(self, x_nrc: mx.array) -> mx.array:
+        """Move the singular values of N matrices to about 1."""
+        orthogonalise = super().orthogonalise
+        halves = mx.split(x_nrc, [(len(x_nrc) + 1) // 2]) if len(x_nrc) > 1 else [x_nrc]
+        return mx.concatenate([orthogonalise(half) for half in streams.side_by_side(halves)])
+
+
+class Rates(NamedTuple):
+    """The scalars of one update, which say how much of the old values to keep and how much of the new to add."""
+
+    sound: mx.array
+    keep_m: mx.array
+    take_m: mx.array
+    keep_v: mx.array
+    take_v: mx.array
+    step_size: mx.array
+    epsilon: mx.array
+    keep_weight: mx.array
+
+
+def update(optimizer: Any, gradients: dict, parameters: dict, before: dict, sound: mx.array) -> tuple[dict, dict]:
+    """Return the parameters and the optimizer's state after an update, or unchanged if `sound` is false.
+
+    Args:
+        optimizer: an `mlx.optimizers.MultiOptimizer` of `AdamW`s, which correct the bias, and Muons that have
+            `orthogonalise`.
+        before: its state before the learning rate of this step was set.
+    """
+    weights, grads = dict(tree_flatten(parameters)), dict(tree_flatten(gradients))
+    new_weights: dict[str, mx.array] = {}
+    states = []
+    for one, old in zip(optimizer.optimizers, before["states"], strict=True):
+        kept = dict(tree_flatten(one.state))
+        own = [name for name in grads if f"{name}.v" in kept]
+        compute = _adamw if type(one) is optim.AdamW else _muon
+        new, state = compute(one, {k: grads[k] for k in own}, {k: weights[k] for k in own}, old, sound)
+        new_weights |= new
+        states.append(state)
+    return tree_unflatten([(name, new_weights[name]) for name in grads]), {"states": states}
+
+
+def _adamw(one: optim.AdamW, gradients: dict, weights: dict, old: dict, sound: mx.array) -> tuple[dict, dict]:
+    rates, state, new_weights = _rates(one, sound), dict(tree_flatten(one.state)), {}
+    choose = streams.balance()
+    state["step"] = mx.where(sound, one.step + 1, one.step)
+    state["learning_rate"] = mx.where(sound, one.learning_rate, old["learning_rate"])
+    for name, gradient in gradients.items():
+        with choose(gradient.size):
+            new = _updated(weights[name], gradient, state[f"{name}.m"], state[f"{name}.v"], rates)
+        new_weights[name], state[f"{name}.m"], state[f"{name}.v"] = new
+    return new_weights, tree_unflatten(list(state.items()))
+
+
+def _muon(one: Any, gradients: dict, weights: dict, old: dict, sound: mx.array) -> tuple[dict, dict]:
+    original: Any = type(one)
+    one.__class__ = accelerate.both(Muon, original)
+    before = tree_unflatten(list(weights.items()))
+    new = one.apply_gradients(tree_unflatten(list(gradients.items())), before)
+    new, state = tree_map(lambda new, old: mx.where(sound, new, old), (new, one.state), (before, old))
+    return dict(tree_flatten(new)), state
+
+
+def _rates(optimizer: optim.AdamW, sound: mx.array) -> Rates:
+    (beta1, beta2), number, rate = optimizer.betas, optimizer.step + 1, optimizer.learning_rate
+    root = mx.sqrt(1 - beta2**number)  # the two corrections of the bias, worked into scalars
+    return Rates(
+        sound=sound,
+        keep_m=mx.where(sound, beta1, 1.0),
+        take_m=mx.where(sound, 1 - beta1, 0.0),
+        keep_v=mx.where(sound, beta2, 1.0),
+        take_v=mx.where(sound, 1 - beta2, 0.0),
+        step_size=mx.where(sound, rate * root / (1 - beta1**number), 0.0),
+        epsilon=optimizer.eps * root,
+        keep_weight=mx.where(sound, 1 - rate * optimizer.weight_decay, 1.0),
+    )
+
+
+def _updated(
+    weight: mx.array, gradient: mx.array, m: mx.array, v: mx.array, rates: Rates
+) -> tuple[mx.array, mx.array, mx.array]:
+    gradient = mx.where(rates.sound, gradient, 0.0)
+    m = rates.keep_m * m + rates.take_m * gradient
+    v = rates.keep_v * v + rates.take_v * (gradient * gradient)
+    return weight * rates.keep_weight - rates.step_size * (m / (mx.sqrt(v) + rates.epsilon)), m, v
