@@ -7,7 +7,7 @@ keep in step with them.
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_gpt.presets import PRESETS
+from mlx_gpt.presets import PRESETS, RECIPES
 
 DOCUMENTS = ("auto", "line", "blank-line", "file")
 PREPARED = "data/processed"  # where `prepare` writes a corpus, and where `train` looks for one
@@ -184,6 +184,11 @@ class Config:
         "",
         "Sizes and rates to start from. [default: medium, or tiny for the built-in text]",
         choices=tuple(PRESETS),
+    )
+    recipe: str = setting(
+        "",
+        "Settings that belong together. quick: the network, optimizer and schedule that learn most in a few minutes.",
+        choices=tuple(RECIPES),
     )
     out: str = setting("", "Folder of the run. [default: weights/<preset>-<name of the data>]")
     init_from: str = setting(

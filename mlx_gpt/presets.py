@@ -1,4 +1,4 @@
-"""Sizes and rates to start from, by name."""
+"""Sizes, rates and recipes to start from, by name."""
 
 from typing import Any
 
@@ -25,4 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Rates that suit an optimizer, where they differ from the defaults and the presets' (benchmarks/NOTES.md).
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 4e-3},
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # What learned most in a few minutes (benchmarks/README.md).
+    "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0},
 }

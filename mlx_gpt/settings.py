@@ -1,6 +1,6 @@
 """Turns flags, TOML keys and keyword arguments into configs, checked against the declarations in config.py.
 
-A value comes from the first of these that has it: flag, file, optimizer, preset, default.
+A value comes from the first of these that has it: flag, file, recipe, optimizer, preset, default.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import tomli_w
 from mlx_gpt.config import PREPARED, Config
 from mlx_gpt.errors import UserError, is_utf8, printable
 from mlx_gpt.files import write_text_whole
-from mlx_gpt.presets import OPTIMIZERS, PRESETS
+from mlx_gpt.presets import OPTIMIZERS, PRESETS, RECIPES
 
 COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -70,7 +70,7 @@ def build(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.MappingProxyType({})) -> Config:
-    """Return the settings of a run. A value comes from the first that has it: flag, file, optimizer, preset.
+    """Return the settings of a run. A value comes from the first that has it: flag, file, recipe, optimizer, preset.
 
     Raises:
         UserError: there are unknown settings, bad values or impossible combinations; each gets a line.
@@ -80,13 +80,14 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
     if not given.get("data"):
         has_corpus = any(Path(PREPARED, name).exists() for name in ("train.jsonl", "train.txt"))
         given["data"] = PREPARED if has_corpus else "builtin"
+    recipe = RECIPES.get(str(given.get("recipe")), {})
     if not given.get("preset"):
-        given["preset"] = "tiny" if given["data"] == "builtin" else "medium"
+        given["preset"] = recipe.get("preset") or ("tiny" if given["data"] == "builtin" else "medium")
     if not given.get("out"):
         name = printable(Path(str(given["data"])).resolve().stem)  # resolved, because "." has no name
         given["out"] = f"weights/{given['preset']}-{name}"
-    optimizer = OPTIMIZERS.get(str(given.get("optimizer")), {})
-    values = PRESETS.get(str(given["preset"]), {}) | optimizer | given
+    optimizer = OPTIMIZERS.get(str(given.get("optimizer") or recipe.get("optimizer")), {})
+    values = PRESETS.get(str(given["preset"]), {}) | optimizer | recipe | given
     problems = _problems(Config, values)
     sound: Config = _fill(Config, {name: value for name, value in values.items() if name not in problems})
     # A setting that is wrong by itself is not reported again as part of a combination.

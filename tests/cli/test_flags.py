@@ -200,6 +200,13 @@ def test_train_max_minutes(train):
     assert max(train("--max-steps", "50", "--max-minutes", "0.00001").steps("val_loss")) < 50
 
 
+def test_train_recipe(train):
+    run = train("--recipe", "quick")
+    assert run.config["model_type"] == "qwen3"
+    assert 'optimizer = "muon"' in (run.folder / "run.toml").read_text()
+    assert train("--recipe", "quick", "--model-type", "gpt2", out="other").config["model_type"] == "gpt2"
+
+
 def test_train_optimizer(train):
     run = train("--optimizer", "muon")
     state = load_file(run.folder / "checkpoints" / run.checkpoints[-1] / "optimizer.safetensors")
