@@ -109,8 +109,14 @@ class TrainingConfig:
         False, "Compute each block's activations twice instead of keeping them: less memory, more time."
     )
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
-    max_epochs: float = setting(10.0, "Stop after this many passes over the training text.", above=0)
-    max_minutes: float | None = setting(None, "Stop after this many minutes of training.", above=0)
+    max_epochs: float | None = setting(
+        None,
+        "Stop after this many passes over the training text. [default: 10, or no limit with --max-minutes]",
+        above=0,
+    )
+    max_minutes: float | None = setting(
+        None, "Stop after this many minutes; the learning rate falls with the time.", above=0
+    )
     optimizer: str = setting(
         "adamw",
         "Optimizer: adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest.",

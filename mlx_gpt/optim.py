@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.models import block_matrices
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[float], float]
 BLOCK = 1024  # rates computed at a time
 
 
@@ -132,7 +132,7 @@ def make_optimizer(training: TrainingConfig, model: nn.Module) -> Groups:
 def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
     """Return the learning rate of step 0, 1, ... `total_steps` - 1: a linear warm-up, then down to `min_lr`.
 
-    It depends only on the step, so it stays the same when a run is resumed or skips a step.
+    It depends only on the step, so it stays the same when a run is resumed or skips a step. A step may be a fraction.
     """
     highest = training.learning_rate
     lowest = highest / 10 if training.min_lr is None else training.min_lr
@@ -153,8 +153,8 @@ def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
         # Many at a time: asking MLX for a rate waits for the step that it is computing.
         return joined(mx.arange(number * BLOCK, (number + 1) * BLOCK)).tolist()
 
-    def rate(step: int) -> float:
-        number, within = divmod(min(step, total_steps - 1), BLOCK)
+    def rate(step: float) -> float:
+        number, within = divmod(min(int(step), total_steps - 1), BLOCK)
         return block(number)[within]
 
     return rate

@@ -203,13 +203,20 @@ def fit(
         RunError: too many steps in a row had no finite loss, or a checkpoint could not be saved for the third time.
     """
     training, plan, monitor, batches = run.training, run.plan, run.monitor, run.batches()
-    schedule, evaluate = make_schedule(training, plan.total_steps), run.evaluator()
+    schedule, evaluate = make_schedule(training, plan.scheduled_steps), run.evaluator()
     number = began = run.progress.step
 
     def out_of_time() -> bool:
         return run.ranks.first and training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
 
-    with contextlib.closing(display.bar("Training", plan.total_steps, done=number)) as bar:
+    def scheduled(number: int) -> float:
+        """Where a step stands in the schedule: with a time limit, as far as the used time or the steps are."""
+        if training.max_minutes is None:
+            return number
+        done = max(number / plan.total_steps, monitor.seconds / (60 * training.max_minutes))
+        return run.ranks.broadcast(done) * plan.scheduled_steps
+
+    with contextlib.closing(display.bar("Training", plan.scheduled_steps, done=number)) as bar:
         over, stopping = number >= plan.total_steps or run.ranks.broadcast(out_of_time()), False
         # Also if the run was killed between a checkpoint and its evaluation.
         if (number % training.eval_every == 0 or over) and not run.ranks.broadcast(was_evaluated(run.folder, number)):
@@ -217,7 +224,7 @@ def fit(
         unread: tuple[int, StepResult] | None = None
         saved = began > 0
         while not (over or stopping):
-            rate = schedule(number)
+            rate = schedule(scheduled(number))
             result = step(number, rate, itertools.islice(batches, training.micro_steps))
             if unread:
                 review(run, *unread)  # the step before is done by now, so the device never waits for this

@@ -149,7 +149,9 @@ def plan_run(
     run.config = dataclasses.replace(run.config, training=training)
     run.settings = dataclasses.replace(run.settings, training=training)
     found = estimate(training)
-    run.plan = make_plan(run, found.peak if found else None, found.step_seconds if found else None)
+    # Ranks may measure different times, but must have one schedule.
+    step_seconds = run.ranks.broadcast(found.step_seconds if found else None)
+    run.plan = make_plan(run, found.peak if found else None, step_seconds)
     if show:
         for line in run.plan.lines():
             display.line(line)

@@ -1,6 +1,7 @@
 """The plan of a run, made before the run starts."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.device import GIB, Device
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
+EPOCHS = 10  # that a run has without any limit
 FEW_STEPS = 300
 LONG_HOURS = 24
 
@@ -23,6 +25,8 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: the step at which the run ends at the latest.
+        scheduled_steps: the steps that the schedule of the learning rate is made for: all, or as many as the minutes
+            are expected to be enough for.
         first_step: the step at which it begins.
         peak: bytes that each rank is expected to take; None if it was not even safe to try.
         step_seconds: seconds that one step is expected to take.
@@ -38,6 +42,7 @@ class Plan:
     windows_per_step: int
     windows_per_epoch: int
     total_steps: int
+    scheduled_steps: int
     first_step: int
     peak: int | None
     step_seconds: float | None
@@ -55,10 +60,11 @@ class Plan:
         """Return the plan as lines for a person."""
         training = self.config.training
         each = " on each rank" if training.ranks > 1 else ""
-        steps = f"{self.total_steps:,}, each of {self.tokens(1):,} tokens"
-        steps += f" ({self.total_steps / self.steps_per_epoch:.1f} epochs)"
+        by_time = self.scheduled_steps < self.total_steps
+        steps = f"{'about ' if by_time else ''}{self.scheduled_steps:,}, each of {self.tokens(1):,} tokens"
+        steps += f" ({self.scheduled_steps / self.steps_per_epoch:.1f} epochs)"
         if training.max_minutes:
-            steps += f", or {training.max_minutes:g} minutes"
+            steps += f"{', in' if by_time else ', or'} {training.max_minutes:g} minutes"
         lines = [
             f"Run          {self.config.out}",
             f"Device       {self.device}",
@@ -66,7 +72,7 @@ class Plan:
             f"Vocabulary   {self.config.model.vocab_size:,} tokens",
             f"Text         {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate",
             f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
-            f"{self.tokens(self.total_steps) / self.n_params:.3g} with all epochs",
+            f"{self.tokens(self.scheduled_steps) / self.n_params:.3g} with all epochs",
             f"Steps        {steps}",
             *self._ranks(),
             f"Batch        {training.micro_batch_size} x {training.seq_len} tokens, {training.micro_steps} per step"
@@ -77,9 +83,9 @@ class Plan:
             lines.append("WARNING      That is more than can safely be spared.")
         if self.step_seconds:
             lines.append(f"Time         {self._time()}")
-        if self.total_steps < FEW_STEPS and not training.max_steps:
+        if self.scheduled_steps < FEW_STEPS and not training.max_steps:
             lines.append(
-                f"Hint         {self.total_steps} steps teach little. For such a short text use --preset tiny, or "
+                f"Hint         {self.scheduled_steps} steps teach little. For such a short text use --preset tiny, or "
                 "smaller steps: --gradient-accumulation-steps 1 and a lower --batch-size."
             )
         return lines
@@ -92,10 +98,8 @@ class Plan:
 
     def _time(self) -> str:
         assert self.step_seconds is not None
-        seconds = self.step_seconds * (self.total_steps - self.first_step)
+        seconds = self.step_seconds * (self.scheduled_steps - self.first_step)
         words = f"about {duration(seconds)} ({self.tokens(1) / self.step_seconds:,.0f} tokens/s measured)"
-        if self.config.training.max_minutes and seconds > 60 * self.config.training.max_minutes:
-            return f"{duration(60 * self.config.training.max_minutes)} of {words}"
         if seconds > LONG_HOURS * 3600:
             words += "; a smaller --preset, or --max-minutes, takes less"
         return words
@@ -120,7 +124,13 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
     training = run.training
     per_step = training.windows_per_step
     per_epoch = windows_per_epoch(run.tokens.train, training.seq_len)
-    total_steps = math.ceil(training.max_epochs * per_epoch / per_step)
+    epochs = training.max_epochs or (math.inf if training.max_minutes else EPOCHS)
+    total_steps = training.max_steps or sys.maxsize
+    if epochs < math.inf:
+        total_steps = min(total_steps, math.ceil(epochs * per_epoch / per_step))
+    scheduled_steps = min(total_steps, math.ceil((training.max_epochs or EPOCHS) * per_epoch / per_step))
+    if training.max_minutes and step_seconds:
+        scheduled_steps = max(1, min(total_steps, round(60 * training.max_minutes / step_seconds)))
     return Plan(
         config=run.config,
         device=run.device,
@@ -130,7 +140,8 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         val_tokens=len(run.tokens.val),
         windows_per_step=per_step,
         windows_per_epoch=per_epoch,
-        total_steps=min(total_steps, training.max_steps or total_steps),
+        total_steps=total_steps,
+        scheduled_steps=scheduled_steps,
         first_step=run.progress.step,
         peak=peak,
         step_seconds=step_seconds,

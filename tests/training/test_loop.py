@@ -276,6 +276,18 @@ def test_it_ends_at_the_limit_that_comes_first(train, tmp_path, clock, eager, li
     assert max(column(tmp_path / "run", "step")) == steps
 
 
+@pytest.mark.parametrize("limit", [{}, {"max_epochs": 100.0}], ids=["minutes alone", "and epochs"])
+def test_the_rate_has_come_down_when_time_is_up_however_few_steps_that_are(train, tmp_path, clock, eager, limit):
+    rate = {"learning_rate": 1e-3, "min_lr": 0.0, "warmup_steps": 2, "log_every": 1}
+    train(tmp_path / "run", tick=clock.pass_a_minute, max_minutes=9.5, max_steps=None, **rate, **limit)
+    first, *rates = column(tmp_path / "run", "learning_rate")
+    assert first < rates[0]  # the warm-up
+    assert rates[0] > 0.95e-3
+    assert rates == sorted(rates, reverse=True)
+    assert rates[4] == pytest.approx(0.5e-3, rel=0.1)  # five minutes of nine and a half
+    assert rates[-1] < 1e-5
+
+
 def test_minutes_count_across_a_resume(train, tmp_path, clock, eager):
     limits = {"max_minutes": 5.0, "max_steps": 20}
     assert train("run", **limits, tick=clock.pass_a_minute, stop_after=3).step == 3
