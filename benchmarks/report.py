@@ -48,6 +48,12 @@ def percent(value: float) -> str:
     return f"{value:.0%}"
 
 
+def with_spread(value: Mapping[str, float | None]) -> str:
+    """A mean with its standard deviation over the seeds, if there are several."""
+    spread = value["spread"]
+    return f"{value['mean']:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+
+
 def megabytes(value: float) -> str:
     """Millions of bytes."""
     return f"{value / 1e6:,.0f}"
@@ -116,6 +122,14 @@ COLUMNS: dict[str, Sequence[Column]] = {
         ("over one client", "over_one_client", ratio),
         ("mlx-gpt over it", "ours_over_this", ratio),
         ("connections lost", "lost", text),
+    ),
+    "learning": (
+        ("program", "program", text),
+        ("parameters", "parameters", number),
+        ("steps", "steps", number),
+        ("bits per byte", "bits_per_byte", with_spread),
+        ("of GPT-2 with AdamW", "over_adamw", ratio),
+        ("minutes to its end", "minutes_to_adamw", number),
     ),
     "startup": (
         ("command", "program", text),

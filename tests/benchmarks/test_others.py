@@ -55,6 +55,22 @@ def test_loop(benchmark):
     assert done.result["rows"][1]["over_bare"]["median"] > 0
 
 
+def test_learning(benchmark, tmp_path):
+    text, picture = tmp_path / "text.txt", tmp_path / "curves.png"
+    text.write_text("".join(f"The {i} ducks of pond {i % 7} swim to shore {i * i}.\n\n" for i in range(3000)))
+    arguments = ("--data", str(text), "--steps", "3", "--trials", "2", "--plot", str(picture))
+    done = benchmark("learning.py", *arguments)
+    names = ["GPT-2, AdamW", "GPT-2, Muon", "recipe", "nanoGPT"]
+    found = rows(done, "program", "each", "curves")
+    assert [name for name, _, _ in found] == names
+    for _, each, curves in found:
+        assert each[0] != each[1]  # two seeds
+        assert all(curve[0]["step"] == 0 and curve[-1]["step"] == 3 for curve in curves)
+        # Before the first step every network knows nothing, whatever its tokenizer.
+        assert 3 < curves[0][0]["bits_per_byte"] < 6
+    assert picture.stat().st_size > 10_000
+
+
 def test_distributed(benchmark, monkeypatch):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")  # each rank would compile for itself
     done = benchmark("distributed.py", "--preset", "smoke", "--trials", "1", "--steps", "10")
