@@ -2,26 +2,17 @@
 
 `mlx.optimizers.AdamW`, followed by a choice between new and old arrays, compiles to six kernels, which read and write
 each array several times. Here scalars make the choice, so that one kernel reads and writes each array once. A Muon
-computes as it is, except that each stream orthogonalises half of its matrices.
+computes as it is, but half of its matrices on each stream.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_gpt.cpu import accelerate, streams
-
-
-class Muon(optim.Muon):
-    """A Muon that orthogonalises half of the matrices on each stream."""
-
-    def orthogonalise(self, x_nrc: mx.array) -> mx.array:
-        """Move the singular values of N matrices to about 1."""
-        orthogonalise = super().orthogonalise
-        halves = mx.split(x_nrc, [(len(x_nrc) + 1) // 2]) if len(x_nrc) > 1 else [x_nrc]
-        return mx.concatenate([orthogonalise(half) for half in streams.side_by_side(halves)])
+from mlx_gpt.cpu import streams
 
 
 class Rates(NamedTuple):
@@ -41,8 +32,7 @@ def update(optimizer: Any, gradients: dict, parameters: dict, before: dict, soun
     """Return the parameters and the optimizer's state after an update, or unchanged if `sound` is false.
 
     Args:
-        optimizer: an `mlx.optimizers.MultiOptimizer` of `AdamW`s, which correct the bias, and Muons that have
-            `orthogonalise`.
+        optimizer: an `mlx.optimizers.MultiOptimizer` of `AdamW`s, which correct the bias, and Muons.
         before: its state before the learning rate of this step was set.
     """
     weights, grads = dict(tree_flatten(parameters)), dict(tree_flatten(gradients))
@@ -71,12 +61,25 @@ def _adamw(one: optim.AdamW, gradients: dict, weights: dict, old: dict, sound: m
 
 
 def _muon(one: Any, gradients: dict, weights: dict, old: dict, sound: mx.array) -> tuple[dict, dict]:
-    original: Any = type(one)
-    one.__class__ = accelerate.both(Muon, original)
-    before = tree_unflatten(list(weights.items()))
-    new = one.apply_gradients(tree_unflatten(list(gradients.items())), before)
-    new, state = tree_map(lambda new, old: mx.where(sound, new, old), (new, one.state), (before, old))
-    return dict(tree_flatten(new)), state
+    # Every second matrix of each shape, so that both streams have as much to do.
+    names = sorted(gradients, key=lambda name: sorted(gradients[name].shape))
+    new_weights, state = {}, dict(tree_flatten(one.state))
+    before = dict(tree_flatten(old))
+    for half in streams.side_by_side(half for half in (names[::2], names[1::2]) if half):
+        part = copy.copy(one)
+        part.state = _tree({name: array for name, array in state.items() if name.removesuffix(".v") in half}) | {
+            name: one.state[name] for name in ("step", "learning_rate")
+        }
+        new = part.apply_gradients(_tree({name: gradients[name] for name in half}), _tree(weights))
+        for name, weight in tree_flatten(new):
+            new_weights[name] = mx.where(sound, weight, weights[name])
+        for name, array in tree_flatten(part.state):
+            state[name] = mx.where(sound, array, before[name])
+    return new_weights, _tree(state)
+
+
+def _tree(flat: dict[str, mx.array]) -> Any:
+    return tree_unflatten(list(flat.items()))
 
 
 def _rates(optimizer: optim.AdamW, sound: mx.array) -> Rates:
