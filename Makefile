@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo setup test lint clean
 
 demo: .venv/run.stamp
-	$(BIN)/mlx-gpt train --data builtin --preset tiny --out weights/demo --overwrite
+	$(BIN)/mlx-gpt train --data builtin --recipe quick --out weights/demo --overwrite
 	$(BIN)/mlx-gpt generate --model weights/demo --prompt "The statement" --seed 1
 
 setup: .venv/test.stamp

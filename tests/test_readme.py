@@ -103,7 +103,7 @@ def folder(tmp_path_factory, sentences):
         # Compiling takes longer than all these runs. Subprocesses read the variable.
         patch.setenv("MLX_DISABLE_COMPILE", "1")
         mx.disable_compile()
-        demo = ["train", "--data", "builtin", "--preset", "tiny", "--out", "weights/demo"]
+        demo = ["train", "--data", "builtin", "--recipe", "quick", "--out", "weights/demo"]
         assert cli.run(shortened(demo)) == 0
         assert cli.run(["prepare", "essays.csv"]) == 0
         yield folder
