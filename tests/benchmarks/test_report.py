@@ -29,6 +29,7 @@ def test_the_tables_are_made_from_the_results():
 def test_each_benchmark_has_a_section():
     assert re.findall("<!-- results: (.*) -->", README) == [
         "throughput",
+        "learning",
         "loop",
         "generation",
         "memory",
