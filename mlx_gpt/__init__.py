@@ -48,5 +48,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    # What a notebook completes: the public names alone, without this module's imports and submodules.
+    # Notebooks complete these: the public names alone, without this module's imports and submodules.
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

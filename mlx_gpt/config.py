@@ -193,7 +193,7 @@ class Config:
     )
     recipe: str = setting(
         "",
-        "Settings that belong together. quick: the network, optimizer and schedule that learn most in a few minutes.",
+        "Settings that belong together. quick: a network, optimizer and schedule that learn much in a few minutes.",
         choices=tuple(RECIPES),
     )
     out: str = setting("", "Folder of the run. [default: weights/<preset>-<name of the data>]")

@@ -70,7 +70,7 @@ def write_text_whole(path: Path, text: str) -> None:
 def temporary_folder(folder: Path) -> Iterator[Path]:
     """Make a folder inside `folder`, on the same disk, which is removed at the end with everything in it.
 
-    `folder` is made if it is missing. It is removed, too, if it was, and nothing was put there.
+    `folder` is made if it is missing, and then removed at the end if it is still empty.
     """
     part = _part(folder / "folder")
     with _unwinding_on_signals():
@@ -153,10 +153,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
 def free_space(folder: Path) -> int:
     """Return the bytes that are free on the disk of `folder`, which need not exist yet."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def check_free_space(folder: Path, needed: int) -> None:

@@ -28,6 +28,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # What learned most in a few minutes (benchmarks/README.md).
+    # It learned more in a few minutes than GPT-2 with AdamW (benchmarks/NOTES.md).
     "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0},
 }

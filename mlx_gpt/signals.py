@@ -33,7 +33,7 @@ def acknowledged(words: str) -> Iterator[None]:
         while number := os.read(reader, 1):
             if number[0] == signal.SIGINT:
                 with contextlib.suppress(OSError):
-                    os.write(2, f"\n{words}\n".encode())
+                    say_on_stderr(words)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from mlx_gpt.data.documents import Dropped, read_documents
 from mlx_gpt.data.prepare import find_split, fingerprint_of, normalise, prepare
+from mlx_gpt.data.rows import Drops
 from mlx_gpt.data.sources import BUILTIN, find_sources, prepared_record, source_fingerprint
 from mlx_gpt.data.split import SPLITS, split_file
 from mlx_gpt.errors import UserError, os_errors_explained, printable
-from mlx_gpt.files import finish_publishing, remove_leftovers
+from mlx_gpt.files import finish_publishing, nearest_existing, remove_leftovers
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
 
@@ -75,15 +76,15 @@ def usable(documents: Iterable[str | Dropped], echo: Echo = ignore_line) -> Iter
 
     At the end `echo` is called with a line for each reason why others were dropped.
     """
-    dropped: dict[str, list[str]] = {}
+    drops = Drops()
     for document in documents:
         if isinstance(document, Dropped):
-            dropped.setdefault(document.reason, []).append(document.place)
+            drops.add(document.reason, document.place)
         elif document.strip():
             yield normalise(document)
-    for reason, places in dropped.items():
-        first = f" (first in {places[0]})" if places[0] else ""
-        echo(printable(f"WARNING: left out {len(places):,} rows: {reason}{first}."))
+    for reason, count in drops.counts.items():
+        first = f" (first in {drops.first[reason]})" if reason in drops.first else ""
+        echo(printable(f"WARNING: left out {count:,} rows: {reason}{first}."))
 
 
 def open_corpus(
@@ -160,7 +161,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: the folder, or the one in which it would be made, can't be written to.
     """
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    place = nearest_existing(folder)
     if place.is_dir() and not os.access(place, os.W_OK):
         raise UserError(
             f"{place} can't be written to, but mlx-gpt keeps what it makes from a text in {folder}: "

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from hashlib import blake2b
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from mlx_gpt.data.documents import Dropped
 from mlx_gpt.data.report import Report
+from mlx_gpt.data.rows import Drops
 from mlx_gpt.data.sources import (
     BUILTIN,
     FORMAT_VERSION,
@@ -75,23 +75,22 @@ def prepare(
 
     with os_errors_explained(f"write to {folder}"):
         check()
-    dropped: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    texts = _distinct(read_sources(sources, column, documents, progress), dropped, first)
+    drops = Drops()
+    texts = _distinct(read_sources(sources, column, documents, progress), drops)
     with os_errors_explained(f"write to {folder}"), temporary_folder(folder) as staged:
         kept, sizes, note = divide(texts, staged, val_fraction)
         if not kept.documents:
-            raise UserError(_nothing_left(dropped, first))
+            raise UserError(_nothing_left(drops))
         report = Report(
-            documents=kept.documents + dropped.total(),
-            dropped=dict(dropped),
+            documents=kept.documents + drops.counts.total(),
+            dropped=dict(drops.counts),
             kept=kept.documents,
             characters=kept.characters,
             train=sizes["train"],
             val=sizes["val"],
             note=note,
             skipped=tuple(map(str, skipped)),
-            first=first,
+            first=drops.first,
         )
         record = asdict(report) | {
             "paths": [BUILTIN if str(path) == BUILTIN else str(Path(path).resolve()) for path in paths],
@@ -133,36 +132,32 @@ def fingerprint_of(folder: Path, column: str, cut: str) -> str:
     return hash_of([(hash_file(path), cut if path.suffix == ".txt" else column or "text") for path in files])
 
 
-def _distinct(
-    documents: Iterable[str | Dropped], dropped: Counter[str], first: dict[str, str]
-) -> Iterator[tuple[int, str]]:
-    """Yield each text once, normalised, with the number that `divide` goes by. Count other documents in `dropped`.
+def _distinct(documents: Iterable[str | Dropped], drops: Drops) -> Iterator[tuple[int, str]]:
+    """Yield each text once, normalised, with the number that `divide` goes by. Count other documents in `drops`.
 
-    The place of the first that was dropped for a reason is put into `first`. Only the hash of each text, 16 bytes, is
-    kept in memory.
+    Only the hash of each text, 16 bytes, is kept in memory.
     """
     seen: set[bytes] = set()
     for document in documents:
         if isinstance(document, Dropped):
-            dropped[document.reason] += 1
-            first.setdefault(document.reason, document.place)
+            drops.add(document.reason, document.place)
         elif not document.strip():
-            dropped["empty"] += 1
+            drops.add("empty")
         else:
             text = normalise(document)
             digest = blake2b(text.encode(), digest_size=16).digest()
             if digest in seen:
-                dropped["repeated"] += 1
+                drops.add("repeated")
             else:
                 seen.add(digest)
                 yield int.from_bytes(digest[:8], "big"), text
 
 
-def _nothing_left(dropped: Counter[str], first: dict[str, str]) -> str:
-    if not dropped:
+def _nothing_left(drops: Drops) -> str:
+    if not drops.counts:
         return "There are no documents to prepare: name files with text in them."
-    places = {reason: f", first in {place}" for reason, place in first.items()}
-    reasons = "; ".join(f"{count:,} {reason}{places.get(reason, '')}" for reason, count in dropped.most_common())
+    places = {reason: f", first in {place}" for reason, place in drops.first.items()}
+    reasons = "; ".join(f"{count:,} {reason}{places.get(reason, '')}" for reason, count in drops.counts.most_common())
     return f"Nothing is left to train on, because every document was dropped ({reasons}): check the file and --column."
 
 

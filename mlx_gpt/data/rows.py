@@ -1,5 +1,6 @@
-"""What the rows of CSV, JSON and Parquet have in common: which column is the text, and what is dropped."""
+"""Common to the rows of CSV, JSON and Parquet: finding the text column, and rows that are dropped."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,25 @@ class Dropped:
 
     reason: str
     place: str = field(default="", compare=False)
+
+
+class Drops:
+    """Counts what was dropped, by reason, with the place of the first of each.
+
+    Attributes:
+        counts: how many, by reason.
+        first: the place of the first, by reason, where it is known.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, place: str = "") -> None:
+        """Count one."""
+        self.counts[reason] += 1
+        if place:
+            self.first.setdefault(reason, place)
 
 
 def text_column(

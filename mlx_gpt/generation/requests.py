@@ -1,4 +1,4 @@
-"""What an engine knows of each request: its prompt while it is read, and its texts while they are generated."""
+"""The requests of an engine, with the prompts that it reads and the texts that it generates for them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

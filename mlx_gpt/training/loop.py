@@ -107,7 +107,7 @@ def train(
     with set_up(settings, display, file, resume, overwrite, dry_run) as run, trouble.gpu_failures(run):
         run.model = network(run.model)
         with acknowledged("Stopping after this step."):
-            plan_run(run, make_step, display, overwrite=overwrite, show=dry_run, ignore_memory=ignore_memory)
+            plan_run(run, make_step, display, show=dry_run, ignore_memory=ignore_memory)
         if dry_run:
             return Outcome(run.folder, False, run.progress.step, run.best_loss)
         optimizer = make_optimizer(run.training, run.model)

@@ -5,7 +5,6 @@ size; an update takes the same memory for every size. This holds for every model
 needs no coefficients.
 """
 
-import contextlib
 import dataclasses
 import gc
 import math
@@ -108,9 +107,7 @@ class _Phases:
         return sums
 
 
-def plan_run(
-    run: Run, make_step: Callable[..., Any], display: Display, *, overwrite: bool, show: bool, ignore_memory: bool
-) -> None:
+def plan_run(run: Run, make_step: Callable[..., Any], display: Display, *, show: bool, ignore_memory: bool) -> None:
     """Measure the run, choose its batch if the user left that to us, and refuse a run that does not fit.
 
     Args:
@@ -126,8 +123,7 @@ def plan_run(
     def estimate(training: TrainingConfig) -> Estimate | None:
         key = training.seq_len, training.grad_checkpoint, min(2, training.micro_steps)
         if not lines:
-            with contextlib.suppress(OSError):  # the terminal may have gone; that does not end a run
-                display.line("Measuring a few steps, to know what memory and time the run takes ...")
+            display.line("Measuring a few steps, to know what memory and time the run takes ...")
         if key not in lines:
             lines[key] = measure(run, make_step, training)
         line = lines[key]

@@ -54,7 +54,7 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
 def check_room_for_run(folder: Path, model: int, saved: int, checkpoints: int) -> None:
     """Make sure that the disk of `folder` has room for the checkpoints, the best and the final model.
 
-    What the folder holds of these already will be replaced, or counts as one of them.
+    Models that the folder holds already will be replaced, or are among these.
 
     Args:
         model: bytes of a model directory.

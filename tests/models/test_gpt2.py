@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 
 from mlx_gpt import models
 from mlx_gpt.config import ModelConfig
-from mlx_gpt.generation.cache import BatchCache, Rows
 from mlx_gpt.models.base import recompute_in_backward, seed_dropout
+from tests.models.pieces import logits_in_pieces
 
 KEY = mx.random.key(5)
 SIZES = ModelConfig(vocab_size=512, n_layer=4, n_head=2, n_embd=64, n_positions=32)
@@ -89,13 +89,7 @@ def test_a_later_token_never_changes_what_came_before(make_model, ids, dropout):
 
 @pytest.mark.parametrize("pieces", [[17], [1] * 17, [5, 3, 1, 7, 1]], ids=str)
 def test_reading_in_pieces_gives_the_logits_of_the_whole(model, ids, pieces):
-    cache, parts, start = BatchCache(len(model.layers), Rows(len(ids), capacity=32)), [], 0
-    cache.rows.begin(len(ids))
-    for length in pieces:
-        cache.rows.grow(length)
-        parts.append(model(mx.array(ids[:, start : start + length]), cache.layers))
-        start += length
-    np.testing.assert_allclose(np.array(mx.concatenate(parts, axis=1)), np.array(model(mx.array(ids))), atol=1e-5)
+    np.testing.assert_allclose(logits_in_pieces(model, ids, pieces), np.array(model(mx.array(ids))), atol=1e-5)
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What transformers saves as llama (mlx-lm's network) or qwen3 (ours) opens, generates, trains and is saved here."""
+"""Directories of llama (mlx-lm's network) and qwen3 (ours) that transformers wrote open, write, train and save."""
 
 import dataclasses
 import json

@@ -21,6 +21,7 @@ from mlx_gpt.models.base import seed_dropout
 from mlx_gpt.models.directory import load_model, save_model
 from mlx_gpt.presets import PRESETS
 from mlx_gpt.settings import build
+from tests.models.pieces import logits_in_pieces
 
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {},
@@ -103,13 +104,7 @@ def test_the_order_of_tokens_counts(model, ids):
 
 @pytest.mark.parametrize("pieces", [[17], [1] * 17, [5, 3, 1, 7, 1]], ids=str)
 def test_reading_in_pieces_gives_the_logits_of_the_whole(model, ids, pieces):
-    cache, parts, start = BatchCache(len(model.layers), Rows(len(ids), capacity=32)), [], 0
-    cache.rows.begin(len(ids))
-    for length in pieces:
-        cache.rows.grow(length)
-        parts.append(model(mx.array(ids[:, start : start + length]), cache.layers))
-        start += length
-    np.testing.assert_allclose(np.array(mx.concatenate(parts, axis=1)), logits(model, ids), atol=1e-5)
+    np.testing.assert_allclose(logits_in_pieces(model, ids, pieces), logits(model, ids), atol=1e-5)
 
 
 def test_sequences_of_different_lengths_are_read_as_alone(model, ids):

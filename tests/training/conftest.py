@@ -3,11 +3,14 @@
 import contextlib
 import json
 import resource
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlx_gpt.errors import UserError
 from mlx_gpt.training import loop
 
 # Arguments of `loop.train`, which are no settings.
@@ -33,6 +36,24 @@ TINY: dict[str, Any] = {
     "save_every": 3,
     "seed": 1,
 }
+
+
+def contents(folder):
+    """Every file with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def refusal(action):
+    """The sentence of an action that must be refused."""
+    with pytest.raises(UserError) as refused:
+        action()
+    return str(refused.value)
+
+
+def copy_of(run, folder):
+    """A copy of a run."""
+    shutil.copytree(run, folder)
+    return folder
 
 
 @pytest.hookimpl(wrapper=True)

@@ -44,7 +44,7 @@ SETTINGS = {
 }  # fmt: skip
 STRIKES: dict[str, Strike] = {"full disk": disk_full, "Ctrl-C": raising(KeyboardInterrupt), "kill": kill}
 SHOWN = Path("shown.txt")
-# What may be missing after such a warning, which a full disk causes.
+# A full disk causes these warnings. After each, this file or record may be missing.
 MISSING = {
     "run/best could not be saved": "best/model.safetensors",
     "run/metrics.jsonl could not be written": "metrics",

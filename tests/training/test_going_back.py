@@ -11,6 +11,8 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.training import checkpoint
 from mlx_gpt.training.metrics import was_evaluated
 
+from .conftest import contents
+
 EACH_STEP = {"save_every": 1, "eval_every": 1, "keep_checkpoints": 9, "max_steps": 5}
 BACK = "run/checkpoints/step-00000002"
 BRANCH = EACH_STEP | {"learning_rate": 0.001, "max_steps": 4}
@@ -32,10 +34,6 @@ def run(trained, tmp_path, monkeypatch, eager, unmeasured):
     """A copy of it in the current folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "run")
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def test_it_is_refused_without_overwrite(train, trained):

@@ -12,12 +12,12 @@ import pytest
 
 from mlx_gpt.api import load
 from mlx_gpt.device import Device, device
-from mlx_gpt.errors import RunError, UserError
+from mlx_gpt.errors import RunError
 from mlx_gpt.settings import read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
 
-from .conftest import Silent
+from .conftest import Silent, contents, copy_of, refusal
 
 MEASURE = memory.measure  # the real one: the tests here are `unmeasured`
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
@@ -66,24 +66,8 @@ def checkpoints(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def contents(folder):
-    """Every file with its bytes."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
-
-
-def refusal(action):
-    with pytest.raises(UserError) as refused:
-        action()
-    return str(refused.value)
-
-
-def copy_of(run, folder):
-    shutil.copytree(run, folder)
-    return folder
 
 
 # ---- what it leaves -------------------------------------------------------------------------------------------------

@@ -5,32 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gpt.errors import UserError
 from mlx_gpt.settings import read_toml
 from mlx_gpt.training.run_folder import config_of
 
-from .conftest import TINY
+from .conftest import TINY, contents, copy_of, refusal
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch, eager, unmeasured):
     monkeypatch.chdir(tmp_path)
-
-
-def contents(folder):
-    """Every file with its bytes."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(action):
-    with pytest.raises(UserError) as refused:
-        action()
-    return str(refused.value)
-
-
-def copy_of(run, folder):
-    shutil.copytree(run, folder)
-    return folder
 
 
 # ---- its text -------------------------------------------------------------------------------------------------------

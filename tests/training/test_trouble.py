@@ -231,7 +231,7 @@ def test_room_on_the_disk_is_checked_before_the_run(train, free):
 
 
 def test_room_for_all_checkpoints_that_are_there_at_a_time_is_checked_before_the_run(train, free):
-    """Those that are kept, and the one that is written before the oldest is removed."""
+    """The run keeps three, and writes a fourth before it removes the oldest."""
     settings = EACH_STEP | {"max_steps": 9, "keep_checkpoints": 3}
     free(2 * 10**6)
     with pytest.raises(
