@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import learning
 import report
 
 
@@ -69,6 +70,15 @@ def test_learning(benchmark, tmp_path):
         # Before the first step every network knows nothing, whatever its tokenizer.
         assert 3 < curves[0][0]["bits_per_byte"] < 6
     assert picture.stat().st_size > 10_000
+
+
+def test_the_minutes_to_a_result_lie_between_two_evaluations():
+    points = ((0, 4.0), (1, 2.0), (3, 1.0))
+    curve = [{"minutes": float(minutes), "bits_per_byte": bits} for minutes, bits in points]
+    assert learning.minutes_to(curve, 3.0) == 0.5
+    assert learning.minutes_to(curve, 1.5) == 2.0
+    assert learning.minutes_to(curve, 1.0) == 3.0
+    assert learning.minutes_to(curve, 0.9) is None
 
 
 def test_distributed(benchmark, monkeypatch):
