@@ -68,12 +68,17 @@ class BatchCache:
         self.rows = rows
         self.layers = [LayerCache(rows) for _ in range(layers)]
 
+    def begin_with(self, other: "BatchCache", length: int) -> None:
+        """Begin a sequence with the first `length` tokens that the first row of another cache has."""
+        row = len(self.rows.lengths)
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            ours.put(row, theirs, 0, length)
+        self.rows.lengths.append(length)
+
     def add(self, other: "BatchCache") -> None:
         """Copy the only sequence of another cache into the next row."""
         [length] = other.rows.lengths
-        for ours, theirs in zip(self.layers, other.layers, strict=True):
-            ours.put(len(self.rows.lengths), theirs, 0, length)
-        self.rows.lengths.append(length)
+        self.begin_with(other, length)
 
     def remove(self, row: int) -> None:
         """Remove a sequence. The last one takes its row."""

@@ -14,7 +14,7 @@ from mlx_gpt import models
 from mlx_gpt.device import Device, device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.cache import make_cache
-from mlx_gpt.generation.requests import Continuation, Picked, Prompt, Request, choose
+from mlx_gpt.generation.requests import Continuation, Past, Picked, Prompt, Request, choose
 from mlx_gpt.generation.sampling import Logprobs, likeliest, listed
 from mlx_gpt.generation.stop_strings import Piece, Reason, Token
 from mlx_gpt.seeds import fresh_seed
@@ -29,11 +29,14 @@ class Engine:
 
     Attributes:
         made: the tokens of all texts so far.
+        past: what the newest text that ended has left in the cache, for the next engine; None while texts are made
+            side by side.
 
     Args:
         max_batch: texts at a time; further ones wait.
         capacity: tokens that each text may have in the cache; by default as many as the model has positions.
         on: the device; by default the one that MLX computes on.
+        past: tokens that another engine has read. A prompt that begins with the same tokens is read from there on.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class Engine:
         max_batch: int = 1,
         capacity: int | None = None,
         on: Device | None = None,
+        past: Past | None = None,
     ) -> None:
-        self.max_batch, self.made = max_batch, 0
+        self.max_batch, self.made, self.past = max_batch, 0, past
         self._tokenizer = tokenizer
         self._positions, self._entries = models.context_length(model), models.vocab_size(model)
         self._device = on or device()
@@ -118,6 +122,7 @@ class Engine:
             if full and not text.over:
                 self._full.append(text)
             if full or text.over:
+                self._keep(text, self._cache.rows.lengths[row])
                 self._cache.remove(row)
                 # The last text takes the row, as in the cache.
                 self._rows[row], staying[row] = self._rows[-1], staying[-1]
@@ -125,6 +130,12 @@ class Engine:
                 staying.pop()
         if len(staying) < len(self._tokens_b):
             self._tokens_b = self._tokens_b[mx.array(staying, mx.uint32)]
+
+    def _keep(self, text: Continuation, length: int) -> None:
+        """Keep what the cache has of a text, unless other texts will be written over it."""
+        # A text that was read again after its context was full has fewer tokens there than all of its own.
+        if self.max_batch == 1 and length == len(text.request.prompt) + text.picked - 1:
+            self.past = Past([*text.request.prompt, *text.ids][:length], self._cache)
 
     def _decode(self) -> None:
         """Compute the next token of each text."""
@@ -156,6 +167,8 @@ class Engine:
                 self._picked[-1].prompt_logprobs = prompt.logprobs
                 if all(text.over for text in prompt.texts):
                     return  # no later step would compute the rows that are copied here, and free the prompt's cache
+                if self.past and self.past.cache is self._cache:
+                    self.past = None  # its row is used again
                 self._tokens_b = mx.concatenate([self._tokens_b, tokens_b])
                 for text in prompt.texts:
                     self._cache.add(prompt.cache)
@@ -163,7 +176,11 @@ class Engine:
 
     def _prompt(self, texts: list[Continuation], ids: Sequence[int], again: bool = False) -> Prompt:
         cache = make_cache(self._model, 1, min(self._positions, self._padded(len(ids))))
-        cache.rows.begin()
+        if self.past and not again and not texts[0].request.prompt_too:
+            # The last token is always read, because the next one is picked from its logits.
+            cache.begin_with(self.past.cache, self.past.shared(ids[:-1]))
+        else:
+            cache.rows.begin()
         return Prompt(texts, ids, cache, again)
 
     def _read_chunk(self, prompt: Prompt) -> mx.array:

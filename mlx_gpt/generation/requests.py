@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import mlx.core as mx
 import numpy as np
@@ -64,6 +65,18 @@ class Continuation:
     def over(self) -> bool:
         """Whether it needs no further token."""
         return self.dropped or bool(self.text.reason) or self.picked == self.request.config.max_tokens
+
+
+@dataclass(frozen=True)
+class Past:
+    """Tokens that have been read, and the cache whose first row has their keys and values."""
+
+    ids: Sequence[int]
+    cache: BatchCache
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Return how many tokens at the beginning of `ids` are the same."""
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
 
 
 class Prompt:

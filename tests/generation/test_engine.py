@@ -440,3 +440,19 @@ class Words:
 
     def add(self, token):
         return ["xy", "abc"][token]
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_an_engine_continues_from_what_another_has_read(model, bpe, length):
+    """The second text is the same whether its beginning is read again or not, even after the context was full."""
+    first, second = bpe.encode(PROMPT), bpe.encode(f"{PROMPT} in the pond")
+    config = GenerationConfig(**GREEDY, max_tokens=length)
+    engine = Engine(model, bpe)
+    engine.add(Request(first, config, ends=False))
+    made = [token.id for _, piece in run(engine) for token in piece.tokens]
+    for prompt in (second, [*first, *made][:30], first):
+        later = Engine(model, bpe, past=engine.past)
+        later.add(Request(prompt, config, ends=False))
+        assert [token.id for _, piece in run(later) for token in piece.tokens] == tokens(
+            model, bpe, prompt, **GREEDY, max_tokens=length
+        )
