@@ -5,6 +5,7 @@ keep in step with them.
 """
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from mlx_gpt.presets import PRESETS, RECIPES
@@ -251,6 +252,11 @@ class GenerationConfig:
     )
     num_samples: int = setting(1, "Texts to write for each prompt; text i uses seed + i.", at_least=1)
     stop: tuple[str, ...] = setting((), "End the text before this string; may be given several times.")
+
+
+# In a conversation these replace the defaults above. An answer ends by itself. The repetition penalty counts the whole
+# prompt, so it would avoid the words of the question and of earlier answers, and the token that ends an answer as well.
+CONVERSATION = MappingProxyType({"max_tokens": 1000, "repetition_penalty": 1.0})
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,26 @@ def write_text_whole(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, which is made if there is none, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        separator = b"" if file.read(1) in (b"", b"\n") else b"\n"  # otherwise the line would join the last one
+        data = separator + line.encode() + b"\n"
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            flush(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
     """Make a folder inside `folder`, on the same disk, which is removed at the end with everything in it.

@@ -1,5 +1,6 @@
 """Every model, tokenizer and text that the tests need: made here, small, and the same each time."""
 
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from mlx_gpt.models import create
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.device import device
+from mlx_gpt.models.directory import save_model
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
 
@@ -30,6 +32,10 @@ from mlx_gpt.training import memory
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEXT = "the duck swims in a pond and dives for plants or snails while naïve geese — 鳥 — look on 🦆 don't they"
 
 
@@ -111,6 +117,64 @@ def make_model(bpe):
 def model(make_model):
     """A tiny GPT-2 to look at, as it is for use: a test that trains makes its own."""
     return make_model().eval()
+
+
+@pytest.fixture(scope="session")
+def with_template():
+    """Write a model directory with a chat template. The model's tokens are bytes and the two ends of ChatML's turns."""
+
+    def write(folder, make, template=CHATML):
+        backend = Tokenizer.of_bytes().backend
+        backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        tokenizer = Tokenizer(backend, backend.token_to_id("<|im_end|>"))
+        save_model(folder, make(tokenizer), tokenizer)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def saying(with_template):
+    """Write a model directory whose answer to any message is this text, in which each byte says what follows it."""
+
+    def write(folder, text, n_positions):
+        def make(tokenizer):
+            size = tokenizer.vocab_size
+            sizes = {"vocab_size": size, "n_layer": 1, "n_head": 2, "n_embd": size + 1, "n_positions": n_positions}
+            model = create(ModelConfig(**sizes, model_type="qwen3", tie_embeddings=False))
+            # The block adds nothing, and the head has one likely token after each.
+            weights = {name: mx.zeros_like(weight) for name, weight in tree_flatten(model.parameters())}
+            weights["model.embed_tokens.weight"] = mx.eye(size, size + 1)
+            weights["model.norm.weight"] = mx.ones(size + 1)
+            following = np.full(size, tokenizer.end_of_text)
+            for before, after in itertools.pairwise(b"\n" + text):
+                following[before] = after
+            head = np.zeros((size, size + 1), np.float32)
+            head[following, np.arange(size)] = 100
+            weights["lm_head.weight"] = mx.array(head)
+            model.update(tree_unflatten(list(weights.items())))
+            return model
+
+        return with_template(folder, make)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def quacking(tmp_path_factory, saying):
+    """A model directory with ChatML and a context of 128 bytes. Its answer to any message is "Quack."."""
+    return saying(tmp_path_factory.mktemp("quacking"), b"Quack.", 128)
+
+
+@pytest.fixture(scope="session")
+def rambling(tmp_path_factory, with_template, make_model):
+    """A model directory with ChatML and a context of 256 bytes. Its answers are nonsense that depends on every byte."""
+    return with_template(
+        tmp_path_factory.mktemp("rambling"),
+        lambda tokenizer: make_model(vocab_size=tokenizer.vocab_size, n_positions=256),
+    )
 
 
 @pytest.fixture(scope="session")

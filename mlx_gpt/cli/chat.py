@@ -1,83 +1,124 @@
-"""The dialogue of `mlx-gpt generate --interactive`."""
+"""The prompt of `mlx-gpt generate --interactive`, and what can be entered there with any model."""
 
-import contextlib
 import difflib
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+from mlx_gpt.cli.entries import Keyboard, read_entry
 from mlx_gpt.cli.generate import show
 from mlx_gpt.config import GenerationConfig
-from mlx_gpt.errors import UserError
-from mlx_gpt.settings import build, flat, settings_of
+from mlx_gpt.errors import UserError, shown
+from mlx_gpt.settings import Setting, build, flat, settings_of
 from mlx_gpt.tokenizer import Tokenizer
 
-HELP = """Write the beginning of a text and press Enter: the model continues it.
-Ctrl-C stops a text, Ctrl-D quits, and the arrow keys bring back earlier lines.
-/settings      show the settings
-/help          show this
-/NAME VALUE    change a setting, such as /temperature 0.9; the names are:"""
+EDITING = """\
+\"""           begins and ends a text of several lines, or one that begins with a slash
+\\             at the end of a line continues the text on the next one
+Ctrl-C        stops a text, Ctrl-D quits, and the arrow keys bring back earlier lines
+/settings     shows the settings
+/help         shows this
+/NAME VALUE   changes a setting, as in /temperature 0.9; the names are:"""
 
 
-def chat(model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
-    """Ask for prompts and continue them until the input ends."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() line editing and history
-    click.echo("Write the beginning of a text. /help shows the commands, Ctrl-D quits.", err=True)
+class Session:
+    """Carries out what a person enters. Here each text is the beginning of one that the model continues.
+
+    Attributes:
+        config: the settings, which commands change.
+        commands: what each command does with the text that follows its name.
+    """
+
+    greeting = "Write the beginning of a text. /help shows the commands, Ctrl-D quits."
+    help = "Write the beginning of a text and press Enter: the model continues it."
+    fixed: tuple[str, ...] = ()  # settings that cannot be changed
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, config: GenerationConfig) -> None:
+        self.config = config
+        self.commands: dict[str, Callable[[str], None]] = {"settings": self._settings, "help": self._help}
+        self._model, self._tokenizer = model, tokenizer
+        self._by_name = {
+            name: setting
+            for setting in settings_of(GenerationConfig)
+            for name in (setting.name, *setting.metadata["aliases"])
+            if setting.name not in self.fixed
+        }
+
+    def say(self, text: str) -> None:
+        """Print how the model continues a text.
+
+        Raises:
+            UserError: the text is too long.
+        """
+        show(self._model, self._tokenizer, text, self.config, with_prompt=False)
+
+    def obey(self, command: str, rest: str) -> None:
+        """Carry out a command such as `/temperature 0.9`.
+
+        Raises:
+            UserError: there is no such command, or it cannot be carried out with this text.
+        """
+        name = command.replace("-", "_")
+        if name in self.commands:
+            self.commands[name](rest)
+        elif name in self._by_name:
+            self._set(self._by_name[name], rest)
+        else:
+            nearest = difflib.get_close_matches(name, [*self.commands, *self._by_name], n=1)
+            hint = f"did you mean /{nearest[0]}?" if nearest else "/help lists them."
+            raise UserError(f"There is no command /{shown(command)}: {hint}")
+
+    def _set(self, setting: Setting, rest: str) -> None:
+        """Change a setting to the value that this text is."""
+        try:
+            words = shlex.split(rest)
+        except ValueError:
+            raise UserError(f"The second quote is missing: write /{setting.name} VALUE.") from None
+        if setting.kind is not tuple and len(words) != 1:
+            raise UserError(f"/{setting.name} wants one value, as in /temperature 0.9.")
+        try:
+            value = tuple(words) if setting.kind is tuple else setting.kind(words[0])
+        except ValueError:
+            value = words[0]  # `build` raises the error that says what the value should have been
+        self.config = build(GenerationConfig, flat(self.config) | {setting.name: value})
+        click.echo(f"{setting.name} is now {value}.", err=True)
+
+    def _settings(self, rest: str) -> None:
+        for name, value in flat(self.config).items():
+            if name not in self.fixed:
+                click.echo(f"{name:20} {value}", err=True)
+
+    def _help(self, rest: str) -> None:
+        names = ", ".join(dict.fromkeys(setting.name for setting in self._by_name.values()))
+        click.echo(f"{self.help}\n{EDITING} {names}", err=True)
+
+
+def chat(session: Session) -> None:
+    """Carry out what is entered until the input ends."""
+    keyboard = Keyboard()
+    if keyboard.terminal:
+        click.echo(session.greeting, err=True)
     while True:
         try:
-            line = input("> ").strip()
+            entry = read_entry(keyboard.next_line)
         except EOFError:
-            click.echo()
+            if keyboard.terminal:
+                click.echo(err=True)
             return
         except KeyboardInterrupt:
             click.echo("\nCtrl-D quits.", err=True)
             continue
+        except UserError as error:
+            click.echo(str(error), err=True)
+            continue
         try:
-            if line.startswith("/"):
-                config = obey(line, config)
-            elif line:
-                show(model, tokenizer, line, config, with_prompt=False)
+            if entry.command is not None:
+                session.obey(entry.command, entry.text)
+            elif entry.text:
+                session.say(entry.text)
         except UserError as error:
             click.echo(str(error), err=True)
         except KeyboardInterrupt:
             click.echo("\n(stopped)", err=True)
-
-
-def obey(line: str, config: GenerationConfig) -> GenerationConfig:
-    """Carry out a command such as `/temperature 0.9` and return the changed settings.
-
-    Raises:
-        UserError: there is no such command, or its value is not allowed.
-    """
-    try:
-        name, *words = shlex.split(line[1:])
-    except ValueError:
-        raise UserError("This is not a command: write /NAME VALUE; /help shows the names.") from None
-    name = name.replace("-", "_")
-    kinds: dict[str, type] = {}
-    for setting in settings_of(GenerationConfig):
-        kinds[setting.name] = setting.kind
-        if name in setting.metadata["aliases"]:
-            name = setting.name
-    if name == "help":
-        click.echo(f"{HELP} {', '.join(kinds)}", err=True)
-    elif name == "settings":
-        for known, value in flat(config).items():
-            click.echo(f"{known:20} {value}", err=True)
-    else:
-        if name not in kinds:
-            nearest = difflib.get_close_matches(name, kinds, n=1)
-            hint = f"did you mean /{nearest[0]}?" if nearest else "/help lists them."
-            raise UserError(f"There is no command /{name}: {hint}")
-        kind = kinds[name]
-        if kind is not tuple and len(words) != 1:
-            raise UserError(f"/{name} wants one value, as in /temperature 0.9.")
-        try:
-            value = tuple(words) if kind is tuple else kind(" ".join(words))
-        except ValueError:
-            value = words[0]  # `build` raises the error that says what the value should have been
-        config = build(GenerationConfig, flat(config) | {name: value})
-        click.echo(f"{name} is now {value}.", err=True)
-    return config

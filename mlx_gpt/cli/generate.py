@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_gpt.cli.options import SettingsCommand, given, settings_options
-from mlx_gpt.config import GenerationConfig
+from mlx_gpt.config import CONVERSATION, GenerationConfig
 from mlx_gpt.errors import UserError, as_utf8, os_errors_explained
 from mlx_gpt.settings import build
 
@@ -22,7 +22,14 @@ DIVIDER = "-" * 20
 @click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
 @click.option("--prompt", metavar="TEXT", help="The beginning of the text.")
 @click.option("--prompt-file", metavar="FILE", help="File that has the beginning of the text; - is standard input.")
-@click.option("--interactive", is_flag=True, help="Ask for prompts until Ctrl-D. /help there lists the commands.")
+@click.option(
+    "--interactive",
+    is_flag=True,
+    help="Talk to a model that has a chat template, or ask for beginnings of texts with another one; /help lists the "
+    "commands. Defaults in a conversation: "
+    + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in CONVERSATION.items())
+    + ".",
+)
 @settings_options(GenerationConfig)
 def command(model: str | None, prompt: str | None, prompt_file: str | None, interactive: bool, **settings: Any) -> None:
     """Continue a prompt, or talk to a model.
@@ -40,16 +47,21 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
         prompt = read_prompt(prompt_file)
 
     from mlx_gpt.api import load
-    from mlx_gpt.training.run_folder import newest_run
+    from mlx_gpt.training.run_folder import model_directory, newest_run
 
     if model is None:
         model = str(newest_run(Path("weights"), with_model=True))
         click.echo(f"Model: {model}, the newest run.", err=True)
     loaded = load(model)
     if interactive:
-        from mlx_gpt.cli.chat import chat
+        from mlx_gpt.cli.chat import Session, chat
+        from mlx_gpt.cli.conversation import Conversation
+        from mlx_gpt.generation.chat_template import ChatTemplate
 
-        chat(*loaded, config)
+        if template := ChatTemplate.load(model_directory(Path(model))):
+            chat(Conversation(*loaded, template, build(GenerationConfig, {**CONVERSATION, **given(settings)})))
+        else:
+            chat(Session(*loaded, config))
         return
     for i, text in enumerate([prompt] if prompt is not None else DEMO_PROMPTS):
         if i:

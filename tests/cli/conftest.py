@@ -1,12 +1,18 @@
 """Fixtures that run the program, in this process or in another, and the models that the commands use."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
+import select
 import shlex
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +59,51 @@ class Run:
     def train_tokens(self):
         """The number of training tokens in the log."""
         return int(self.log.split(" tokens to train on")[0].split()[-1].replace(",", ""))
+
+
+class Terminal:
+    """A terminal in which the program runs."""
+
+    def __init__(self, start, *arguments):
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))  # lines and columns
+
+        def take_terminal():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it as a signal
+
+        self.process = start(
+            *arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal
+        )
+        os.close(theirs)
+        self.screen = ""
+
+    def type(self, text):
+        os.write(self._ours, text.encode())
+
+    def insist(self, key, text):
+        """Type a key again and again until the text appears."""
+        for _ in range(20):
+            self.type(key)
+            with contextlib.suppress(TimeoutError):
+                self.see(text, seconds=1)
+                return
+        raise TimeoutError(f"{text!r} did not come")
+
+    def see(self, text, seconds=20):
+        """Wait for a text, and forget everything before it."""
+        until = time.monotonic() + seconds
+        while text not in self.screen:
+            readable, _, _ = select.select([self._ours], [], [], max(0, until - time.monotonic()))
+            if not readable:
+                raise TimeoutError(f"{text!r} did not come after {self.screen[-200:]!r}")
+            try:
+                self.screen += os.read(self._ours, 4096).decode(errors="replace")
+            except OSError as error:  # Linux raises this when the program has ended
+                raise AssertionError(f"it ended without {text!r}, after {self.screen!r}") from error
+        self.screen = self.screen.split(text, 1)[1]
+
+    def close(self):
+        os.close(self._ours)
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +159,20 @@ def start():
             return process
 
         yield start
+
+
+@pytest.fixture
+def terminal(start):
+    """Start the program in a terminal."""
+    opened = []
+
+    def terminal(*arguments):
+        opened.append(Terminal(start, *arguments))
+        return opened[-1]
+
+    yield terminal
+    for one in opened:
+        one.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,111 @@
+"""What can be entered in `mlx-gpt generate --interactive` with a model that has a chat template."""
+
+import contextlib
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_gpt.cli.chat import Session
+from mlx_gpt.config import GenerationConfig
+from mlx_gpt.errors import UserError, os_errors_explained, shown
+from mlx_gpt.files import append_line
+from mlx_gpt.generation.chat_template import ChatTemplate
+from mlx_gpt.generation.dialogue import Dialogue
+from mlx_gpt.generation.stop_strings import Piece
+from mlx_gpt.tokenizer import Tokenizer
+
+
+class Conversation(Session):
+    """A session in which each text is a message, and the model answers it."""
+
+    greeting = 'Write a message. """ begins and ends one of several lines, /help shows the commands, Ctrl-D quits.'
+    help = """\
+Write a message and press Enter: the model answers it, and remembers what was said before.
+/again        answers the newest message anew
+/undo         takes back the newest message and its answer
+/clear, /new  begins a new conversation; the system message stays
+/system TEXT  says how to answer; /system alone shows it, and /system "" removes it
+/save FILE    adds the conversation as a row to a .jsonl file, which `mlx-gpt prepare` reads"""
+    fixed = ("num_samples",)
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, template: ChatTemplate, config: GenerationConfig) -> None:
+        if config.num_samples != 1:
+            raise UserError("A message in a conversation gets one answer: leave --num-samples out.")
+        super().__init__(model, tokenizer, config)
+        self._dialogue = Dialogue(model, tokenizer, template)
+        self.commands |= {
+            "again": self._again, "clear": self._clear, "new": self._clear, "save": self._save, "system": self._system,
+            "undo": self._undo,
+        }  # fmt: skip
+
+    def say(self, text: str) -> None:
+        """Print the answer to a message.
+
+        Raises:
+            UserError: the message does not fit into the context, or the template refuses it.
+        """
+        self._print(lambda: self._dialogue.ask(text, self.config), "the message was taken back")
+
+    def _again(self, rest: str) -> None:
+        self._print(lambda: self._dialogue.again(self.config), "the earlier one stays")
+
+    def _print(self, begin: Callable[[], Generator[Piece, None, None]], otherwise: str) -> None:
+        """Print an answer while it is made, and after it whatever a person should know about it.
+
+        Args:
+            begin: begins the answer.
+            otherwise: what happens if there is none.
+        """
+        dialogue, unseen = self._dialogue, self._dialogue.unseen
+        pieces = begin()
+        if dialogue.unseen > unseen:
+            oldest = "oldest exchange" if dialogue.unseen == 1 else f"{dialogue.unseen:,} oldest exchanges"
+            _note(f"The context of {dialogue.context:,} tokens is full: the model no longer sees the {oldest}.")
+        text, reason, stopped = "", "", False
+        try:
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    text, reason = text + piece.text, piece.reason
+                    click.echo(piece.text, nl=False)
+        except KeyboardInterrupt:
+            stopped = True
+        click.echo()
+        if not text.strip():
+            _note(f"{'Stopped before the answer' if stopped else 'The model answered nothing'}: {otherwise}.")
+        elif stopped:
+            _note("Stopped. What is above stays in the conversation; /undo takes it back.")
+        elif reason == "length" and dialogue.limit < self.config.max_tokens:
+            _note(f"The answer ends here because the context of {dialogue.context:,} tokens is full.")
+        elif reason == "length":
+            _note(f"The answer ends here after {dialogue.limit:,} tokens: /max_tokens allows more.")
+
+    def _undo(self, rest: str) -> None:
+        _note(f"Took back: {shown(' '.join(self._dialogue.undo().question.split()))}")
+
+    def _clear(self, rest: str) -> None:
+        self._dialogue.clear()
+        _note(f"A new conversation.{' The system message stays.' if self._dialogue.system else ''}")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._dialogue.system = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "\"'" and len(rest) > 1 else rest
+        system = self._dialogue.system
+        click.echo(f"The system message is: {system}" if system else "There is no system message.", err=True)
+
+    def _save(self, rest: str) -> None:
+        path = Path(rest).expanduser()
+        if path.suffix != ".jsonl":
+            raise UserError("/save wants the name of a .jsonl file, as in /save talks.jsonl.")
+        if not self._dialogue.exchanges:
+            raise UserError("There is nothing to save yet: write a message first.")
+        with os_errors_explained(f"write {path}"):
+            append_line(path, json.dumps({"messages": self._dialogue.messages}, ensure_ascii=False))
+        _note(f"Added the conversation to {path} as its last row.")
+
+
+def _note(text: str) -> None:
+    """Print a remark, apart from what the model writes."""
+    click.echo(f"({text})", err=True)
