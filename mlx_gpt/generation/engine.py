@@ -157,6 +157,7 @@ class Engine:
             first = self._queue[0]
             if first.again or self.active + len(first.texts) <= self.max_batch:
                 self._reading = self._queue.popleft()
+                self._begin(self._reading)
         if self._reading:
             prompt = self._reading
             logits_v = self._read_chunk(prompt)
@@ -176,12 +177,15 @@ class Engine:
 
     def _prompt(self, texts: list[Continuation], ids: Sequence[int], again: bool = False) -> Prompt:
         cache = make_cache(self._model, 1, min(self._positions, self._padded(len(ids))))
-        if self.past and not again and not texts[0].request.prompt_too:
-            # The last token is always read, because the next one is picked from its logits.
-            cache.begin_with(self.past.cache, self.past.shared(ids[:-1]))
-        else:
-            cache.rows.begin()
         return Prompt(texts, ids, cache, again)
+
+    def _begin(self, prompt: Prompt) -> None:
+        """Begin to read a prompt, after the tokens at its beginning that have been read before."""
+        if self.past and not prompt.again and not prompt.request.prompt_too:
+            # The last token is always read, because the next one is picked from its logits.
+            prompt.cache.begin_with(self.past.cache, self.past.shared(prompt.ids[:-1]))
+        else:
+            prompt.cache.rows.begin()
 
     def _read_chunk(self, prompt: Prompt) -> mx.array:
         """Read the next chunk of a prompt, and return the logits (V,) of the token after it."""
