@@ -165,14 +165,14 @@ def saying(with_template):
 @pytest.fixture(scope="session")
 def quacking(tmp_path_factory, saying):
     """A model directory with ChatML and a context of 128 bytes. Its answer to any message is "Quack."."""
-    return saying(tmp_path_factory.mktemp("quacking"), b"Quack.", 128)
+    return saying(tmp_path_factory.mktemp("models") / "quacking", b"Quack.", 128)
 
 
 @pytest.fixture(scope="session")
 def rambling(tmp_path_factory, with_template, make_model):
     """A model directory with ChatML and a context of 256 bytes. Its answers are nonsense that depends on every byte."""
     return with_template(
-        tmp_path_factory.mktemp("rambling"),
+        tmp_path_factory.mktemp("models") / "rambling",
         lambda tokenizer: make_model(vocab_size=tokenizer.vocab_size, n_positions=256),
     )
 

@@ -3,7 +3,9 @@
 https://platform.openai.com/docs/guides/error-codes
 """
 
+import itertools
 import logging
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -99,11 +101,19 @@ def refusal(errors: Sequence[dict[str, Any]]) -> APIError:
     # A field that may have several types has an error for each. An error about a value means that the type was right.
     errors = [error for error in errors if error["loc"][1] == location[0]]
     meant = [error for error in errors if not error["type"].endswith("_type")] or errors
+    place = _place(meant[0])
+    meant = [error for error in meant if _place(error) == place]
     if len(meant) > 1:
-        return APIError(400, f"`{name}` has the wrong type: /openapi.json lists the types that it may have.", name)
+        return APIError(400, f"`{place}` has the wrong type: /openapi.json lists the types that it may have.", name)
     if meant[0]["type"] == "missing":
-        return APIError(400, f"`{'.'.join(map(str, meant[0]['loc'][1:]))}` is missing.", name)
-    return APIError(400, f"`{name}`: {shown(meant[0]['msg'], 200)}.", name)
+        return APIError(400, f"`{place}` is missing.", name)
+    return APIError(400, f"`{place}`: {shown(meant[0]['msg'], 200)}.", name)
+
+
+def _place(error: dict[str, Any]) -> str:
+    """Return where in the body an error is, such as `messages.0.role`, without the names of types at the end."""
+    is_key = re.compile(r"(?!str$)\w+").fullmatch
+    return shown(".".join(itertools.takewhile(is_key, map(str, error["loc"][1:]))))
 
 
 async def _http(request: Request, error: HTTPException) -> Response:

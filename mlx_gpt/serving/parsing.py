@@ -70,17 +70,21 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
         raise APIError(400, "`top_logprobs` needs `logprobs`: true.", "top_logprobs")
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise APIError(400, "`max_tokens` and `max_completion_tokens` mean the same: send only one.", "max_tokens")
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    # "developer" is OpenAI's newer name for "system", which templates do not know.
+    messages = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in body.messages
+    ]
     try:
         ids = model.template.ids(messages, model.tokenizer)
     except UserError as error:
         raise APIError(400, str(error), "messages") from None
-    _check_ids(ids, model)
+    _check_ids(ids, model, "messages")
     tokens = body.max_completion_tokens or body.max_tokens
     if tokens:
         _check_max_tokens(tokens, max_tokens)
-    else:
-        tokens = min(max_tokens, max(1, model.n_positions - len(ids)))  # up to the end of the context
+    # Beyond the end of the context the engine would drop the older half of it, and the system message with it.
+    tokens = min(tokens or max_tokens, max(1, model.n_positions - len(ids)))
     config = body.generation_config(tokens, max_texts)
     alternatives = (body.top_logprobs or 0) if body.logprobs else None
     request = Request(ids, config, body.bias(model.tokenizer.vocab_size), alternatives)
@@ -96,22 +100,26 @@ def _encode(prompt: str | list[int], model: ServedModel) -> list[int]:
         raise APIError(400, str(error), "prompt") from None
 
 
-def _check_ids(ids: Sequence[int], model: ServedModel) -> Sequence[int]:
-    """Check the ids of a prompt, and return them.
+def _check_ids(ids: Sequence[int], model: ServedModel, param: str = "prompt") -> Sequence[int]:
+    """Check the ids of a prompt or of a conversation, and return them.
 
     Raises:
         APIError: there are none, too many, or ids that are not in the vocabulary.
     """
+    what, remedy = {
+        "prompt": ("prompt", "shorten it"),
+        "messages": ("conversation", "leave out its oldest messages, or shorten them"),
+    }[param]
     if not ids:
-        raise APIError(400, "The prompt is empty.", "prompt")
+        raise APIError(400, f"The {what} is empty.", param)
     if len(ids) > model.n_positions:
         message = (
-            f"The prompt has {len(ids):,} tokens, more than the model's context of {model.n_positions:,}: shorten it."
+            f"The {what} has {len(ids):,} tokens, more than the model's context of {model.n_positions:,}: {remedy}."
         )
-        raise APIError(400, message, "prompt", "context_length_exceeded")
+        raise APIError(400, message, param, "context_length_exceeded")
     if max(ids) >= model.tokenizer.vocab_size:
-        message = f"The prompt has token ids beyond the vocabulary of {model.tokenizer.vocab_size:,}."
-        raise APIError(400, message, "prompt")
+        message = f"The {what} has token ids beyond the vocabulary of {model.tokenizer.vocab_size:,}."
+        raise APIError(400, message, param)
     return ids
 
 
