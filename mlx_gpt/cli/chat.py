@@ -50,9 +50,14 @@ class Session:
         """Print how the model continues a text.
 
         Raises:
+            KeyboardInterrupt: Ctrl-C stopped the text; a line has said so.
             UserError: the text is too long.
         """
-        show(self._model, self._tokenizer, text, self.config, with_prompt=False)
+        try:
+            show(self._model, self._tokenizer, text, self.config, with_prompt=False)
+        except KeyboardInterrupt:
+            click.echo("\n(stopped)", err=True)
+            raise
 
     def obey(self, command: str, rest: str) -> None:
         """Carry out a command such as `/temperature 0.9`.
@@ -96,29 +101,30 @@ class Session:
 
 
 def chat(session: Session) -> None:
-    """Carry out what is entered until the input ends."""
+    """Carry out what is entered until the input ends.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed, and the input is not a terminal, where it only stops a text.
+    """
     keyboard = Keyboard()
     if keyboard.terminal:
         click.echo(session.greeting, err=True)
     while True:
+        entry = None
         try:
             entry = read_entry(keyboard.next_line)
-        except EOFError:
-            if keyboard.terminal:
-                click.echo(err=True)
-            return
-        except KeyboardInterrupt:
-            click.echo("\nCtrl-D quits.", err=True)
-            continue
-        except UserError as error:
-            click.echo(str(error), err=True)
-            continue
-        try:
             if entry.command is not None:
                 session.obey(entry.command, entry.text)
             elif entry.text:
                 session.say(entry.text)
+        except EOFError:
+            if keyboard.terminal:
+                click.echo(err=True)
+            return
         except UserError as error:
             click.echo(str(error), err=True)
         except KeyboardInterrupt:
-            click.echo("\n(stopped)", err=True)
+            if not keyboard.terminal:
+                raise
+            if entry is None:
+                click.echo("\nCtrl-D quits.", err=True)

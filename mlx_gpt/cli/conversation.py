@@ -45,6 +45,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
         """Print the answer to a message.
 
         Raises:
+            KeyboardInterrupt: Ctrl-C stopped the answer; a line has said so.
             UserError: the message does not fit into the context, or the template refuses it.
         """
         self._print(lambda: self._dialogue.ask(text, self.config), "the message was taken back")
@@ -81,6 +82,8 @@ Write a message and press Enter: the model answers it, and remembers what was sa
             _note(f"The answer ends here because the context of {dialogue.context:,} tokens is full.")
         elif reason == "length":
             _note(f"The answer ends here after {dialogue.limit:,} tokens: /max_tokens allows more.")
+        if stopped:
+            raise KeyboardInterrupt
 
     def _undo(self, rest: str) -> None:
         _note(f"Took back: {shown(' '.join(self._dialogue.undo().question.split()))}")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import readline
+import signal
 import subprocess
 
 import pytest
@@ -314,6 +315,20 @@ def test_a_conversation_in_a_terminal(terminal, saying, tmp_path):
     assert saved(tmp_path / "talk.jsonl") == [
         [("user", "Hi"), ("assistant", "haha"), ("user", "Ho"), ("assistant", "haha")]
     ]
+
+
+def test_ctrl_c_ends_a_conversation_from_a_pipe(start, saying, tmp_path):
+    """There is nobody who would quit it in another way."""
+    endless = saying(tmp_path / "endless", b"haha", 20_000)
+    talk = ("generate", "--model", endless, "--interactive", "--max-tokens", "20000")
+    process = start(*talk, stdin=subprocess.PIPE)
+    process.stdin.write("Hi\nHo\n")
+    process.stdin.flush()
+    assert process.stdout.read(4) == "haha"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert err.endswith("Interrupted.\n")
 
 
 @pytest.mark.skipif("GNU" not in (readline.__doc__ or ""), reason="libedit does not know where a paste ends")
