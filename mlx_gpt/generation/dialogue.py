@@ -127,14 +127,14 @@ class Dialogue:
     def _generate(self, request: Request, before: Sequence[Exchange], question: str) -> Generator[Piece, None, None]:
         capacity = len(request.prompt) + request.config.max_tokens
         engine = Engine(self._model, self._tokenizer, capacity=capacity, past=self._past)
-        self._past, answer = None, ""  # Ctrl-C can leave an engine in any state, so its past is kept only at the end
+        answer = ""
         try:
             engine.add(request)
             while engine.busy:
                 for _, piece in engine.step():
                     answer += piece.text
                     yield piece
-            self._past = engine.past
+            self._past = engine.past  # after Ctrl-C, which can leave an engine in any state, the earlier one stays
         finally:
             if answer.strip():
                 self.exchanges = [*before, Exchange(question, answer)]

@@ -71,9 +71,8 @@ class Terminal:
         def take_terminal():
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it as a signal
 
-        self.process = start(
-            *arguments, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal
-        )
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "env": {**ENVIRONMENT, "TERM": "xterm"}}
+        self.process = start(*arguments, **streams, start_new_session=True, preexec_fn=take_terminal)
         os.close(theirs)
         self.screen = ""
 

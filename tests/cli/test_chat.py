@@ -334,7 +334,7 @@ def test_ctrl_c_ends_a_conversation_from_a_pipe(start, saying, tmp_path):
 @pytest.mark.skipif("GNU" not in (readline.__doc__ or ""), reason="libedit does not know where a paste ends")
 def test_pasted_lines_are_one_message(terminal, quacking, tmp_path):
     window = terminal("generate", "--model", quacking, "--interactive")
-    window.see("> ")
+    window.see("\x1b[?2004h> ")  # asks the terminal to mark what is pasted
     window.type("\x1b[200~/one\rtwo\x1b[201~")
     window.type("\n")
     window.see("Quack.")
