@@ -165,12 +165,12 @@ def _splits(data_files: Any) -> Iterable[tuple[str, str]]:
 
 def _folder(path: str) -> str:
     """Return the folders that a file is in, without those that name a split or say `data`."""
-    parts = [part for part in PurePosixPath(path).parts[:-1] if not _words(part) <= {*TRAIN, *OTHER_SPLITS, "data"}]
-    return "/".join(parts)
+    known = {*TRAIN, *OTHER_SPLITS, "data", "partial"}
+    return "/".join(part for part in PurePosixPath(path).parts[:-1] if not _words(part) <= known)
 
 
 def _words(path: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", PurePosixPath(path).with_suffix("").as_posix().lower()))
+    return set(re.split(r"[^a-z0-9]+", path.lower()))
 
 
 def _joined(folder: str, pattern: str) -> str:

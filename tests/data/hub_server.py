@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,7 +31,7 @@ class FakeHub:
     html: str = ""  # the end of the path that answers with a web page
     hang: str = ""  # the end of the path that never answers
     cuts: list[int] = field(default_factory=list)  # the next bodies stop after so many bytes
-    halfway: Callable[[], None] | None = None  # called after half of a large body, which then stops
+    stops_halfway: bool = False  # whether half of a large body is all that is sent, on a connection that stays open
     listed: dict[str, dict[str, object]] = field(default_factory=dict)  # path -> what the list says instead
     per_page: int = 1000
     ranges: bool = True  # whether a body can be continued
@@ -128,9 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.end_headers()
-        if hub.halfway and self.path.startswith("/storage/"):
+        if hub.stops_halfway and self.path.startswith("/storage/"):
             self.wfile.write(body[: len(body) // 2])
-            hub.halfway()
             hub.wait_until_closed()
         else:
             self.wfile.write(body[start : start + hub.cuts.pop(0)] if hub.cuts else body[start:])
