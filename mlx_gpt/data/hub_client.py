@@ -124,7 +124,7 @@ def fetch(repository: Repository, commit: str, files: Sequence[HubFile], folder:
 
             _Transfer(session, headers, url, file, path, repository, advance).run()
             done += file.size
-    progress(total, total)
+            progress(done, total)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ class _Transfer:
                         size = start
                         break
                     part.write(chunk)
-                    self.advance(start)
+                    if start < self.file.size:
+                        self.advance(start)
         if size != self.file.size:
             self.path.unlink()
             raise self._refusal(f"it has {size:,} bytes instead of {self.file.size:,}")

@@ -80,22 +80,24 @@ def _of_config(
 ) -> Sequence[str]:
     """Return the files of one configuration: of its training split, if the README says which these are."""
     declared = {str(entry["config_name"]): entry for entry in _configs(card)}
-    folders = sorted({name for path in paths if (name := _folder(path))})
-    names = list(declared) or folders
+    folders = sorted({_folder(path) for path in paths})
+    names = list(declared) or [name for name in folders if name]
     if wanted and wanted not in names and wanted not in folders:
         known = f"it has {_listed(names)}" if names else f"it has none, so write hf:{repository.name}"
         raise UserError(f"{repository.page} has no configuration {shown(wanted)}: {known}.")
     if not wanted:
         preferred = [name for name, entry in declared.items() if name == "default" or entry.get("default") is True]
+        if not declared and "" in folders:  # files that are in no folder of their own
+            preferred = [""]
         if len(names) > 1 and not preferred:
             raise UserError(
                 f"{repository.page} has several configurations, {_listed(names)}: choose one, as in "
                 f"hf:{repository.name}/{names[0]}, or name files with --file, such as --file {sorted(paths)[0]!r}."
             )
         wanted = (preferred or names or [""])[0]
-        if len(names) > 1:
-            others = _listed(name for name in names if name != wanted)
-            echo(f"Taking the configuration {wanted}. Others, as in hf:{repository.name}/CONFIG: {others}.")
+        if others := [name for name in names if name != wanted]:
+            taken = f"configuration {wanted}" if wanted else "files at the top"
+            echo(f"Taking the {taken}. Other configurations, as in hf:{repository.name}/CONFIG: {_listed(others)}.")
     if wanted not in declared:
         return [path for path in paths if _folder(path) == wanted]
     entry = declared[wanted]

@@ -35,6 +35,7 @@ class FakeHub:
     listed: dict[str, dict[str, object]] = field(default_factory=dict)  # path -> what the list says instead
     per_page: int = 1000
     ranges: bool = True  # whether a body can be continued
+    sized: bool = True  # whether a body has a Content-Length
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # path and headers of each request
 
     def __enter__(self) -> "FakeHub":
@@ -124,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")) if hub.ranges else 0
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
+        if hub.sized:
+            self.send_header("Content-Length", str(len(body) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.end_headers()
@@ -154,6 +156,7 @@ def serving(files: dict[str, bytes], token: str, home: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
     with FakeHub(files=files) as fake:
         point_client_at(fake.url, monkeypatch)
         yield fake

@@ -90,6 +90,7 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host(server: FakeHub, folder:
     for path, headers in server.requests:
         assert headers.get("authorization") == (f"Bearer {SECRET}" if headers["host"] == hosts["hub"] else None), path
         assert path.startswith(("/api/datasets/owner/name", "/datasets/owner/name/resolve/", "/storage/"))
+        assert "torch" not in headers["user-agent"]  # the library would say what else is installed
 
 
 def test_a_complete_dataset_is_used_again_without_the_network(
@@ -131,6 +132,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "one format of several": (["train.csv", "train.jsonl", "train.parquet", "train.txt"], ["train.parquet"]),
     "JSON": (["train.json", "dataset_info.json"], ["train.json"]),
     "text": (["input.txt", "requirements.txt", "LICENSE.txt"], ["input.txt"]),
+    "the top before a folder": (["train.csv", "extra/train.csv"], ["train.csv"]),
     "hidden": ([".cache/train.csv", "b.csv"], ["b.csv"]),
 }
 
@@ -251,6 +253,18 @@ def test_a_body_that_stops_is_continued(server: FakeHub, folder: Path) -> None:
     server.cuts = [1000, 5000]
     assert download("hf:owner/name", folder)[0].read_bytes() == ROWS
     assert ranges(server) == ["all", "bytes=1000-", "bytes=6000-"]
+
+
+def test_a_body_of_unknown_length_is_continued_if_it_stops(server: FakeHub, folder: Path) -> None:
+    server.cuts, server.sized = [1000], False
+    assert download("hf:owner/name", folder)[0].read_bytes() == ROWS
+    assert ranges(server) == ["all", "bytes=1000-"]
+
+
+def test_a_body_of_unknown_length_ends_at_the_listed_size(server: FakeHub, folder: Path) -> None:
+    server.listed, server.sized = {"train.jsonl": {"size": 5}}, False
+    assert "instead of 5, so it was not kept" in refused(lambda: download("hf:owner/name", folder))
+    assert tree(folder) == {}
 
 
 def test_a_download_that_gave_up_is_continued_by_the_next(server: FakeHub, folder: Path) -> None:
