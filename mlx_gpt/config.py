@@ -200,7 +200,7 @@ class Config:
     out: str = setting("", "Folder of the run. [default: weights/<preset>-<name of the data>]")
     init_from: str = setting(
         "",
-        "Start from the weights and the tokenizer of this run or model directory instead of nothing.",
+        "Start from the weights and the tokenizer of this run, model directory or hf:owner/name instead of nothing.",
         aliases=("from",),
     )
     data: DataConfig = DataConfig()

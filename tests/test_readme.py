@@ -18,6 +18,7 @@ from mlx_gpt.config import GenerationConfig
 from mlx_gpt.presets import PRESETS
 from mlx_gpt.settings import flat, resolve
 
+from .data.hub_server import serving as serving_hub
 from .data.kaggle_server import serving
 from .data.zips import make_zip
 from .serving.conftest import Process
@@ -112,11 +113,17 @@ def folder(tmp_path_factory, sentences):
 
 @pytest.fixture(autouse=True)
 def newcomer(monkeypatch, tmp_path, folder):
-    """The test has a copy of that folder to itself, and a Kaggle to download from."""
+    """The test has a copy of that folder to itself, and a Kaggle and a Hub to download from."""
     here = tmp_path / "here"
     shutil.copytree(folder, here)
     monkeypatch.chdir(here)
-    with serving(Path("archive.zip").read_bytes(), "KGAT_test", tmp_path / "home", monkeypatch):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in Path("book.txt").read_text().splitlines()).encode()
+    on_hub = dict.fromkeys(("train.jsonl", "english/train.jsonl", "data/train-00001.jsonl"), rows)
+    on_hub |= {path.name: path.read_bytes() for path in Path("weights/demo/best").iterdir()}
+    with (
+        serving(Path("archive.zip").read_bytes(), "KGAT_test", tmp_path / "home", monkeypatch),
+        serving_hub(on_hub, "hf_test", tmp_path / "home", monkeypatch),
+    ):
         yield
 
 

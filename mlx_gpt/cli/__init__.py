@@ -12,7 +12,7 @@ from mlx_gpt.errors import FORESEEN, in_a_sentence
 
 # A command is imported only when it runs, so that `mlx-gpt --help` is quick. It shows these sentences.
 COMMANDS = {
-    "download": "Get a dataset from Kaggle, or one downloaded by hand, and prepare it.",
+    "download": "Get a dataset from Kaggle or the Hugging Face Hub, or one downloaded by hand, and prepare it.",
     "prepare": "Turn CSV, TSV, JSONL, Parquet and text files into a corpus to train on.",
     "train": "Train a model, or resume a run.",
     "generate": "Continue a prompt, or talk to a model.",

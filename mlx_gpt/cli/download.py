@@ -12,7 +12,17 @@ from mlx_gpt.errors import UserError
 
 @click.command("download", cls=SettingsCommand)
 @click.option(
-    "--dataset", metavar="OWNER/NAME", help="Kaggle dataset to download.  [default: the LLM-7 prompt training dataset]"
+    "--dataset",
+    metavar="NAME",
+    help="Dataset to download: owner/name from Kaggle, or hf:owner/name from the Hugging Face Hub.  "
+    "[default: the LLM-7 prompt training dataset]",
+)
+@click.option(
+    "--file",
+    "patterns",
+    multiple=True,
+    metavar="PATTERN",
+    help="File of an hf: dataset to take instead of its training split, such as 'data/train-*.parquet'; repeatable.",
 )
 @click.option("--from-file", metavar="FILE", help="Zip or CSV that was downloaded by hand, to use instead of Kaggle.")
 @click.option(
@@ -23,15 +33,30 @@ from mlx_gpt.errors import UserError
 @click.option("--force", is_flag=True, help="Download the dataset even if it is already there.")
 @text_options
 def command(
-    dataset: str | None, from_file: str | None, raw: str, out: str, overwrite: bool, force: bool, **settings: str
+    dataset: str | None,
+    patterns: tuple[str, ...],
+    from_file: str | None,
+    raw: str,
+    out: str,
+    overwrite: bool,
+    force: bool,
+    **settings: str,
 ) -> None:
-    """Get a dataset from Kaggle, or one downloaded by hand, and prepare it."""
-    from mlx_gpt.data import kaggle
+    """Get a dataset from Kaggle or the Hugging Face Hub, or one downloaded by hand, and prepare it."""
+    from mlx_gpt.data import hub, kaggle
 
     if dataset and from_file:
         raise UserError("--dataset and --from-file exclude each other: give one of them.")
+    on_hub = hub.is_hub_name(dataset)
+    if patterns and not on_hub:
+        raise UserError("--file chooses among the files of a dataset on the Hub: give --dataset hf:owner/name with it.")
     if from_file:
         files = kaggle.from_file(Path(from_file), Path(raw), echo=Terminal().line)
+    elif dataset and on_hub:
+        progress = Terminal().progress("Downloading")
+        files = hub.download(
+            dataset, Path(raw), patterns=patterns, force=force, echo=Terminal().line, progress=progress
+        )
     else:
         files = kaggle.download(dataset or kaggle.DEFAULT_DATASET, Path(raw), force=force, echo=Terminal().line)
     prepare(files, out, overwrite, settings)

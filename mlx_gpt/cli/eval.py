@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from mlx_gpt.cli.options import SettingsCommand, given, settings_options
+from mlx_gpt.cli.options import ModelPath, SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import DataConfig
 from mlx_gpt.errors import UserError
@@ -16,7 +16,12 @@ LONGEST = 1024  # tokens per window by default, for models whose context is far 
 
 @click.command("eval", cls=SettingsCommand)
 @click.argument("file", required=False)
-@click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
+@click.option(
+    "--model",
+    type=ModelPath(),
+    metavar="PATH",
+    help="A run (its best model), a model directory or hf:owner/name.  [default: the newest run]",
+)
 @click.option(
     "--seq-len", type=int, metavar="N", help="Tokens per window.  [default: as in training, else the context]"
 )

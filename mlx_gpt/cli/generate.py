@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gpt.cli.options import SettingsCommand, given, settings_options
+from mlx_gpt.cli.options import ModelPath, SettingsCommand, given, settings_options
 from mlx_gpt.config import CONVERSATION, GenerationConfig
 from mlx_gpt.errors import UserError, as_utf8, os_errors_explained
 from mlx_gpt.settings import build
@@ -19,7 +19,12 @@ DIVIDER = "-" * 20
 
 
 @click.command("generate", cls=SettingsCommand)
-@click.option("--model", metavar="PATH", help="A run (its best model) or a model directory.  [default: the newest run]")
+@click.option(
+    "--model",
+    type=ModelPath(),
+    metavar="PATH",
+    help="A run (its best model), a model directory or hf:owner/name.  [default: the newest run]",
+)
 @click.option("--prompt", metavar="TEXT", help="The beginning of the text.")
 @click.option("--prompt-file", metavar="FILE", help="File that has the beginning of the text; - is standard input.")
 @click.option(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mlx_gpt.cli.options import SettingsCommand, given, settings_options
+from mlx_gpt.cli.options import ModelPath, SettingsCommand, given, settings_options
 from mlx_gpt.config import ServeConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.packages import install
@@ -17,9 +17,10 @@ from mlx_gpt.settings import build
 @click.option(
     "--model",
     "models",
+    type=ModelPath(),
     metavar="PATH",
     multiple=True,
-    help="A run or a model directory; repeat it to serve several.  [default: the newest run]",
+    help="A run, a model directory or hf:owner/name; repeat it to serve several.  [default: the newest run]",
 )
 @settings_options(ServeConfig)
 def command(models: tuple[str, ...], **settings: Any) -> None:

@@ -9,7 +9,7 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from mlx_gpt.errors import UserError, os_errors_explained
@@ -81,6 +81,39 @@ def extract(
         raise UserError(_explain_bad_zip(zip_path)) from error
 
 
+def fault_in_name(name: str) -> str | None:
+    """Return what makes the name of a file from elsewhere unsafe, to be read after the name; None if it is harmless."""
+    path = PurePosixPath(name)
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        return "has control characters in its name"
+    if "\\" in name:
+        return "has a backslash in its name"
+    if path.is_absolute() or re.match("[A-Za-z]:", name):
+        return "has an absolute path"
+    if ".." in path.parts or not path.parts:
+        return "is not a path inside the folder"
+    if len(name.encode()) > MAX_PATH or max(len(part.encode()) for part in path.parts) > MAX_NAME:
+        return "has a name that is too long"
+    return None
+
+
+def clash_of(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Return two files that cannot both be written, with what they clash as; None if there are none.
+
+    Names are compared as macOS compares them, which ignores case and the different encodings of an accent.
+    """
+    places: dict[PurePosixPath, str] = {}
+    for name in names:
+        place = PurePosixPath(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()))
+        if place in places:
+            return places[place], name, "two files"
+        places[place] = name
+    for place, name in places.items():
+        if clash := next((parent for parent in place.parents if parent in places), None):
+            return places[clash], name, "a file and a folder"
+    return None
+
+
 def check_space(needed: int, folder: Path) -> None:
     """Refuse to write `needed` bytes to a disk that has less room. The `folder` need not exist yet.
 
@@ -138,39 +171,19 @@ def _choose(
 def _fault(member: zipfile.ZipInfo) -> str | None:
     """Return what is wrong with a member's name or kind, to be read after the name; None if it is harmless."""
     # `zipfile` cuts a name at a NUL byte and may replace it with one from an extra field, so both versions are checked.
-    for name in (member.orig_filename, member.filename):
-        path = PurePosixPath(name)
-        if any(unicodedata.category(letter) == "Cc" for letter in name):
-            return "has control characters in its name"
-        if "\\" in name:
-            return "has a backslash in its name"
-        if path.is_absolute() or re.match("[A-Za-z]:", name):
-            return "has an absolute path"
-        if ".." in path.parts or not path.parts:
-            return "is not a path inside the folder"
-        if len(name.encode()) > MAX_PATH or max(len(part.encode()) for part in path.parts) > MAX_NAME:
-            return "has a name that is too long"
+    if fault := fault_in_name(member.orig_filename) or fault_in_name(member.filename):
+        return fault
     if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is a link or a device"
     return None
 
 
 def _check_clashes(files: list[zipfile.ZipInfo], zip_path: Path) -> None:
-    """Refuse a zip in which one file would overwrite another.
-
-    Names are compared as macOS compares them, which ignores case and the different encodings of an accent.
-    """
-    places: dict[PurePosixPath, zipfile.ZipInfo] = {}
-    for member in files:
-        place = PurePosixPath(unicodedata.normalize("NFC", unicodedata.normalize("NFC", member.filename).casefold()))
-        if place in places:
-            both = f"{_shown(places[place])} and {_shown(member)}"
-            raise UserError(f"{zip_path.name} holds two files with one name, {both}: unpack it by hand.")
-        places[place] = member
-    for place, member in places.items():
-        if clash := next((parent for parent in place.parents if parent in places), None):
-            both = f"{_shown(places[clash])} and {_shown(member)}"
-            raise UserError(f"{zip_path.name} holds a file and a folder with one name, {both}: unpack it by hand.")
+    """Refuse a zip in which one file would overwrite another."""
+    if clash := clash_of(member.filename for member in files):
+        first, second, what = clash
+        both = f"{_shown_name(first)} and {_shown_name(second)}"
+        raise UserError(f"{zip_path.name} holds {what} with one name, {both}: unpack it by hand.")
 
 
 def _check_contents(chosen: list[zipfile.ZipInfo], zip_path: Path) -> None:
@@ -217,5 +230,8 @@ def _explain_bad_zip(zip_path: Path) -> str:
 
 
 def _shown(member: zipfile.ZipInfo) -> str:
-    name = member.orig_filename
+    return _shown_name(member.orig_filename)
+
+
+def _shown_name(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -7,17 +7,16 @@ beside it, which is removed however the work ends. The last step is a rename.
 import io
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mlx_gpt.data.archive import JSON_SUFFIX, TEXT_SUFFIXES, check_space, extract
+from mlx_gpt.data.downloads import complete_files, install, recover, refuse_foreign
 from mlx_gpt.errors import UserError, explain_os_error, os_errors_explained
-from mlx_gpt.files import locked, sync, temporary_folder, write_text_whole
+from mlx_gpt.files import temporary_folder
 from mlx_gpt.progress import Echo, ignore_line
 
 DEFAULT_DATASET = "carlmcbrideellis/llm-7-prompt-training-dataset"
@@ -27,10 +26,6 @@ TOKEN_HELP = (
     "or in the variable KAGGLE_API_TOKEN; an older kaggle.json goes in ~/.kaggle"
 )
 BY_HAND = "or download it in the browser from {page} and run `mlx-gpt download --from-file` with the zip"
-
-# This file is written last, so a folder that has it is complete. A folder without it was not made here and is never
-# replaced.
-MARKER = ".complete.json"
 
 # How long to wait while Kaggle sends nothing. The client retries a body five times, so it gives up after minutes.
 STALL_SECONDS = 30.0
@@ -57,13 +52,13 @@ def download(dataset: str, folder: Path, *, force: bool = False, echo: Echo = ig
     page = f"https://www.kaggle.com/datasets/{owner}/{name}" + (f"/versions/{version}" if version else "")
     target = Path(folder) / (f"{owner}-{name}" + (f"-v{version}" if version else ""))
 
-    _recover(target)
-    files = None if force else _complete_files(target, source)
+    recover(target)
+    files = None if force else complete_files(target, source)
     if files is not None:
         echo(f"Using {target}, which is already downloaded.")
         return _without_overlap(files, echo)
 
-    _refuse_foreign(target)
+    refuse_foreign(target)
     echo(f"Downloading {source} from {page}")
     echo(LICENCE_NOTE.format(page=page))
     with _temporary_folder(target.parent) as temporary:
@@ -102,8 +97,8 @@ def from_file(path: Path, folder: Path, *, echo: Echo = ignore_line) -> list[Pat
         raise UserError(f"Cannot read {path} because of its suffix: give a .zip or one of {', '.join(suffixes)}.")
 
     target = Path(folder) / (path.stem.strip(". ") or "archive")
-    _recover(target)
-    _refuse_foreign(target)
+    recover(target)
+    refuse_foreign(target)
     with _temporary_folder(target.parent) as temporary:
         return _install(path, target, temporary, path.name, echo)
 
@@ -221,7 +216,7 @@ def _explain_status(status: int, source: str, page: str) -> str:
     return f"Kaggle's server failed ({status}): try again later, {BY_HAND.format(page=page)}."
 
 
-# ---- folders that appear whole --------------------------------------------------------------------------------------
+# ---- from the zip to a folder ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -236,68 +231,9 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 def _install(zip_path: Path, target: Path, temporary: Path, source: str, echo: Echo) -> list[Path]:
     """Unpack a zip in `temporary`, move the result to `target` and return its text files."""
     new = temporary / "new"
-    files = [path.relative_to(new) for path in extract(zip_path, new, echo=echo)]
-    record = {
-        "source": source,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {path.as_posix(): (new / path).stat().st_size for path in files},
-    }
-    write_text_whole(new / MARKER, json.dumps(record, indent=2))
-    _swap_in(new, target)
-    sync(target.parent)
-    return _without_overlap([target / path for path in files], echo)
-
-
-def _swap_in(new: Path, target: Path) -> None:
-    """Put the folder `new` in the place of `target`. Only one process at a time does so.
-
-    Raises:
-        UserError: a folder that was not made here has appeared at `target` meanwhile.
-    """
-    with locked(target.parent):
-        _settle(target)
-        _refuse_foreign(target)
-        try:
-            if target.exists():
-                target.rename(_aside(target))
-            new.rename(target)
-        finally:
-            _settle(target)
-
-
-def _aside(target: Path) -> Path:
-    """Return where the old dataset stands while the new one takes its place."""
-    return target.with_name(f".{target.name}.old")
-
-
-def _recover(target: Path) -> None:
-    """Finish what a process left that was killed while it replaced `target`."""
-    if _aside(target).exists():
-        with locked(target.parent):  # a process that is still replacing it finishes by itself
-            _settle(target)
-
-
-def _settle(target: Path) -> None:
-    """Put the old dataset back if the new one did not take its place; else remove it."""
-    old = _aside(target)
-    if old.exists():
-        shutil.rmtree(old) if target.exists() else old.rename(target)
-
-
-def _complete_files(target: Path, source: str) -> list[Path] | None:
-    """Return the files of a dataset that is complete and unchanged since its download, else None."""
-    try:
-        record = json.loads((target / MARKER).read_text(encoding="utf-8"))
-        sizes = {target / name: size for name, size in record["files"].items()}
-        whole = record["source"] == source and all(path.stat().st_size == size for path, size in sizes.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return sorted(sizes) if whole else None
-
-
-def _refuse_foreign(target: Path) -> None:
-    if target.exists() and not (target / MARKER).is_file():
-        raise UserError(f"{target} is in the way, and this program did not download it: move it elsewhere first.")
+    names = [path.relative_to(new).as_posix() for path in extract(zip_path, new, echo=echo)]
+    install(new, target, source, names)
+    return _without_overlap([target / name for name in names], echo)
 
 
 def _without_overlap(files: Sequence[Path], echo: Echo) -> list[Path]:

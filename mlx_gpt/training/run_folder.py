@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt.config import Config, TrainingConfig
+from mlx_gpt.data import hub
 from mlx_gpt.data.sources import BUILTIN
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.files import free_space, locked, remove, size_in_words
@@ -297,7 +298,7 @@ def _absolute(path: str | Path) -> Path:
 
 
 def _is_path(name: str, value: Any) -> bool:
-    return isinstance(value, str) and value not in PATHS.get(name, ())
+    return isinstance(value, str) and value not in PATHS.get(name, ()) and not hub.is_hub_name(value)
 
 
 def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
@@ -342,9 +343,13 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 def model_directory(path: Path) -> Path:
     """Return the model directory that `path` means: `path` itself, or a run's best, final or newest checkpoint.
 
+    A path such as `hf:owner/name` is a model on the Hugging Face Hub, which is fetched unless it was before.
+
     Raises:
-        UserError: there is no such folder, or no model in it.
+        UserError: there is no such folder, or no model in it; or the model cannot be fetched.
     """
+    if hub.is_hub_name(path):
+        return hub.model(str(path))[0]
     refuse_dead_links(path)
     if not path.exists():
         raise UserError(f"There is no {path}: name a run or a model directory.")

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import models
 from mlx_gpt.config import Config, TrainingConfig
+from mlx_gpt.data import hub
 from mlx_gpt.data.batches import Shard, training_batches, window_numbers
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, lost_text, tokenize
@@ -145,7 +146,7 @@ def set_up(
         begun = Resumed(Config(), None, Progress(), {})
         if ranks.first:
             with contextlib.ExitStack() as locks:
-                begun = open_run(settings, file, resume, overwrite, locks)
+                begun = open_run(settings, file, resume, overwrite, locks, display)
                 if not dry_run:  # which changes nothing, and must leave no folder however it ends
                     resources.enter_context(locks.pop_all())
         config: Config = build(Config, ranks.broadcast(flat(begun.config)))
@@ -192,6 +193,7 @@ def open_run(
     resume: str | None,
     overwrite: bool,
     resources: contextlib.ExitStack,
+    display: Display,
 ) -> Resumed:
     """Resolve the settings, choose the folder and keep it locked with `resources`.
 
@@ -203,6 +205,9 @@ def open_run(
         config = resolve(settings, in_file)
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
+        if hub.is_hub_name(config.init_from):  # run.toml then names the commit, for anyone who repeats the run
+            pinned = hub.model(config.init_from, echo=display.line, progress=display.progress("Downloading"))[1]
+            config = dataclasses.replace(config, init_from=pinned)
         if config.init_from:
             run_folder.check_kept(run_folder.model_directory(Path(config.init_from)), Path(config.out))
         return Resumed(config, None, Progress(), {})

@@ -1,0 +1,168 @@
+"""A fake Hugging Face Hub on the loopback interface. The real client talks to it, and it fails on demand."""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+COMMIT = "1234567890abcdef1234567890abcdef12345678"
+LARGE = (".parquet", ".safetensors", ".bin", ".jsonl")  # the Hub keeps these on another host, and lists their SHA-256
+
+
+@dataclass
+class FakeHub:
+    """A server whose answers a test sets, before a download or between two.
+
+    It is two servers: one for the API and small files, and one for large files, to which the first one redirects.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)  # of the only repository, owner/name
+    commit: str = COMMIT
+    card: dict[str, object] = field(default_factory=dict)  # what is at the head of README.md
+    status: dict[str, tuple[int, str]] = field(default_factory=dict)  # end of a path -> HTTP status, X-Error-Code
+    html: str = ""  # the end of the path that answers with a web page
+    hang: str = ""  # the end of the path that never answers
+    cuts: list[int] = field(default_factory=list)  # the next bodies stop after so many bytes
+    stops_halfway: bool = False  # whether half of a large body is all that is sent, on a connection that stays open
+    listed: dict[str, dict[str, object]] = field(default_factory=dict)  # path -> what the list says instead
+    per_page: int = 1000
+    ranges: bool = True  # whether a body can be continued
+    sized: bool = True  # whether a body has a Content-Length
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # path and headers of each request
+
+    def __enter__(self) -> "FakeHub":
+        self._released = threading.Event()
+        fake = self
+
+        class Handler(_Handler):
+            hub = fake
+
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.url, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        for server in self._servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._released.set()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def wait_until_closed(self) -> None:
+        self._released.wait(30)
+
+    def fetched(self) -> list[str]:
+        """The files whose bodies were asked for, each once, in order."""
+        names = [path.partition(f"/resolve/{self.commit}/")[2] for path, _ in self.requests if "/resolve/" in path]
+        return list(dict.fromkeys(map(unquote, names)))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        hub, path = self.hub, urlsplit(self.path).path
+        hub.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+        if hub.hang and path.endswith(hub.hang):
+            hub.wait_until_closed()
+        elif hub.html and path.endswith(hub.html):
+            self._answer(200, b"<html>Please log in to the hotel's network</html>", {"Content-Type": "text/html"})
+        elif wrong := next((answer for end, answer in hub.status.items() if path.endswith(end)), None):
+            self._answer(wrong[0], b"{}", {"X-Error-Code": wrong[1]} if wrong[1] else {})
+        elif path.startswith("/storage/"):
+            self._send_body(hub.files[unquote(path.removeprefix("/storage/"))])
+        elif "/owner/name" not in path:
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif "/tree/" in path:
+            self._answer_list()
+        elif "/resolve/" in path:
+            self._answer_file(unquote(path.partition(f"/resolve/{hub.commit}/")[2]))
+        elif "/revision/" in path and not path.endswith(("/main", f"/{hub.commit}")):
+            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            about = {"id": "owner/name", "sha": hub.commit, "cardData": hub.card, "siblings": []}
+            self._answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+
+    def _answer_list(self) -> None:
+        hub, (_, _, path, query, _) = self.hub, urlsplit(self.path)
+        entries = [self._entry(name, content) for name, content in hub.files.items()]
+        start = int(query.partition("cursor=")[2] or 0)
+        headers = {"Content-Type": "application/json"}
+        if start + hub.per_page < len(entries):
+            following = f"{hub.url}{path}?recursive=true&cursor={start + hub.per_page}"
+            headers["Link"] = f'<{following}>; rel="next"'
+        self._answer(200, json.dumps(entries[start : start + hub.per_page]).encode(), headers)
+
+    def _entry(self, name: str, content: bytes) -> dict[str, object]:
+        size = len(content)
+        says: dict[str, object] = {"size": size}
+        if name.endswith(LARGE):
+            says |= {"oid": hashlib.sha256(content).hexdigest()} | self.hub.listed.get(name, {})
+            return {"type": "file", "path": name, "size": says["size"], "oid": "0" * 40, "lfs": says}
+        says["oid"] = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+        return {"type": "file", "path": name} | says | self.hub.listed.get(name, {})
+
+    def _answer_file(self, name: str) -> None:
+        if name.endswith(LARGE):
+            self._answer(302, b"", {"Location": f"{self.hub.storage}/storage/{name}"})
+        else:
+            self._send_body(self.hub.files[name])
+
+    def _send_body(self, body: bytes) -> None:
+        hub = self.hub
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")) if hub.ranges else 0
+        self.send_response(206 if start else 200)
+        if hub.sized:
+            self.send_header("Content-Length", str(len(body) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        if hub.stops_halfway and self.path.startswith("/storage/"):
+            self.wfile.write(body[: len(body) // 2])
+            hub.wait_until_closed()
+        else:
+            self.wfile.write(body[start : start + hub.cuts.pop(0)] if hub.cuts else body[start:])
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serving(files: dict[str, bytes], token: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Start a fake Hub for the client of this process, with a token and no real credentials, and an empty cache."""
+    from huggingface_hub import constants
+
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING")) or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    with FakeHub(files=files) as fake:
+        point_client_at(fake.url, monkeypatch)
+        yield fake
+
+
+def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send the client of this process, and those of processes that it starts, to a server."""
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
