@@ -194,13 +194,16 @@ def _again(folder: Path, hashes: Sequence[int], val_fraction: float) -> Iterator
 
 def _write(folder: Path, rows: Iterable[tuple[str, Any]]) -> dict[str, Split]:
     """Write (split, row) pairs to the two files of `folder` and return the size of each split."""
-    sizes = dict.fromkeys(SPLITS, Split())
+    sizes = {split: [0, 0, 0] for split in SPLITS}
     with split_file(folder, "train").open("wb") as train, split_file(folder, "val").open("wb") as val:
         files = {"train": train, "val": val}
         for split, row in rows:
             files[split].write(json.dumps(to_json(row), ensure_ascii=False).encode() + b"\n")
-            sizes[split] += Split(1, characters(row), turns(row))
-    return sizes
+            size = sizes[split]
+            size[0] += 1
+            size[1] += characters(row)
+            size[2] += turns(row)
+    return {split: Split(*size) for split, size in sizes.items()}
 
 
 def _too_few(kind: str) -> str:
