@@ -57,7 +57,7 @@ def check_columns(fields: Mapping[str, Any], needed: Sequence[str]) -> None:
             raise RowError(f"no `{name}`")
     for name in UNREAD:
         if fields.get(name):
-            raise RowError(f"`{name}`, which are not supported")
+            raise RowError(f"a column `{name}`, which is not supported")
 
 
 def read_turns(fields: Mapping[str, Any], name: str, role: str) -> Conversation:

@@ -30,8 +30,8 @@ def read_preference(fields: Mapping[str, Any]) -> Preference:
         raise RowError("`chosen` and `rejected` are alike")
     if chosen[0]["role"] != "assistant":
         shared = _shared(chosen, rejected)
-        if any(message not in shared for message in prompt):
-            raise RowError("`chosen` and `rejected` have another prompt")
+        if not shared or any(message not in shared for message in prompt):
+            raise RowError("`chosen` and `rejected` have other prompts")
         prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
     prompt = with_system(fields, prompt)
     for answer in (chosen, rejected):

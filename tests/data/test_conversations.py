@@ -1,12 +1,15 @@
 """Conversations and preferences of every shape become one, and what is wrong with a row is reported with its place."""
 
 import json
+import random
 import tracemalloc
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from mlx_gpt.data.documents import Dropped, read_kind, read_rows
+from mlx_gpt.data.shapes import read_row, shape_of
 from mlx_gpt.errors import UserError
 from tests.data.chats import BIRDS, FOUR, HELLO, assistant, numbered, system, user
 
@@ -130,7 +133,8 @@ def test_a_text_beside_a_conversation_is_a_document(write):
         ({"chosen": "a", "rejected": "b"}, "no `prompt`"),
         ({"prompt": HELLO, "chosen": "a", "rejected": "b"}, "roles out of order"),
         ({"prompt": "Hi.", "chosen": FOUR[1:], "rejected": FOUR[1:4]}, "no answer"),
-        ({"prompt": "Hi!", "chosen": HELLO, "rejected": [*HELLO[:1], assistant("b")]}, "have another prompt"),
+        ({"prompt": "Hi!", "chosen": HELLO, "rejected": [*HELLO[:1], assistant("b")]}, "have other prompts"),
+        ({"chosen": HELLO, "rejected": [user("Hi!"), assistant("Hello.")]}, "have other prompts"),
         ({"chosen": FOUR, "rejected": [*FOUR[:3], user("No."), assistant("b")]}, "does not end with the user"),
         ([1], "not an object"),
     ],
@@ -143,6 +147,39 @@ def test_a_fault_is_dropped_with_its_place_and_the_rest_is_read(write, row, reas
     assert reason in fault.reason
     assert place == f"{path}, line 4"
     assert after[0] == HELLO
+
+
+def test_a_row_with_anything_in_it_is_sound_or_dropped():
+    draw = random.Random(1)
+    junk = [None, "", " ", 5, [], {}, ["x"], "\ud800", *HELLO, [*HELLO], FOUR[:4], user([]), {"role": [], "value": "x"}]
+
+    def spoilt(value: Any) -> Any:
+        """Return a value with something else in a place in it."""
+        if draw.random() < 0.2 or not isinstance(value, dict | list) or not value:
+            return draw.choice(junk)
+        if isinstance(value, dict):
+            name = draw.choice(list(value))
+            return {**value, draw.choice([name, name, name, "x", "text", "prompt"]): spoilt(value[name])}
+        place = draw.randrange(len(value))
+        return [*value[:place], *draw.choice([[], [spoilt(value[place])]]), *value[place + 1 :]]
+
+    kinds = Counter[str]()
+    for row, _ in SHAPES * 200:
+        found = read_row(spoilt(row), shape_of(row) or ("messages",))
+        kinds[type(found).__name__] += 1
+        if isinstance(found, str | Dropped):
+            continue
+        whole = (
+            [found] if isinstance(found, list) else [found["prompt"] + found[name] for name in ("chosen", "rejected")]
+        )
+        for messages in whole:
+            turns = messages[messages[0]["role"] == "system" :]
+            assert [message["role"] for message in turns] == [("user", "assistant")[i % 2] for i in range(len(turns))]
+            assert all(message["content"].strip() for message in turns[: len(turns) // 2 * 2])
+            assert len(turns) > 1
+        assert isinstance(found, list) or all(found.values())
+        assert json.dumps(found, ensure_ascii=False).encode()
+    assert min(kinds[name] for name in ("list", "dict", "Dropped")) > 50, kinds
 
 
 def test_rows_of_a_table_that_do_not_fit_are_dropped(tmp_path):
