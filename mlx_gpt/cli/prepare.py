@@ -27,9 +27,10 @@ text_options = settings_options(DataConfig, only=("documents", "column", "val_fr
 def command(paths: tuple[str, ...], out: str, overwrite: bool, **settings: str) -> None:
     """Turn files, or folders of files, into a corpus to train on.
 
-    This reads CSV, TSV, JSON, JSONL, plain text and, with the extra `parquet`, Parquet. It leaves out empty and
-    repeated documents. The hash of a document's text decides whether it goes to training or validation, unless
-    validation would get far less or far more than its fraction.
+    This reads CSV, TSV, JSON, JSONL, plain text and, with the extra `parquet`, Parquet. The columns of each row say
+    whether it is a document, a conversation or a pair of a chosen and a rejected answer. This leaves out empty and
+    repeated rows, and rows of another kind than nearly all are. The hash of a row decides whether it goes to training
+    or validation, unless validation would get far less or far more than its fraction.
     """
     prepare([Path(path) for path in paths], out, overwrite, settings)
 
@@ -52,4 +53,7 @@ def prepare(paths: list[Path], out: str, overwrite: bool, settings: dict[str, st
     for line in report.lines():
         display.line(line)
     where = [] if Path(out) == Path(PREPARED) else ["--data", out]
-    display.line(f"Written to {out}. Train on it with: {typed('train', *where)}")
+    if report.kind == "preferences":
+        display.line(f"Written to {out}. There is no training on preferences here.")
+    else:
+        display.line(f"Written to {out}. Train on it with: {typed('train', *where)}")

@@ -1,4 +1,4 @@
-"""Opens a corpus, which is a file of documents for training and one for validation."""
+"""Opens a corpus: a file of documents, conversations or preferences for training and one for validation."""
 
 import contextlib
 import os
@@ -6,10 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlx_gpt.data.documents import Dropped, read_documents
-from mlx_gpt.data.prepare import find_split, fingerprint_of, normalise, prepare
-from mlx_gpt.data.rows import Drops
+from mlx_gpt.data.conversations import Conversation
+from mlx_gpt.data.documents import read_kind, read_rows
+from mlx_gpt.data.kinds import KINDS, Kinds, one_of
+from mlx_gpt.data.prepare import find_split, fingerprint_of, prepare
+from mlx_gpt.data.rows import Cut, Dropped, Drops, normalise
+from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sources import BUILTIN, find_sources, prepared_record, source_fingerprint
 from mlx_gpt.data.split import SPLITS, split_file
 from mlx_gpt.errors import UserError, os_errors_explained, printable
@@ -19,15 +23,16 @@ from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
 @dataclass(frozen=True)
 class Corpus:
-    """A file of documents for training, and one for validation.
+    """A file of documents, conversations or preferences for training, and one for validation.
 
     Attributes:
         name: a name for people.
         folder: the folder of the two files.
         fingerprint: a hash in hex that changes with the files' content and with the way they are read.
-        column: the text column of .jsonl files, as in `read_documents`.
-        cut: how .txt files are cut into documents, as `documents` in `read_documents`.
+        column: the text column of .jsonl files, as in `read_rows`.
+        cut: how .txt files are cut into documents, as `documents` in `read_rows`.
         cache: the folder for what is made from the corpus, if `folder` can't be written to.
+        kind: "documents", "conversations" or "preferences".
     """
 
     name: str
@@ -36,6 +41,7 @@ class Corpus:
     column: str = ""
     cut: str = "auto"
     cache: Path | None = None
+    kind: str = KINDS[0]
 
     def path(self, split: str) -> Path:
         """Return the file of a split, "train" or "val".
@@ -66,25 +72,47 @@ class Corpus:
         """Yield the usable documents of a split, normalised; `echo` as in `usable`.
 
         Raises:
-            UserError: the file is missing, or as in `read_documents`.
+            UserError: the file is missing, or as in `read_kind`.
         """
-        return usable(read_documents(self.path(split), column=self.column, documents=self.cut), echo)
+        return self._usable("documents", split, echo)
+
+    def conversations(self, split: str, echo: Echo = ignore_line) -> Iterator[Conversation]:
+        """Yield the usable conversations of a split; `echo` as in `usable`.
+
+        Raises:
+            UserError: the file is missing, or as in `read_kind`.
+        """
+        return self._usable("conversations", split, echo)
+
+    def rows(self, split: str, echo: Echo = ignore_line) -> Iterator[Any]:
+        """Yield the usable rows of a split, which are of the corpus's kind; `echo` as in `usable`.
+
+        Raises:
+            UserError: the file is missing, or as in `read_kind`.
+        """
+        return self._usable(self.kind, split, echo)
+
+    def _usable(self, kind: str, split: str, echo: Echo) -> Iterator[Any]:
+        return usable(read_kind(self.path(split), kind, column=self.column, documents=self.cut), echo)
 
 
-def usable(documents: Iterable[str | Dropped], echo: Echo = ignore_line) -> Iterator[str]:
-    """Yield the documents that are neither dropped nor empty, normalised.
+def usable(rows: Iterable[Row], echo: Echo = ignore_line) -> Iterator[Any]:
+    """Yield the rows that are neither dropped nor an empty document, with documents normalised.
 
     At the end `echo` is called with a line for each reason why others were dropped.
     """
-    drops = Drops()
-    for document in documents:
-        if isinstance(document, Dropped):
-            drops.add(document.reason, document.place)
-        elif document.strip():
-            yield normalise(document)
-    for reason, count in drops.counts.items():
-        first = f" (first in {drops.first[reason]})" if reason in drops.first else ""
-        echo(printable(f"WARNING: left out {count:,} rows: {reason}{first}."))
+    drops, cuts = Drops(), Drops()
+    for row in rows:
+        if isinstance(row, Dropped):
+            (cuts if isinstance(row, Cut) else drops).add(row.reason, row.place)
+        elif not isinstance(row, str):
+            yield row
+        elif row.strip():
+            yield normalise(row)
+    for what, counted in (("rows: ", drops), ("", cuts)):
+        for reason, count in counted.counts.items():
+            first = f" (first in {counted.first[reason]})" if reason in counted.first else ""
+            echo(printable(f"WARNING: left out {count:,} {what}{reason}{first}."))
 
 
 def open_corpus(
@@ -105,8 +133,8 @@ def open_corpus(
 
     Args:
         data: a file, a folder or "builtin".
-        column: as in `read_documents`.
-        documents: as in `read_documents`.
+        column: as in `read_rows`.
+        documents: as in `read_rows`.
         val_fraction: as in `prepare`.
         cache: the folder in which corpora are prepared, and for the tokens of a corpus that can't be written to.
         echo: called with each line of the report, if a corpus was prepared.
@@ -176,16 +204,33 @@ def _inside(cache: Path, name: str, fingerprint: str) -> Path:
 
 
 def _opened(name: str, folder: Path, column: str, documents: str, cache: Path, echo: Echo) -> Corpus:
-    """Return the corpus in `folder`, after checking that each of its files has a document."""
-    if prepared_record(folder):
-        column = "text"  # the setting names a column of the source, but a prepared file has only this one
+    """Return the corpus in `folder`, after checking that each of its files has a row of its kind."""
+    record = prepared_record(folder)
     cut = "line" if documents == "auto" else documents
+    column = "" if record else column  # the setting names a column of the source, which a prepared file lacks
     fingerprint, elsewhere = fingerprint_of(folder, column, cut), None
+    kind = record["kind"] if record.get("fingerprint") == fingerprint else _kind(folder, column)
     if not os.access(folder, os.W_OK):
         elsewhere = _inside(cache, name, fingerprint)
         echo(f"{folder} can't be written to: the tokens and the tokenizer that are made from it go to {elsewhere}.")
-    corpus = Corpus(name, folder, fingerprint, column, cut, elsewhere)
+    column = "text" if record and kind == "documents" else column
+    corpus = Corpus(name, folder, fingerprint, column, cut, elsewhere, kind)
     for split in SPLITS:
-        if next(corpus.documents(split), None) is None:
-            raise UserError(f"{corpus.path(split)} has no document in it: add some text.")
+        if next(corpus.rows(split), None) is None:
+            raise UserError(f"{corpus.path(split)} has no {one_of(kind)} in it: add some text.")
     return corpus
+
+
+def _kind(folder: Path, column: str) -> str:
+    """Return the kind of the rows in `folder`, after a look at each of them.
+
+    Raises:
+        UserError: the kind is not clear, or as in `read_rows`.
+    """
+    kinds = Kinds()
+    files = [path for split in SPLITS if (path := find_split(folder, split)) and path.suffix == ".jsonl"]
+    for path in [] if column else files:
+        for row, place in read_rows(path):
+            if not isinstance(row, Dropped) and (not isinstance(row, str) or row.strip()):
+                kinds.add(row, place)
+    return kinds.meant()

@@ -9,14 +9,15 @@ from mlx_gpt.data.csv_header import text_index
 from mlx_gpt.data.csv_layout import Layout, has_spaced_quotes, layout_of
 from mlx_gpt.data.decoding import MAX_DOCUMENT, lines, numbered
 from mlx_gpt.data.rows import SAMPLE, Dropped, named_column
+from mlx_gpt.data.shapes import COLUMNS, Row, Shape, read_row, shape_in
 from mlx_gpt.errors import UserError
 
 
-def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: bool) -> Iterator[str | Dropped]:
-    """Yield the documents of a CSV file, or of a TSV file (`tabs`).
+def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: bool) -> Iterator[tuple[Row, str]]:
+    """Yield the rows of a CSV file, or of a TSV file (`tabs`), each with its place.
 
     Raises:
-        UserError: as in `read_documents`.
+        UserError: as in `read_rows`.
     """
     # The limit holds for the whole process, so it is only ever raised. Its default, 128 KB, is less than many chapters.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_DOCUMENT))
@@ -24,25 +25,31 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
     file = lines(path, advance)
     for number, line in numbered(islice(file, layout.above), path, "line"):
         if line.startswith("#"):
-            yield Dropped("commented out above the header", f"{path}, line {number:,}")
+            yield Dropped("commented out above the header"), f"{path}, line {number:,}"
     table = _Table(path, file, layout)
     rows = table.rows()
     sample = list(islice(rows, SAMPLE))
-    index = text_index(path, table.header, [row for _, row, _ in sample], column)
-    columns = len(table.header)
+    header = table.header
+    shape = None if column or named_column(header, "") else _shape(path, header)
+    # A row of a shape needs all of its fields, as one does whose text is in the last column.
+    index = len(header) - 1 if shape else text_index(path, header, [row for _, row, _ in sample], column)
+    columns = len(header)
     faults = [(number, why) for number, row, fault in sample if (why := fault or _misfit(row, columns, index))]
     if len(faults) > len(sample) / 2:
         raise UserError(
             f"{path} has {columns} columns by its first row, but most rows do not fit (row {faults[0][0]:,} has "
             f"{faults[0][1]}): name every column there, and put quotation marks around text with separators in it."
         )
-    if not column and table.header[0] and sum(map(bool, table.header)) == 1 and not named_column(table.header, ""):
-        yield Dropped("first row, taken for the column's name", f"{path}, header row")
+    if not column and header[0] and sum(map(bool, header)) == 1 and not named_column(header, ""):
+        yield Dropped("first row, taken for the column's name"), f"{path}, header row"
     for number, row, fault in chain(sample, rows):
+        place = f"{path}, row {number:,}"
         if why := fault or _misfit(row, columns, index):
-            yield Dropped(why, f"{path}, row {number:,}")
+            yield Dropped(why), place
+        elif shape:
+            yield read_row(dict(zip(header, row, strict=False)), shape), place
         else:
-            yield row[index]
+            yield row[index], place
 
 
 class _Table:
@@ -72,6 +79,19 @@ class _Table:
         for line in file:
             self._record.append(line)
             yield line
+
+
+def _shape(path: Path, header: list[str]) -> Shape | None:
+    """Return the shape of the conversations or preferences that the header announces; None if it does not.
+
+    Raises:
+        UserError: two of the columns have one name.
+    """
+    names = [name.lower() for name in header]
+    shape = shape_in(names, ())
+    if shape and (twice := next((name for name in names if name in COLUMNS and names.count(name) > 1), "")):
+        raise UserError(f"{path} has {names.count(twice)} columns called {twice!r}: rename all but one.")
+    return shape
 
 
 def _misfit(row: list[str], columns: int, index: int) -> str:

@@ -1,34 +1,43 @@
-"""Turns files into documents, one `str` at a time, so that a corpus never has to fit in memory."""
+"""Turns files into documents, conversations or preferences, one at a time: a corpus need not fit in memory."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from mlx_gpt.config import DOCUMENTS
 from mlx_gpt.data.csv_rows import read_csv
 from mlx_gpt.data.decoding import MAX_DOCUMENT, ignore_bytes, lines, numbered, pieces
 from mlx_gpt.data.json_rows import read_json
+from mlx_gpt.data.kinds import kind_of, misplaced
 from mlx_gpt.data.parquet_rows import read_parquet
-from mlx_gpt.data.rows import Dropped
+from mlx_gpt.data.rows import Cut, Dropped
+from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, is_utf8, os_errors_explained
 
-__all__ = ["Dropped", "documents_in", "read_documents"]
+__all__ = ["Dropped", "documents_in", "read_documents", "read_kind", "read_rows"]
 
 HAND_MADE = ("train.txt", "val.txt")  # corpora that people write by hand, one document per line
 
 
-def read_documents(
+def read_rows(
     path: Path | str,
     *,
     column: str = "",
     documents: str = "auto",
     advance: Callable[[int], None] = ignore_bytes,
-) -> Iterator[str | Dropped]:
-    """Yield the documents of one file in order, and a `Dropped` for each row that has no usable text.
+) -> Iterator[tuple[Row, str]]:
+    """Yield the rows of one file in order, each with its place, which is the file and the row or line.
+
+    A row is a document, a conversation, a preference, or a `Dropped` without its place if it is none of these. Before
+    a conversation whose last question has no answer, there is a `Cut` for that question, which is left out.
 
     The suffix decides the format: .csv, .tsv, .jsonl (also .ndjson and .json: objects and strings, one after another
     or in one array) or .parquet; anything else is plain text. Text is UTF-8 with or without a byte order mark, or
     UTF-16 or UTF-32 with one. Line endings stay as they are in the file.
+
+    The columns of a row of a table say what it is, by `SHAPES`. With a `column`, every row is a document.
 
     The text of a table is in the column `column`. If that is "", it is in the first of these that exists: the column
     `text`, in any capitals; the only column of strings, unless another holds lists or objects; the only column of
@@ -44,15 +53,14 @@ def read_documents(
         advance: called with the number of bytes that were read since the last call.
 
     Raises:
-        UserError: the file cannot be read, is empty, is not text, is malformed, has no clear text column, or holds
-            conversations.
+        UserError: the file cannot be read, is empty, is not text, is malformed, or has no clear text column.
     """
     path = Path(path)
     documents = documents_in(path, documents)
     with os_errors_explained(f"read {path}"):
         if reason := refusal(path):
             raise UserError(reason)
-        found: Iterator[str | Dropped]
+        found: Iterator[tuple[Row, str]]
         match format_of(path):
             case "csv" | "tsv":
                 found = read_csv(path, column, advance, tabs=format_of(path) == "tsv")
@@ -61,13 +69,71 @@ def read_documents(
             case "parquet":
                 found = read_parquet(path, column, advance)
             case _:
-                found = _text(path, lines(path, advance), documents)
-        for number, document in enumerate(found, 1):
+                texts = _text(path, lines(path, advance), documents)
+                found = ((text, f"{path}, document {number:,}") for number, text in enumerate(texts, 1))
+        for number, (row, place) in enumerate(found, 1):
             # JSON and UTF-16 can hold a lone surrogate, and UTF-8 cannot.
-            if isinstance(document, Dropped) or is_utf8(document):
-                yield document
+            if isinstance(row, str) and not is_utf8(row):
+                yield Dropped("not valid Unicode"), f"{path}, document {number:,}"
+            elif isinstance(row, list) and row[-1]["role"] == "user":
+                yield Cut("last questions without an answer"), place
+                yield row[:-1], place
             else:
-                yield Dropped("not valid Unicode", f"{path}, document {number:,}")
+                yield row, place
+
+
+def read_kind(
+    path: Path | str,
+    kind: str,
+    *,
+    column: str = "",
+    documents: str = "auto",
+    advance: Callable[[int], None] = ignore_bytes,
+) -> Iterator[Row]:
+    """Yield the rows of one kind in a file, and a `Dropped` with its place for each of the others.
+
+    Args:
+        path: the file.
+        kind: one of `KINDS`.
+        column: as in `read_rows`.
+        documents: as in `read_rows`.
+        advance: as in `read_rows`.
+
+    Raises:
+        UserError: as in `read_rows`; or all rows that can be used are of another kind.
+    """
+    found, other = False, ""
+    for row, place in read_rows(path, column=column, documents=documents, advance=advance):
+        if isinstance(row, Dropped):
+            if kind == "conversations" or not isinstance(row, Cut):
+                yield replace(row, place=place)
+        elif kind_of(row) == kind:
+            found = True
+            yield row
+        else:
+            other = kind_of(row)
+            yield Dropped(misplaced(other, kind), place)
+    if other and not found:
+        instead = ", or read one of its columns with --column" if kind == "documents" else ""
+        raise UserError(f"{path} holds {other}, not {kind}: name a file of {kind}{instead}.")
+
+
+def read_documents(
+    path: Path | str,
+    *,
+    column: str = "",
+    documents: str = "auto",
+    advance: Callable[[int], None] = ignore_bytes,
+) -> Iterator[str | Dropped]:
+    """Yield the documents of one file in order, and a `Dropped` for each row that has no usable text.
+
+    Arguments and errors as in `read_rows`.
+
+    Raises:
+        UserError: also if the file holds conversations or preferences.
+    """
+    rows = read_kind(path, "documents", column=column, documents=documents, advance=advance)
+    return cast(Iterator[str | Dropped], rows)
 
 
 def documents_in(path: Path, documents: str) -> str:

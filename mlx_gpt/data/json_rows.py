@@ -9,21 +9,33 @@ from typing import Any
 
 from mlx_gpt.data.decoding import MAX_LINE, not_decoded
 from mlx_gpt.data.rows import SAMPLE, Dropped, named_column, text_column
+from mlx_gpt.data.shapes import Row, read_row, shape_of, usual_shape
 from mlx_gpt.errors import UserError, shown
 
 SPACE = re.compile(r"[ \t\r\n]*")
 CUT_SHORT = 16  # characters: an error this near the end may come from a word or an escape that continues there
 
 
-def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[str | Dropped]:
-    """Yield the documents of a JSON file whose text is in the pieces `texts`.
+def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[tuple[Row, str]]:
+    """Yield the rows of a JSON file whose text is in the pieces `texts`, each with its place.
 
     Raises:
-        UserError: as in `read_documents`.
+        UserError: as in `read_rows`.
     """
     rows = _rows(path, texts)
     sample = list(islice(rows, SAMPLE))
-    objects = [row for _, row in sample if isinstance(row, dict)]
+    rest = chain(sample, rows)
+    if not column and (shape := usual_shape([row for _, row in sample])):
+        yield from ((read_row(row, shape), _place(path, line)) for line, row in rest)
+    else:
+        yield from _documents(path, sample, rest, column)
+
+
+def _documents(
+    path: Path, sample: list[tuple[int, Any]], rows: Iterator[tuple[int, Any]], column: str
+) -> Iterator[tuple[Row, str]]:
+    """Yield the rows of a file whose first ones are documents."""
+    objects = [row for _, row in sample if isinstance(row, dict) and (column or not shape_of(row))]
     wanted, known, sure = column, set[str](), False
     if objects:
         names = list(dict.fromkeys(chain.from_iterable(objects)))
@@ -38,19 +50,27 @@ def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[str | D
     else:
         column, sure = column or "text", True
     seen = not objects
-    for line, row in chain(sample, rows):
-        place = f"{path}, line {line:,}"
+    for line, row in rows:
+        place = _place(path, line)
+        if not wanted and (shape := shape_of(row)):
+            seen = True
+            yield read_row(row, shape), place
+            continue
         if isinstance(row, dict):
             if not sure and not known.issuperset(row):
                 _refuse_new_columns(place, row, known, column)
             if column not in row:
-                yield Dropped("column missing", place)
+                yield Dropped("column missing"), place
                 continue
             seen = True
             row = row[column]
-        yield row if isinstance(row, str) else Dropped("not a string", place)
+        yield row if isinstance(row, str) else Dropped("not a string"), place
     if not seen:
         text_column(path, names, values, wanted, nested, len(sample))
+
+
+def _place(path: Path, line: int) -> str:
+    return f"{path}, line {line:,}"
 
 
 def _has_strings_inside(value: Any) -> bool:

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_gpt.data.rows import SAMPLE, Dropped, text_column
+from mlx_gpt.data.shapes import COLUMNS, Row, Shape, read_row, shape_in
 from mlx_gpt.errors import UserError
 from mlx_gpt.packages import install
 
 
-def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Iterator[str | Dropped]:
-    """Yield the documents of a Parquet file.
+def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Iterator[tuple[Row, str]]:
+    """Yield the rows of a Parquet file, each with its place.
 
     Raises:
-        UserError: as in `read_documents`.
+        UserError: as in `read_rows`.
     """
     try:
         import pyarrow as pa
@@ -29,6 +31,9 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
         inside = [kind.field(i).type for i in range(kind.num_fields)]
         return any(holds_strings(item) or holds_strings_inside(item) for item in inside)
 
+    def holds_objects(kind: pa.DataType) -> bool:
+        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -36,15 +41,31 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
             strings = [field.name for field in schema if holds_strings(field.type)]
             if len(set(schema.names)) < len(schema.names):
                 raise UserError(f"{path} has two columns of one name: rename one of them.")
-            head = next(file.iter_batches(SAMPLE, columns=strings), None)
-            values = {name: [v for v in head[name].to_pylist() if v is not None] if head else [] for name in strings}
-            name = text_column(path, schema.names, values, column, nested)
+            lists = [field.name.lower() for field in schema if holds_objects(field.type)]
+            shape = shape_in([name.lower() for name in schema.names], lists)
+            if column or not shape:
+                shape = None
+                head = next(file.iter_batches(SAMPLE, columns=strings), None)
+                values = {
+                    each: [v for v in head[each].to_pylist() if v is not None] if head else [] for each in strings
+                }
+                columns = [text_column(path, schema.names, values, column, nested)]
+            else:
+                columns = [name for name in schema.names if name.lower() in COLUMNS]
             size_of_row = path.stat().st_size / max(1, file.metadata.num_rows)
             number = 0
-            for batch in file.iter_batches(1024, columns=[name]):
-                for text in batch[name].to_pylist():
+            for batch in file.iter_batches(1024, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    yield text if isinstance(text, str) else Dropped("not a string", f"{path}, row {number:,}")
+                    yield _row(row, shape), f"{path}, row {number:,}"
                 advance(int(size_of_row * len(batch)))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow raises OSError for damaged content
         raise UserError(f"{path} is damaged or not Parquet ({str(error).splitlines()[0]}): export it again.") from error
+
+
+def _row(row: dict[str, Any], shape: Shape | None) -> Row:
+    """Return what a row is; without a `shape`, its only column is the text."""
+    if shape:
+        return read_row(row, shape)
+    [text] = row.values()
+    return text if isinstance(text, str) else Dropped("not a string")

@@ -1,4 +1,4 @@
-"""Turns documents into train.jsonl and val.jsonl, without duplicates, for a person to read and edit."""
+"""Turns files into train.jsonl and val.jsonl, without duplicates, for a person to read and edit."""
 
 import itertools
 import json
@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from mlx_gpt.data.documents import Dropped
+from mlx_gpt.data.kinds import to_json
 from mlx_gpt.data.report import Report
-from mlx_gpt.data.rows import Drops
+from mlx_gpt.data.rows import Cut, Dropped, Drops, normalise
+from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sources import (
     BUILTIN,
     FORMAT_VERSION,
@@ -29,10 +31,7 @@ from mlx_gpt.errors import UserError, os_errors_explained
 from mlx_gpt.files import finish_publishing, locked, publish, temporary_folder
 from mlx_gpt.progress import ByteProgress, ignore_progress
 
-
-def normalise(text: str) -> str:
-    """Return `text` with CRLF and lone CR replaced by LF, and every other character unchanged."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+MLX_LM_VAL = "valid.jsonl"  # mlx-lm's name for val.jsonl
 
 
 def prepare(
@@ -45,23 +44,25 @@ def prepare(
     overwrite: bool = False,
     progress: ByteProgress = ignore_progress,
 ) -> Report:
-    """Write the documents of `paths` to `folder`, as train.jsonl and val.jsonl, with a report.json beside them.
+    """Write the rows of `paths` to `folder`, as train.jsonl and val.jsonl, with a report.json beside them.
 
-    Empty and repeated documents are dropped. `divide` says which of the others are validation.
+    The rows are documents, conversations or preferences: the kind that nine in ten have. Empty and repeated rows, and
+    those of another kind, are dropped. `divide` says which of the others are validation.
 
     `folder` changes only at the very end. If anything fails before that, it stays as it was.
 
     Args:
         paths: files, folders or "builtin".
         folder: the folder to write to; created if it is missing.
-        column: as in `read_documents`.
-        documents: as in `read_documents`.
+        column: as in `read_rows`.
+        documents: as in `read_rows`.
         val_fraction: the share of the text, between 0 and 1, that goes to validation.
         overwrite: replace a corpus that was edited, or made from other paths.
         progress: called with the bytes read so far.
 
     Raises:
-        UserError: a source cannot be read, no document is left, or `folder` has a corpus that would be lost.
+        UserError: a source cannot be read, no row is left, it is not clear which kind the rows are, or `folder` has a
+            corpus that would be lost.
     """
     folder, paths = Path(folder), list(paths)
     if not 0 < val_fraction < 1:
@@ -75,22 +76,25 @@ def prepare(
 
     with os_errors_explained(f"write to {folder}"):
         check()
-    drops = Drops()
-    texts = _distinct(read_sources(sources, column, documents, progress), drops)
+    drops, cuts = Drops(), Drops()
+    rows = _distinct(read_sources(sources, column, documents, progress), drops, cuts)
     with os_errors_explained(f"write to {folder}"), temporary_folder(folder) as staged:
-        kept, sizes, note = divide(texts, staged, val_fraction)
-        if not kept.documents:
+        divided = divide(rows, staged, val_fraction, drops)
+        if not divided.whole.rows:
             raise UserError(_nothing_left(drops))
         report = Report(
-            documents=kept.documents + drops.counts.total(),
+            kind=divided.kind,
+            rows=divided.whole.rows + drops.counts.total(),
             dropped=dict(drops.counts),
-            kept=kept.documents,
-            characters=kept.characters,
-            train=sizes["train"],
-            val=sizes["val"],
-            note=note,
+            cut=dict(cuts.counts),
+            kept=divided.whole.rows,
+            characters=divided.whole.characters,
+            turns=divided.whole.turns,
+            train=divided.sizes["train"],
+            val=divided.sizes["val"],
+            note=divided.note,
             skipped=tuple(map(str, skipped)),
-            first=drops.first,
+            first=drops.first | cuts.first,
         )
         record = asdict(report) | {
             "paths": [BUILTIN if str(path) == BUILTIN else str(Path(path).resolve()) for path in paths],
@@ -115,14 +119,15 @@ def prepare(
 
 
 def find_split(folder: Path, split: str) -> Path | None:
-    """Return the .jsonl or .txt file of a split, if there is one.
+    """Return the .jsonl or .txt file of a split, if there is one. For "val" it may be mlx-lm's valid.jsonl, too.
 
     Raises:
-        UserError: there are two.
+        UserError: there are several.
     """
-    found = [path for path in (split_file(folder, split), folder / f"{split}.txt") if path.is_file()]
-    if len(found) == 2:
-        raise UserError(f"{folder} has both {split}.jsonl and {split}.txt: move one of them away.")
+    names = [split_file(folder, split).name, f"{split}.txt", *([MLX_LM_VAL] if split == "val" else [])]
+    found = [path for name in names if (path := folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} has both {found[0].name} and {found[1].name}: move one of them away.")
     return found[0] if found else None
 
 
@@ -132,25 +137,26 @@ def fingerprint_of(folder: Path, column: str, cut: str) -> str:
     return hash_of([(hash_file(path), cut if path.suffix == ".txt" else column or "text") for path in files])
 
 
-def _distinct(documents: Iterable[str | Dropped], drops: Drops) -> Iterator[tuple[int, str]]:
-    """Yield each text once, normalised, with the number that `divide` goes by. Count other documents in `drops`.
+def _distinct(rows: Iterable[tuple[Row, str]], drops: Drops, cuts: Drops) -> Iterator[tuple[int, Any, str]]:
+    """Yield each row once, normalised, after the number that `divide` goes by. Count the others in `drops`.
 
-    Only the hash of each text, 16 bytes, is kept in memory.
+    Only the hash of each row, 16 bytes, is kept in memory.
     """
     seen: set[bytes] = set()
-    for document in documents:
-        if isinstance(document, Dropped):
-            drops.add(document.reason, document.place)
-        elif not document.strip():
+    for row, place in rows:
+        if isinstance(row, Dropped):
+            (cuts if isinstance(row, Cut) else drops).add(row.reason, place)
+        elif not row or (isinstance(row, str) and not row.strip()):
             drops.add("empty")
         else:
-            text = normalise(document)
+            row = normalise(row) if isinstance(row, str) else row
+            text = row if isinstance(row, str) else json.dumps(to_json(row), ensure_ascii=False)
             digest = blake2b(text.encode(), digest_size=16).digest()
             if digest in seen:
                 drops.add("repeated")
             else:
                 seen.add(digest)
-                yield int.from_bytes(digest[:8], "big"), text
+                yield int.from_bytes(digest[:8], "big"), row, place
 
 
 def _nothing_left(drops: Drops) -> str:
@@ -158,7 +164,7 @@ def _nothing_left(drops: Drops) -> str:
         return "There are no documents to prepare: name files with text in them."
     places = {reason: f", first in {place}" for reason, place in drops.first.items()}
     reasons = "; ".join(f"{count:,} {reason}{places.get(reason, '')}" for reason, count in drops.counts.most_common())
-    return f"Nothing is left to train on, because every document was dropped ({reasons}): check the file and --column."
+    return f"Nothing is left to train on, because everything was dropped ({reasons}): check the file and --column."
 
 
 def _refuse_to_overwrite(
@@ -169,11 +175,12 @@ def _refuse_to_overwrite(
     Raises:
         UserError: a train or val file is a source, or was written or edited by hand, or was made from other paths.
     """
-    there = [path for split in SPLITS for path in (split_file(folder, split), folder / f"{split}.txt") if path.exists()]
+    names = [f"{split}.{suffix}" for split in SPLITS for suffix in ("jsonl", "txt")]
+    there = [path for name in (*names, MLX_LM_VAL) if (path := folder / name).exists()]
     for path, source in itertools.product(there, sources):
         if source != BUILTIN and path.samefile(source):  # a Mac's disk takes a name in any capitals
             raise UserError(f"{source} is a source and would be overwritten: choose another folder to write to.")
-    if by_hand := [path.name for path in there if path.suffix == ".txt"]:
+    if by_hand := [path.name for path in there if path.suffix == ".txt" or path.name == MLX_LM_VAL]:
         raise UserError(
             f"{folder} has a {by_hand[0]} that was written or edited by hand: move it away or choose another folder."
         )

@@ -1,4 +1,4 @@
-"""The report of `prepare`: how many documents it read, dropped and kept."""
+"""The report of `prepare`: how many documents, conversations or preferences it read, dropped and kept."""
 
 from dataclasses import dataclass
 
@@ -7,31 +7,48 @@ from mlx_gpt.errors import printable
 
 @dataclass(frozen=True)
 class Split:
-    """The size of one split of a corpus: training or validation."""
+    """The size of a corpus, or of one of its splits.
 
-    documents: int
-    characters: int
+    Attributes:
+        rows: number of documents, conversations or preferences.
+        characters: total length of their texts.
+        turns: number of messages of the user and the assistant in conversations.
+    """
+
+    rows: int = 0
+    characters: int = 0
+    turns: int = 0
+
+    def __add__(self, other: "Split") -> "Split":
+        """Return the size of both."""
+        return Split(self.rows + other.rows, self.characters + other.characters, self.turns + other.turns)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The documents that `prepare` read, dropped and wrote; `str(report)` is for people.
+    """The rows that `prepare` read, dropped and wrote; `str(report)` is for people.
 
     Attributes:
-        documents: number of documents read.
-        dropped: number of documents dropped, by reason.
-        kept: number of documents kept.
-        characters: total length of the documents kept.
+        kind: the kind of the rows, one of `KINDS`.
+        rows: number of rows read.
+        dropped: number of rows dropped, by reason.
+        cut: number of parts of rows dropped, by reason.
+        kept: number of rows kept.
+        characters: total length of the rows kept.
+        turns: number of turns in the conversations kept.
         train, val: sizes of the two splits.
         note: a sentence that says why the split is by length, or "".
         skipped: files in the folders that are not text, or .json.
-        first: the place of the first document dropped, by reason, where a file has one.
+        first: the place of the first row dropped, by reason, where a file has one.
     """
 
-    documents: int
+    kind: str
+    rows: int
     dropped: dict[str, int]
+    cut: dict[str, int]
     kept: int
     characters: int
+    turns: int
     train: Split
     val: Split
     note: str
@@ -40,20 +57,18 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report as aligned lines of text."""
-        rows = [("read", self.documents, "documents", "")]
-        rows += [("dropped", count, reason, "") for reason, count in sorted(self.dropped.items())]
-        rows += [("kept", self.kept, "documents", f"{self.characters:,} characters")]
-        for name, split in (("train", self.train), ("val", self.val)):
-            rows += [(name, split.documents, "documents", f"{split.characters:,} characters")]
+        kept = Split(self.kept, self.characters, self.turns)
+        sizes = {"kept": kept, "train": self.train, "val": self.val}
+        details = _aligned(list(sizes.values()))
+        rows = [("read", self.rows, self.kind if self.kind == "documents" else "rows", "")]
+        for what, counts in (("dropped", self.dropped), ("cut off", self.cut)):
+            for reason, count in sorted(counts.items()):
+                rows.append((what, count, reason, f"first in {self.first[reason]}" if reason in self.first else ""))
+        for (what, size), detail in zip(sizes.items(), details, strict=True):
+            rows.append((what, size.rows, self.kind, detail))
         number = max(len(f"{row[1]:,}") for row in rows)
         word = max(len(row[2]) for row in rows)
-        size = max(len(row[3]) for row in rows)
-        lines = []
-        for a, b, c, d in rows:
-            place = self.first.get(c, "") if a == "dropped" else ""
-            lines.append(
-                f"{a:8} {b:>{number},} {c:{word}}  {f'first in {place}' if place else f'{d:>{size}}'}".rstrip()
-            )
+        lines = [f"{a:8} {b:>{number},} {c:{word}}  {d}".rstrip() for a, b, c, d in rows]
         lines += [self.note] if self.note else []
         for path in self.skipped:
             why = "a .json file, read only where it is named" if path.lower().endswith(".json") else "not text"
@@ -62,3 +77,17 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def _aligned(sizes: list[Split]) -> list[str]:
+    """Return what each size holds, with the numbers below each other."""
+    columns = {
+        name: [f"{getattr(size, name):,}" for size in sizes]
+        for name in ("turns", "characters")
+        if any(getattr(size, name) for size in sizes)
+    }
+    widths = {name: max(map(len, numbers)) for name, numbers in columns.items()}
+    return [
+        "  ".join(f"{numbers[i]:>{widths[name]}} {name}" for name, numbers in columns.items())
+        for i in range(len(sizes))
+    ]

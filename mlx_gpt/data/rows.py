@@ -1,4 +1,4 @@
-"""Common to the rows of CSV, JSON and Parquet: finding the text column, and rows that are dropped."""
+"""Common to the rows of CSV, JSON and Parquet: finding the text column, rows that are dropped, and line endings."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -10,24 +10,14 @@ from mlx_gpt.errors import UserError, shown
 SAMPLE = 100  # rows that are read to find the text column
 LONG = 40  # characters: labels, ids and UUIDs (36) are shorter on average, prose is longer
 
-ONE_TEXT = "They are not supported yet: write each as one text, in a column `text`"
-# The columns by which files of conversations are known, and what to call their rows. A column that is there alone must
-# hold lists, because the same name on a column of strings may well be the text.
-CONVERSATIONS = (
-    (("messages",), "conversations"),
-    (("conversations",), "conversations"),
-    (("conversation",), "conversations"),
-    (("chosen", "rejected"), "pairs of a chosen and a rejected answer"),
-    (("prompt", "completion"), "pairs of a prompt and its completion"),
-    (("prompt", "response"), "pairs of a prompt and its response"),
-    (("instruction", "output"), "instructions with their answers"),
-    (("instruction", "response"), "instructions with their answers"),
-)
+
+class RowError(ValueError):
+    """A row cannot be used: the message is the reason, short, so that it can be counted."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Takes the place of a document for a row without usable text.
+    """Takes the place of a document, conversation or preference for a row without a usable one.
 
     Attributes:
         reason: short, so that it can be counted.
@@ -36,6 +26,10 @@ class Dropped:
 
     reason: str
     place: str = field(default="", compare=False)
+
+
+class Cut(Dropped):
+    """A part of a row that is dropped. The rest of the row comes after it."""
 
 
 class Drops:
@@ -50,11 +44,16 @@ class Drops:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
 
-    def add(self, reason: str, place: str = "") -> None:
-        """Count one."""
-        self.counts[reason] += 1
+    def add(self, reason: str, place: str = "", count: int = 1) -> None:
+        """Count one, or several of which the first is at `place`."""
+        self.counts[reason] += count
         if place:
             self.first.setdefault(reason, place)
+
+
+def normalise(text: str) -> str:
+    """Return `text` with CRLF and lone CR replaced by LF, and every other character unchanged."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_column(
@@ -76,21 +75,15 @@ def text_column(
         rows: the number of rows in the sample.
 
     Raises:
-        UserError: no column fits, or several do; or the rows are conversations.
+        UserError: no column fits, or several do.
     """
     name = named_column(names, wanted)
-    known = {other.lower() for other in names}
-    lists = {other.lower() for other in nested}
-    what = next((w for pair, w in CONVERSATIONS if (known if len(pair) > 1 else lists).issuperset(pair)), "")
     if name and names.count(name) > 1:
         raise UserError(f"{path} has {names.count(name)} columns called {shown(name)!r}: rename all but one.")
     if name and (name in values or name not in nested):
         return name
     columns = _listed(names)
     strings = [other for other in values if other not in nested]
-    if what:
-        instead = f", or read one of its columns with --column ({_listed(strings)})" if strings else ""
-        raise UserError(f"{path} holds {what} (its columns are {columns}). {ONE_TEXT}{instead}.")
     if name:
         raise UserError(f"{path} has lists or objects in its column {shown(name)!r}: write each text as one string.")
     if wanted:
@@ -105,7 +98,7 @@ def text_column(
         instead = f", or name one of the columns of strings with --column ({_listed(strings)})" if strings else ""
         raise UserError(
             f"{path} may have its texts in {_listed(list(nested))}, inside lists or objects: "
-            f"write one object with a `text` on each line{instead}."
+            f"write one object on each line, with a `text` or with `messages`{instead}."
         )
     raise UserError(
         f"It is not clear which column of {path} is the text: name it with --column NAME, one of {columns}."

@@ -1,4 +1,4 @@
-"""Sources of documents: files, folders and the text that comes with Python."""
+"""Sources of a corpus: files, folders and the text that comes with Python."""
 
 import json
 import os
@@ -7,13 +7,15 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.data.documents import Dropped, documents_in, read_documents
+from mlx_gpt.data.documents import documents_in, read_rows
+from mlx_gpt.data.kinds import KINDS
+from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, os_errors_explained, typed
 from mlx_gpt.progress import ByteProgress, ignore_progress
 
 BUILTIN = "builtin"  # used in place of a path: the language reference that comes with Python
-FORMAT_VERSION = 3  # raise this number when a change makes the same sources give other documents
+FORMAT_VERSION = 4  # raise this number when a change makes the same sources give other rows
 REPORT = "report.json"
 PREPARED_FILES = (REPORT, "val.jsonl", "train.jsonl")  # what `prepare` writes to a folder
 
@@ -89,17 +91,17 @@ def source_size(source: Source) -> int:
 
 def read_sources(
     sources: Sequence[Source], column: str, documents: str, progress: ByteProgress = ignore_progress
-) -> Iterator[str | Dropped]:
-    """Yield the documents of each source in turn, as `read_documents` does.
+) -> Iterator[tuple[Row, str]]:
+    """Yield the rows of each source in turn, each with its place, as `read_rows` does.
 
     Args:
         sources: the files to read, or `BUILTIN`.
-        column: as in `read_documents`.
-        documents: as in `read_documents`.
+        column: as in `read_rows`.
+        documents: as in `read_rows`.
         progress: called about once a megabyte and at the end.
 
     Raises:
-        UserError: as in `read_documents`.
+        UserError: as in `read_rows`.
     """
     done = reported = 0
     total = sum(map(source_size, sources))
@@ -113,9 +115,9 @@ def read_sources(
 
     for source in sources:
         if source == BUILTIN:
-            yield from builtin_documents()
+            yield from ((text, BUILTIN) for text in builtin_documents())
         else:
-            yield from read_documents(source, column=column, documents=documents, advance=advance)
+            yield from read_rows(source, column=column, documents=documents, advance=advance)
     progress(total, total)
 
 
@@ -142,8 +144,8 @@ def prepared_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     match record:
-        case {"source_fingerprint": str(), "fingerprint": str(), "folder": str(), "paths": [*paths]}:
-            return record if all(isinstance(path, str) for path in paths) else {}
+        case {"source_fingerprint": str(), "fingerprint": str(), "folder": str(), "kind": str(kind), "paths": [*paths]}:
+            return record if kind in KINDS and all(isinstance(path, str) for path in paths) else {}
     return {}
 
 

@@ -1,18 +1,20 @@
-"""Divides documents into training and validation.
+"""Divides documents, conversations or preferences into training and validation.
 
-The hash of a document's text decides its split, so it is the same among any other documents. With few documents, or
-with one that is longer than all others together, the hashes may give validation nearly nothing or nearly everything.
-Then the split is made by length.
+The hash of a row decides its split, so it is the same among any other rows. With few rows, or with one that is longer
+than all others together, the hashes may give validation nearly nothing or nearly everything. Then the split is made by
+length.
 """
 
 import json
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlx_gpt.data.documents import read_documents
+from mlx_gpt.data.kinds import Kinds, characters, from_json, kind_of, misplaced, one_of, to_json, turns
 from mlx_gpt.data.report import Split
+from mlx_gpt.data.rows import Drops
 from mlx_gpt.errors import UserError
 
 SPLITS = ("train", "val")
@@ -25,62 +27,77 @@ def split_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.jsonl"
 
 
-def divide(texts: Iterable[tuple[int, str]], folder: Path, val_fraction: float) -> tuple[Split, dict[str, Split], str]:
-    """Write texts to the two files of `folder`.
+@dataclass(frozen=True)
+class Division:
+    """Rows that are divided into training and validation.
 
-    A text goes to validation if its hash, as a fraction of `HASHES`, is below `val_fraction`. That stands if
-    validation then has the share of the characters that was asked for, give or take half of the smaller side.
-    Otherwise, every text longer than a tenth of all characters, and longer than the smaller side, is cut. Its end is
-    validation.
-    The other texts go to validation whole, in the order of their hashes, until it has its share. The last of them is
-    cut if that share would otherwise be missed.
+    Attributes:
+        kind: one of `KINDS`.
+        whole: the size of all rows, before any was cut.
+        sizes: the size of each split.
+        note: a sentence that says why the split is by length, or "".
+    """
 
-    This keeps 16 bytes per text in memory, and about 200 while the split is made by length.
+    kind: str
+    whole: Split
+    sizes: dict[str, Split]
+    note: str = ""
+
+
+def divide(rows: Iterable[tuple[int, Any, str]], folder: Path, val_fraction: float, drops: Drops) -> Division:
+    """Write rows to the two files of `folder`.
+
+    Rows of another kind than the corpus is meant to be are dropped. Of the others, a row goes to validation if its
+    hash, as a fraction of `HASHES`, is below `val_fraction`. That stands if validation then has the share of the
+    characters that was asked for, give or take half of the smaller side.
+    Otherwise, every document longer than a tenth of all characters, and longer than the smaller side, is cut. Its end
+    is validation.
+    The other documents go to validation whole, in the order of their hashes, until it has its share. The last of them
+    is cut if that share would otherwise be missed. Conversations and preferences always stay whole.
+
+    This keeps 16 bytes per row in memory, and about 200 while the split is made by length.
 
     Args:
-        texts: the hash, below `HASHES`, and the text of each document. Each has a character that is not white space.
+        rows: the hash, below `HASHES`, the row and its place. Each has a character that is not white space.
         folder: an empty folder.
         val_fraction: the share of validation, between 0 and 1.
-
-    Returns:
-        The size of all texts, that of each split, and a sentence that says why the split is by length, or "".
+        drops: counts the rows of another kind.
 
     Raises:
-        UserError: there is too little text to be cut.
+        UserError: there is too little text to be cut, only one conversation or preference, or no clear kind.
     """
-    hashes, lengths = array("Q"), array("Q")
-
-    def by_hash() -> Iterator[tuple[str, str]]:
-        for number, text in texts:
-            hashes.append(number)
-            lengths.append(len(text))
-            yield _side(number, val_fraction), text
-
-    sizes = _write(folder, by_hash())
-    whole = Split(len(lengths), sum(lengths))
+    kinds = Kinds()
+    counted = ((number, row) for number, row, place in rows if kinds.add(row, place))
+    sizes, hashes, lengths = _by_hash(counted, folder, val_fraction)
+    kind = kinds.meant()
+    if len(kinds.counts) > 1:
+        for other in kinds.counts.keys() - {kind}:
+            drops.add(misplaced(other, kind), kinds.first[other], kinds.counts[other])
+        own = (pair for pair in _again(folder, hashes, val_fraction) if kind_of(pair[1]) == kind)
+        sizes, hashes, lengths = _by_hash(own, folder, val_fraction)
+    whole = sizes["train"] + sizes["val"]
     share = sizes["val"].characters / max(whole.characters, 1)
-    if not whole.documents or abs(share - val_fraction) <= min(val_fraction, 1 - val_fraction) / 2:
-        return whole, sizes, ""
+    if not whole.rows or abs(share - val_fraction) <= min(val_fraction, 1 - val_fraction) / 2:
+        return Division(kind, whole, sizes)
 
-    fractions = _fractions(hashes, lengths, val_fraction)
-    before = {split: split_file(folder, split).rename(folder / f"{split}-by-hash.jsonl") for split in SPLITS}
-    readers = {split: read_documents(path, column="text") for split, path in before.items()}
+    fractions = (_fractions if kind == "documents" else _sides)(hashes, lengths, val_fraction)
+    before = _again(folder, hashes, val_fraction)
 
-    def by_length() -> Iterator[tuple[str, str]]:
-        for number, fraction in zip(hashes, fractions, strict=True):
-            text = next(readers[_side(number, val_fraction)])
-            assert isinstance(text, str)  # because `_write` wrote the file
-            end = place_to_cut(text, fraction)
-            for split, part in (("train", text[:end]), ("val", text[end:])):
+    def by_length() -> Iterator[tuple[str, Any]]:
+        for (_, row), fraction in zip(before, fractions, strict=True):
+            if fraction in (0, 1):
+                yield ("val" if fraction else "train"), row
+                continue
+            end = place_to_cut(row, fraction)
+            for split, part in (("train", row[:end]), ("val", row[end:])):
                 if part.strip():
                     yield split, part
 
     sizes = _write(folder, by_length())
-    for path in before.values():
-        path.unlink()
-    if not all(size.documents for size in sizes.values()):
-        raise UserError("The text is too short to be cut into training and validation: add more text.")
-    return whole, sizes, _note(whole.documents, sum(0 < fraction < 1 for fraction in fractions), val_fraction)
+    if not all(size.rows for size in sizes.values()):
+        raise UserError(_too_few(kind))
+    cut = sum(0 < fraction < 1 for fraction in fractions)
+    return Division(kind, whole, sizes, _note(kind, whole.rows, cut, val_fraction))
 
 
 def place_to_cut(text: str, val_fraction: float) -> int:
@@ -129,25 +146,78 @@ def _fractions(hashes: Sequence[int], lengths: Sequence[int], val_fraction: floa
     )
 
 
-def _write(folder: Path, texts: Iterable[tuple[str, str]]) -> dict[str, Split]:
-    """Write (split, text) pairs to the two files of `folder` and return the size of each split."""
-    documents: Counter[str] = Counter()
-    characters: Counter[str] = Counter()
+def _sides(hashes: Sequence[int], lengths: Sequence[int], val_fraction: float) -> array:
+    """Return 1 for each row that is validation and 0 for the others, if the split is by length and rows stay whole.
+
+    A row is validation if that brings the split nearer to its share, in the order of the hashes. Both sides get a row.
+    """
+    pairs = sorted(zip(hashes, lengths, strict=True))
+    missing, val = val_fraction * sum(lengths), set()
+    for number, length in pairs:
+        if length < 2 * missing:
+            val.add(number)
+            missing -= length
+    shortest = min(pairs, key=lambda pair: pair[1])[0]
+    val = val - {shortest} if len(val) == len(pairs) else val or {shortest}
+    return array("d", (number in val for number in hashes))
+
+
+def _by_hash(
+    rows: Iterable[tuple[int, Any]], folder: Path, val_fraction: float
+) -> tuple[dict[str, Split], array, array]:
+    """Write rows to the sides of their hashes; return the sizes of the sides, the hashes and the lengths."""
+    hashes, lengths = array("Q"), array("Q")
+
+    def sides() -> Iterator[tuple[str, Any]]:
+        for number, row in rows:
+            hashes.append(number)
+            lengths.append(characters(row))
+            yield _side(number, val_fraction), row
+
+    return _write(folder, sides()), hashes, lengths
+
+
+def _again(folder: Path, hashes: Sequence[int], val_fraction: float) -> Iterator[tuple[int, Any]]:
+    """Move the files that `_by_hash` wrote out of the way, and yield their rows in the order of `hashes`."""
+    before = {split: split_file(folder, split).rename(folder / f"{split}-by-hash.jsonl") for split in SPLITS}
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        with before["train"].open("rb") as train, before["val"].open("rb") as val:
+            files = {"train": train, "val": val}
+            for number in hashes:
+                yield number, from_json(json.loads(files[_side(number, val_fraction)].readline()))
+        for path in before.values():
+            path.unlink()
+
+    return rows()
+
+
+def _write(folder: Path, rows: Iterable[tuple[str, Any]]) -> dict[str, Split]:
+    """Write (split, row) pairs to the two files of `folder` and return the size of each split."""
+    sizes = {split: [0, 0, 0] for split in SPLITS}
     with split_file(folder, "train").open("wb") as train, split_file(folder, "val").open("wb") as val:
         files = {"train": train, "val": val}
-        for split, text in texts:
-            files[split].write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
-            documents[split] += 1
-            characters[split] += len(text)
-    return {split: Split(documents[split], characters[split]) for split in SPLITS}
+        for split, row in rows:
+            files[split].write(json.dumps(to_json(row), ensure_ascii=False).encode() + b"\n")
+            size = sizes[split]
+            size[0] += 1
+            size[1] += characters(row)
+            size[2] += turns(row)
+    return {split: Split(*size) for split, size in sizes.items()}
 
 
-def _note(documents: int, cut: int, val_fraction: float) -> str:
-    if documents == 1:
+def _too_few(kind: str) -> str:
+    if kind == "documents":
+        return "The text is too short to be cut into training and validation: add more text."
+    return f"There is only one {one_of(kind)}, but training and validation need one each: add more."
+
+
+def _note(kind: str, rows: int, cut: int, val_fraction: float) -> str:
+    if rows == 1:
         return f"one document: its last {100 * val_fraction:.3g} % is validation"
-    how = "no document is cut"
+    how = f"no {one_of(kind)} is cut"
     if cut:
         how = f"{cut:,} documents are cut, and their ends are validation"
     if cut == 1:
         how = "one document is cut, and its end is validation"
-    return f"split by length, because the documents are few or their lengths differ much: {how}"
+    return f"split by length, because the {kind} are few or their lengths differ much: {how}"

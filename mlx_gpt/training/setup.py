@@ -277,10 +277,10 @@ def open_data(config: Config, display: Display) -> Corpus:
     """Return the corpus that the settings name, and prepare it first if necessary.
 
     Raises:
-        UserError: the text can't be read, or there is none.
+        UserError: the text can't be read, there is none, or it holds no documents.
     """
     data = config.data
-    return open_corpus(
+    corpus = open_corpus(
         data.data,
         column=data.column,
         documents=data.documents,
@@ -288,6 +288,12 @@ def open_data(config: Config, display: Display) -> Corpus:
         echo=display.line,
         progress=display.progress("Preparing"),
     )
+    if corpus.kind != "documents":
+        raise UserError(
+            f"{data.data} holds {corpus.kind}, and there is no training on {corpus.kind} here: name another text with "
+            "--data, or prepare one column of your files as documents, with --column."
+        )
+    return corpus
 
 
 def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, display: Display) -> Tokenizer:

@@ -58,6 +58,8 @@ def here(tmp_path, trained, models, sentences):
     Path("ducks.txt").write_text("".join(sentences[:50]))
     Path("two.csv").write_text("question,answer\n" + "Where does the duck swim?,In the pond.\n" * 3)
     Path("latin.csv").write_bytes(b"text\na duck\nna\xefve geese\n")
+    Path("chats.jsonl").write_text("".join(f'{{"prompt": "{i}?", "completion": "{i}."}}\n' for i in range(9)))
+    Path("pairs.jsonl").write_text("".join(f'{{"prompt": "{i}?", "chosen": "a", "rejected": "b"}}\n' for i in range(9)))
     Path("broken.toml").write_text("n_layer = = 2")
     Path("wrong.toml").write_text('n_layr = 2\nn_head = "many"\nschedule = "cosin"\n')
     return tmp_path
@@ -107,6 +109,11 @@ MISTAKES = [
     ("prepare two.csv --column text", ["no column 'text'", "question, answer"]),
     ("eval two.csv --column text", ["no column 'text'", "question, answer"]),
     ("prepare two.csv", ["--column", "question, answer"]),
+    # A text of another kind than training and `eval` take
+    ("train --data chats.jsonl --out weights/new", ["no training on conversations", "--data", "--column"]),
+    ("train --data pairs.jsonl --out weights/new", ["no training on preferences", "--data", "--column"]),
+    ("eval chats.jsonl", ["chats.jsonl holds conversations, not documents", "--column"]),
+    ("prepare chats.jsonl pairs.jsonl", ["not clear", "chats.jsonl, line 1", "pairs.jsonl, line 1"]),
     # Settings outside their bounds
     (TRAIN + "--n-layer 0", ["`n_layer` must be at least 1, not 0"]),
     (TRAIN + "--learning-rate nan", ["`learning_rate`", "nan"]),

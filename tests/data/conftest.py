@@ -1,5 +1,6 @@
-"""Documents, files of them, folders that can't be written to, and calls at the same time."""
+"""Documents, files of them and of other rows, folders that can't be written to, and calls at the same time."""
 
+import csv
 import fcntl
 import json
 import os
@@ -21,6 +22,32 @@ def source(tmp_path):
     def write(documents, name="source.jsonl"):
         path = tmp_path / name
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write rows to a file, in the format that its name has, and return its path."""
+
+    def write(rows, name="a.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pa = pytest.importorskip("pyarrow")
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif name.endswith(".csv"):
+            with path.open("w", newline="", encoding="utf-8") as file:
+                table = csv.DictWriter(file, rows[0])
+                table.writeheader()
+                table.writerows(rows)
+        elif name.endswith(".json"):
+            path.write_text(json.dumps(rows, indent=1))
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
     return write

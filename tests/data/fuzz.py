@@ -15,10 +15,11 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlx_gpt.data.documents import Dropped, read_documents
+from mlx_gpt.data.documents import Dropped, read_rows
+from mlx_gpt.data.shapes import Row
 from mlx_gpt.errors import UserError
 
 JUNK = [
@@ -67,7 +68,7 @@ class Made:
         name, content: the file.
         texts: its documents, as a person would read them.
         expected: what must be read if the file is sound, with None for a row that is dropped; None if it is odd.
-        options: the arguments of `read_documents`.
+        options: the arguments of `read_rows`.
     """
 
     shape: str
@@ -281,7 +282,8 @@ class Maker:
     def odd_objects(self) -> Made:
         """Return JSON whose texts are elsewhere than in the first rows' column of that name, or that is damaged."""
         texts = self.texts()
-        fault = self.draw.choice(["late", "nested", "twice", "lists", "turns", "pairs", "strings", "damage", "mixed"])
+        faults = ["late", "nested", "twice", "lists", "turns", "chats", "pairs", "strings", "damage", "mixed"]
+        fault = self.draw.choice(faults)
         rows: list[object]
         if fault == "late":
             start = [{"title": f"title {i}"} for i in range(self.draw.choice([1, 120]))]
@@ -292,6 +294,10 @@ class Maker:
             rows = [{"title": "x", "parts": texts[i : i + 2]} for i in range(0, len(texts), 2)]
         elif fault == "turns":
             rows = [{"id": "x", "messages": [{"role": "user", "content": text}]} for text in texts]
+        elif fault == "chats":
+            asked = {"role": "user", "content": "x"}
+            rows = [{"id": "x", "messages": [asked, {"role": "assistant", "content": text}]} for text in texts]
+            rows += [{"text": texts[0]}] * self.chance()
         elif fault == "pairs":
             rows = [{"prompt": "x", "completion": text} for text in texts]
         elif fault == "mixed":
@@ -315,7 +321,7 @@ def problem(folder: Path, made: Made) -> tuple[str, bool]:
     path = folder / made.name
     path.write_bytes(made.content)
     try:
-        found = list(read_documents(path, **made.options))  # type: ignore[arg-type]
+        found = [_read(row, place) for row, place in read_rows(path, **made.options)]  # type: ignore[arg-type]
     except UserError as error:
         if made.expected is not None:
             return f"a sound file was refused: {error}", True
@@ -338,6 +344,13 @@ def problem(folder: Path, made: Made) -> tuple[str, bool]:
     if len(lost) > len(dropped):
         return f"{len(lost)} texts lost, {len(dropped)} counted, such as {lost[0]!r}", False
     return "", False
+
+
+def _read(row: Row, place: str) -> str | Dropped:
+    """Return a row with its place if it was dropped, and otherwise all of its text."""
+    if isinstance(row, Dropped):
+        return replace(row, place=place)
+    return row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
 
 
 def text_words(text: str) -> list[str]:

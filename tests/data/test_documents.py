@@ -265,26 +265,26 @@ def test_a_column_that_comes_late_is_read_if_it_is_named(read):
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"messages": [{"role": "user", "content": "hi"}]}, "conversations"),
-        ({"id": "x", "conversations": [{"from": "human", "value": "hi"}]}, "conversations"),
-        ({"prompt": "a", "completion": "b"}, "a prompt and its completion"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a rejected answer"),
-        ({"instruction": "a", "input": "", "output": "b"}, "instructions with their answers"),
+        ({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, "conversations"),
+        ({"prompt": "a", "completion": "b"}, "conversations"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
-def test_conversations_are_refused_by_name(tmp_path, name, row, what):
+def test_conversations_are_no_documents_but_each_column_of_strings_is(tmp_path, name, row, what):
     path = tmp_path / name
     if name == "a.parquet":
         parquet(path, **{column: [value] * 3 for column, value in row.items()})
     else:
         path.write_text(json.dumps([row] * 3) if name == "a.json" else f"{json.dumps(row)}\n" * 3)
-    for column in ("", *(column for column, value in row.items() if isinstance(value, list))):
-        with pytest.raises(UserError) as caught:
-            list(read_documents(path, column=column))
-        assert all(word in str(caught.value) for word in (what, "not supported yet", "column `text`")), caught.value
-    for column in (column for column, value in row.items() if isinstance(value, str)):
-        assert list(read_documents(path, column=column)) == [row[column]] * 3
+    with pytest.raises(UserError, match=rf"{name} holds {what}, not documents: .* --column"):
+        list(read_documents(path))
+    for column, value in row.items():
+        if isinstance(value, str):
+            assert list(read_documents(path, column=column)) == [value] * 3
+        else:
+            with pytest.raises(UserError, match=rf"has lists or objects in its column '{column}'"):
+                list(read_documents(path, column=column))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])

@@ -21,7 +21,7 @@ def test_the_report_accounts_for_every_document(tmp_path):
     documents = [document for one in made for document in one.expected or ()]
     texts = {normalise(document) for document in documents if document is not None}
     assert len(texts) > 100
-    assert (report.documents, report.kept) == (len(documents), len(texts))
+    assert (report.rows, report.kept) == (len(documents), len(texts))
     assert sum(report.dropped.values()) == documents.count(None) > 10
     assert sorted(report.dropped) == sorted(report.first)
     corpus = open_corpus(tmp_path / "out")

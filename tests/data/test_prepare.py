@@ -61,9 +61,9 @@ def test_empty_repeated_and_unusable_documents_are_dropped_and_counted(source, t
         file.write('{"text": 5}\n"\\ud800"\n')
     report = prepare([path], tmp_path / "out")
     assert report.dropped == {"repeated": 3, "empty": 2, "not a string": 1, "not valid Unicode": 1}
-    assert (report.documents, report.kept) == (508, 501)
+    assert (report.rows, report.kept) == (508, 501)
     train, val = splits(tmp_path / "out")
-    assert (report.train.documents, report.val.documents) == (len(train), len(val))
+    assert (report.train.rows, report.val.rows) == (len(train), len(val))
     assert (report.train.characters, report.val.characters) == (len("".join(train)), len("".join(val)))
     assert report.characters == len("".join([*texts, "a\nb"]))
 
@@ -81,7 +81,7 @@ def test_the_split_of_a_document_depends_only_on_its_text(source, texts, tmp_pat
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5])
 def test_about_the_requested_fraction_is_validation(source, texts, tmp_path, fraction):
     report = prepare([source(texts)], tmp_path / "out", val_fraction=fraction)
-    assert report.val.documents == pytest.approx(fraction * 500, abs=35)
+    assert report.val.rows == pytest.approx(fraction * 500, abs=35)
     assert report.note == ""
 
 

@@ -30,7 +30,7 @@ def test_folders_are_searched_in_order_and_files_without_text_are_skipped(tmp_pa
     files, skipped = find_files([tmp_path])
     assert files == [tmp_path / name for name in ("z.txt", "b/a.csv", "b/b.md")]
     assert skipped == [tmp_path / name for name in ("empty.txt", "metadata.json", "photo")]
-    assert list(read_sources(files, "", "auto")) == ["last", "first", "second"]
+    assert [text for text, _ in read_sources(files, "", "auto")] == ["last", "first", "second"]
 
 
 def test_files_that_prepare_wrote_are_ignored_and_the_same_names_elsewhere_are_found(tmp_path):

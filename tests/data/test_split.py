@@ -28,7 +28,7 @@ def split(tmp_path):
         report = prepare([folder / "source.jsonl"], folder / "out", val_fraction=fraction)
         corpus = open_corpus(folder / "out")
         train, val = list(corpus.documents("train")), list(corpus.documents("val"))
-        assert (report.train.documents, report.val.documents) == (len(train), len(val))
+        assert (report.train.rows, report.val.rows) == (len(train), len(val))
         return train, val, report
 
     return split

@@ -1,0 +1,160 @@
+"""Conversations as data: messages in the shapes that files have, brought into one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_gpt.data.rows import RowError, normalise
+from mlx_gpt.errors import is_utf8
+
+Message = dict[str, str]
+"""A message with the keys "role" ("system", "user" or "assistant") and "content"."""
+
+Conversation = list[Message]
+"""Messages: perhaps one of the system, then those of the user and the assistant in turn, with the assistant last."""
+
+ROLES = (
+    dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("user", "human", "prompter"), "user")
+    | dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai", "bing", "bard"), "assistant")
+)
+TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
+CALLS = ("tool_calls", "function_call")
+# Columns that are part of what was said. A conversation without them would be another one.
+UNREAD = ("tools", "functions", "history", "images", "image", "videos", "audios")
+INPUTS = ("input", "context")  # stands below an `instruction`
+
+
+def read_conversation(fields: Mapping[str, Any], shape: Sequence[str]) -> Conversation:
+    """Return the conversation of a row. Its last message may be a question without an answer.
+
+    Args:
+        fields: the row's values by the names of their columns, in small letters, without nulls.
+        shape: the column of messages, or the column of the question and that of the answer.
+
+    Raises:
+        RowError: the row has no sound conversation.
+    """
+    check_columns(fields, shape)
+    if len(shape) == 1:
+        messages = read_messages(fields[shape[0]], shape[0])
+    else:
+        question, answer = shape
+        messages = read_turns(fields, question, "user")
+        if question == "instruction":
+            messages[-1]["content"] += _input(fields)
+        messages += read_turns(fields, answer, "assistant")
+    return checked(with_system(fields, messages))
+
+
+def check_columns(fields: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """Check that a row has the columns that it needs, and nothing that cannot be read.
+
+    Raises:
+        RowError: it lacks one, or has tools, images and the like.
+    """
+    for name in needed:
+        if name not in fields:
+            raise RowError(f"no `{name}`")
+    for name in UNREAD:
+        if fields.get(name):
+            raise RowError(f"a column `{name}`, which is not supported")
+
+
+def read_turns(fields: Mapping[str, Any], name: str, role: str) -> Conversation:
+    """Return the messages in a column that holds a text of this role, a message or a list of messages.
+
+    Raises:
+        RowError: it holds something else.
+    """
+    value = fields[name]
+    if isinstance(value, str):
+        return [{"role": role, "content": normalise(value)}]
+    return read_messages([value] if isinstance(value, dict) else value, name, "neither a text nor a list of messages")
+
+
+def read_messages(value: Any, name: str, fault: str = "not a list of messages") -> Conversation:
+    """Return a list of messages with the roles and keys of `Message`, without an empty message of the system.
+
+    Args:
+        value: the list, with `role` and `content`, or `from` and `value`, in each message.
+        name: its column.
+        fault: what to say of a value that is no list.
+
+    Raises:
+        RowError: it is no such list, or has a message with an unknown role or something else than text.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowError(f"`{name}` is {fault}")
+    messages = [_message(item) for item in value]
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]
+    if not messages:
+        raise RowError(f"`{name}` is empty")
+    return messages
+
+
+def checked(messages: Conversation) -> Conversation:
+    """Return the messages, after checking their order and that those that are answered, and the answers, have text.
+
+    Raises:
+        RowError: they are no conversation.
+    """
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if any(message["role"] != ("user", "assistant")[number % 2] for number, message in enumerate(turns)):
+        raise RowError("roles out of order")
+    for number, message in enumerate(turns[: len(turns) // 2 * 2]):
+        if not message["content"].strip():
+            raise RowError("an empty answer" if number % 2 else "an empty question")
+    if len(turns) < 2:
+        raise RowError("no answer")
+    if not all(is_utf8(message["content"]) for message in messages):
+        raise RowError("not valid Unicode")
+    return messages
+
+
+def with_system(fields: Mapping[str, Any], messages: Conversation) -> Conversation:
+    """Return the messages, below that of the row's column `system`, if it has one.
+
+    Raises:
+        RowError: the column holds no text.
+    """
+    content = fields.get("system", "")
+    if not isinstance(content, str):
+        raise RowError("`system` is not a text")
+    found = {"role": "system", "content": normalise(content)}
+    return [found, *messages] if content.strip() and found not in messages[:1] else messages
+
+
+def _input(fields: Mapping[str, Any]) -> str:
+    name = next((name for name in INPUTS if fields.get(name)), "")
+    content = fields.get(name, "")
+    if not isinstance(content, str):
+        raise RowError(f"`{name}` is not a text")
+    return f"\n\n{normalise(content)}" if content.strip() else ""
+
+
+def _message(item: Mapping[str, Any]) -> Message:
+    """Return a message in the form of `Message`; the keys that it lacks may be there as null."""
+    role = item.get("role") or item.get("from")
+    if not isinstance(role, str):
+        raise RowError("a message without a role")
+    role = role.strip().lower()
+    if role in TOOLS or any(item.get(name) for name in CALLS):
+        raise RowError("a call of a tool")
+    if role not in ROLES:
+        raise RowError("an unknown role")
+    content = item["content"] if item.get("content") is not None else item.get("value")
+    if content is None:
+        raise RowError("a message without content")
+    content = "".join(map(_part, content)) if isinstance(content, list) else content
+    if not isinstance(content, str):
+        raise RowError("a message whose content is not a text")
+    return {"role": ROLES[role], "content": normalise(content)}
+
+
+def _part(part: Any) -> str:
+    """Return the text of one of the parts in which a content may come."""
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+    if not isinstance(text, str):
+        raise RowError("an image or another part that is not text")
+    return text

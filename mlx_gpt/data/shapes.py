@@ -1,0 +1,84 @@
+"""Tell by its columns what a row of a table is: a document, a conversation or a preference."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from mlx_gpt.data.conversations import INPUTS, UNREAD, Conversation, read_conversation
+from mlx_gpt.data.preferences import Preference, read_preference
+from mlx_gpt.data.rows import Dropped, RowError
+
+Row = str | Conversation | Preference | Dropped
+
+Shape = tuple[str, ...]
+# The columns by which conversations and preferences are known. One that is there alone must hold messages, because the
+# same name on a column of strings may well be the text.
+SHAPES: tuple[Shape, ...] = (
+    ("chosen", "rejected"),
+    ("messages",),
+    ("conversations",),
+    ("conversation",),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+)
+KEYS = frozenset(shape[0] for shape in SHAPES)
+COLUMNS = frozenset({"text", "prompt", "system", *INPUTS, *UNREAD, *(name for shape in SHAPES for name in shape)})
+
+
+def shape_of(row: Any) -> Shape | None:
+    """Return by which columns a row is a conversation or a preference; None if it is neither.
+
+    A row with a text in a column `text` is a document, whatever else it has.
+    """
+    if not isinstance(row, dict) or KEYS.isdisjoint(map(str.lower, row)):
+        return None
+    fields = _fields(row)
+    return None if _text(fields) else shape_in(fields, [name for name, value in fields.items() if _has_objects(value)])
+
+
+def shape_in(names: Collection[str], lists: Collection[str]) -> Shape | None:
+    """Return the shape that a table has by the names of its columns, in small letters.
+
+    Args:
+        names: those of all columns.
+        lists: those of the columns that hold lists of objects.
+    """
+    return next((each for each in SHAPES if set(each) <= set(lists if len(each) == 1 else names)), None)
+
+
+def read_row(row: Any, expected: Shape) -> Row:
+    """Return what a row is, in a file whose conversations or preferences have the shape `expected`."""
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        return Dropped("not an object")
+    fields = _fields(row)
+    if text := _text(fields):
+        return text
+    shape = shape_of(row) or expected
+    try:
+        return read_preference(fields) if "chosen" in shape else read_conversation(fields, shape)
+    except RowError as fault:
+        return Dropped(str(fault))
+
+
+def usual_shape(rows: Sequence[Any]) -> Shape | None:
+    """Return the most frequent shape of these rows; None if fewer than half of the objects have one."""
+    objects = [row for row in rows if isinstance(row, dict)]
+    shapes = Counter(shape for row in objects if (shape := shape_of(row)))
+    return shapes.most_common(1)[0][0] if shapes and 2 * shapes.total() >= len(objects) else None
+
+
+def _fields(row: dict[str, Any]) -> dict[str, Any]:
+    return {name.lower(): value for name, value in row.items() if value is not None}
+
+
+def _text(fields: dict[str, Any]) -> str:
+    text = fields.get("text")
+    return text if isinstance(text, str) and text.strip() else ""
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
