@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.errors import UserError, explain_os_error, shown
-from mlx_gpt.tokenizer_training import END_OF_TEXT
+from mlx_gpt.tokenizer_training import END_OF_TEXT, SPECIAL_TOKENS
 
 CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
 CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
@@ -44,12 +44,15 @@ class Tokenizer:
         self.backend = backend
         self.end_of_text = end_of_text
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.is_bytes = self.token_bytes == [*(bytes([byte]) for byte in range(256)), b""]
+        pieces = self.token_bytes or []
+        self.is_bytes = pieces[:256] == [bytes([byte]) for byte in range(256)] and not any(pieces[256:])
 
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
-        """Return the tokenizer of plain bytes: ids 0 to 255 are the bytes, and 256 ends a document."""
-        return cls(tokenizer_training.byte_level(models.BPE(vocab=BYTE_OF, merges=[])))
+        """Return the tokenizer of plain bytes: ids 0 to 255 are the bytes, and the special tokens follow."""
+        backend = tokenizer_training.byte_level(models.BPE(vocab=BYTE_OF, merges=[]))
+        backend.add_special_tokens(SPECIAL_TOKENS)
+        return cls(backend)
 
     @classmethod
     def train(

@@ -115,7 +115,7 @@ MISTAKES = [
     (TRAIN + "--seed -1", ["`seed`", "at least 0"]),
     (TRAIN + "--n-head 3", ["`n_embd` 128", "`n_head` 3", "try"]),
     (TRAIN + "--seq-len 257", ["`seq_len` 257", "`n_positions` 256"]),
-    (TRAIN + "--tokenizer bpe --vocab-size 100", ["`vocab_size` 100", "257"]),
+    (TRAIN + "--tokenizer bpe --vocab-size 100", ["`vocab_size` 100", "259"]),
     (TRAIN + "--min-lr 1", ["`min_lr`", "`learning_rate`"]),
     ("prepare ducks.txt --val-fraction 1", ["`val_fraction`", "below 1"]),
     ("prepare ducks.txt --val-fraction nan", ["`val_fraction`"]),

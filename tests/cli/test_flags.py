@@ -63,7 +63,7 @@ def test_train_val_fraction(train, text):
 
 
 def test_train_tokenizer(train, base):
-    assert base.config["vocab_size"] == 257
+    assert base.config["vocab_size"] == 259
     learnt = train("--tokenizer", "bpe", "--vocab-size", "300")
     assert learnt.config["vocab_size"] == 300
     theirs = train("--tokenizer", "run/final/tokenizer.json", out="other")
@@ -138,7 +138,7 @@ def test_train_n_kv_head(train):
 
 
 def test_train_tie_embeddings(train):
-    assert train("--model-type", "qwen3", "--no-tie-embeddings").shape("lm_head.weight") == (257, 16)
+    assert train("--model-type", "qwen3", "--no-tie-embeddings").shape("lm_head.weight") == (259, 16)
 
 
 def test_train_n_layer(train):
@@ -152,7 +152,7 @@ def test_train_n_head(train, base):
 
 
 def test_train_n_embd(train):
-    assert train("--n-embd", "24").shape("wte.weight") == (257, 24)
+    assert train("--n-embd", "24").shape("wte.weight") == (259, 24)
 
 
 def test_train_n_positions(train):

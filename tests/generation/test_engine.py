@@ -264,7 +264,7 @@ def test_an_empty_prompt_is_refused(model, bpe):
 
 
 def test_a_prompt_may_fill_the_context_but_no_more(make_model, byte_tokenizer):
-    model = make_model(vocab_size=257)
+    model = make_model(vocab_size=259)
     assert texts(model, byte_tokenizer, "x" * 32, max_tokens=9, **GREEDY)[0]
     with pytest.raises(UserError, match="33 tokens, more than the model's context of 32"):
         texts(model, byte_tokenizer, "x" * 33)
