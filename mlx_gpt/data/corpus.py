@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_gpt.data.conversations import Conversation, has_conversations, read_conversations
 from mlx_gpt.data.documents import Dropped, read_documents
 from mlx_gpt.data.prepare import find_split, fingerprint_of, normalise, prepare
 from mlx_gpt.data.rows import Drops
@@ -28,6 +29,7 @@ class Corpus:
         column: the text column of .jsonl files, as in `read_documents`.
         cut: how .txt files are cut into documents, as `documents` in `read_documents`.
         cache: the folder for what is made from the corpus, if `folder` can't be written to.
+        kind: "documents" or "conversations".
     """
 
     name: str
@@ -36,6 +38,7 @@ class Corpus:
     column: str = ""
     cut: str = "auto"
     cache: Path | None = None
+    kind: str = "documents"
 
     def path(self, split: str) -> Path:
         """Return the file of a split, "train" or "val".
@@ -69,6 +72,14 @@ class Corpus:
             UserError: the file is missing, or as in `read_documents`.
         """
         return usable(read_documents(self.path(split), column=self.column, documents=self.cut), echo)
+
+    def conversations(self, split: str, echo: Echo = ignore_line) -> Iterator[Conversation]:
+        """Yield the conversations of a split.
+
+        Raises:
+            UserError: as in `read_conversations`.
+        """
+        return read_conversations(self.path(split))
 
 
 def usable(documents: Iterable[str | Dropped], echo: Echo = ignore_line) -> Iterator[str]:
@@ -184,8 +195,11 @@ def _opened(name: str, folder: Path, column: str, documents: str, cache: Path, e
     if not os.access(folder, os.W_OK):
         elsewhere = _inside(cache, name, fingerprint)
         echo(f"{folder} can't be written to: the tokens and the tokenizer that are made from it go to {elsewhere}.")
-    corpus = Corpus(name, folder, fingerprint, column, cut, elsewhere)
+    files = [find_split(folder, split) for split in SPLITS]
+    kind = "conversations" if all(path and has_conversations(path) for path in files) else "documents"
+    corpus = Corpus(name, folder, fingerprint, column, cut, elsewhere, kind)
     for split in SPLITS:
-        if next(corpus.documents(split), None) is None:
+        rows: Iterator[object] = corpus.documents(split) if kind == "documents" else corpus.conversations(split)
+        if next(rows, None) is None:
             raise UserError(f"{corpus.path(split)} has no document in it: add some text.")
     return corpus
