@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"  # around each message of a conversation, in ChatML
-# They begin every tokenizer that is made here. A model that has the ends of turns can learn to converse without growing.
+# Every tokenizer that is made here has these, so that its model can learn to converse without growing.
 SPECIAL_TOKENS = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
 
 # White space as Unicode and the library define it. Python's own \s has four more control characters.
