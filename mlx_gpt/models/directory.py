@@ -51,12 +51,9 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end_of_text,
-            "eos_token": end_of_text,
-            "unk_token": end_of_text,
+            **(tokenizer.chat or dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)),
             "model_max_length": models.context_length(model),
             "clean_up_tokenization_spaces": False,
-            **tokenizer.chat,
         },
     }
     for name, content in files.items():
