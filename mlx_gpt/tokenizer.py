@@ -116,7 +116,7 @@ class Tokenizer:
         if set(before.values()) & set(self.added):
             raise UserError("The tokenizer has gaps between its ids, so no token can be added to it: use another one.")
         self.vocab_size = max(self.vocab_size, *(token + 1 for token in self.added), 0)
-        end_of_text = self.backend.id_to_token(self.end_of_text)
+        end_of_text = self.backend.id_to_token(self.end_of_text) or END_OF_TEXT
         self.chat = {"chat_template": template, "bos_token": end_of_text, "eos_token": END_OF_TURN}
         for made_of_vocabulary in ("token_bytes", "fingerprint", "_with_special", "ends"):
             self.__dict__.pop(made_of_vocabulary, None)

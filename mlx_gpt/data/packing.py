@@ -47,9 +47,8 @@ class PackedWindows:
         shortest = int((ends - begins).min())
         for i in np.flatnonzero(ends - begins > self._length):
             place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & CUT)[-1]
-            has_answer = np.any(marked[begins[i] : place] & COUNTS)
-            cut += bool(has_answer and np.any(marked[place : ends[i]] & COUNTS))
-            ends[i] = place if has_answer else begins[i]
+            cut += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
+            ends[i] = place
         kept = ends > begins
         count, self.warnings = len(begins), list[str]()
         beyond = f"of the {count:,} {name} conversations are longer than a window of {seq_len} tokens"

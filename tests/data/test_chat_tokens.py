@@ -1,9 +1,12 @@
 """The ids of a conversation are those of talking with the model, and the right ones count."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, exchanges, tokenize_conversations
@@ -59,7 +62,7 @@ def encode(tmp_path):
 
 
 def test_the_ids_are_each_prompt_and_the_answer_that_follows_it(talking, encode):
-    template = ChatTemplate.of(talking)
+    template: Any = ChatTemplate.of(talking)
     rows = encode(talking, TALKS)
     assert len(rows) == len(TALKS)
     for talk, row in zip(TALKS, rows, strict=True):
@@ -71,6 +74,19 @@ def test_the_ids_are_each_prompt_and_the_answer_that_follows_it(talking, encode)
                 answer = ids[len(prompt) : ids.index(talking.backend.token_to_id("<|im_end|>"), len(prompt))]
                 assert talking.decode(answer) == message["content"]
         assert ids[-1] == talking.end_of_text
+
+
+def test_no_space_is_put_before_an_answer_that_the_text_does_not_have(encode):
+    """As SentencePiece puts one before whatever is encoded by itself."""
+    characters = sorted(set("".join(message["content"] for message in TALKS[0]) + "▁\nuserasistant"))
+    backend = HFTokenizer(models.BPE({character: i for i, character in enumerate(characters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = Tokenizer(backend)
+    tokenizer.converse(CHATML)
+    template: Any = ChatTemplate.of(tokenizer)
+    (row,) = encode(tokenizer, TALKS[:1])
+    assert (row & ID).tolist()[:-1] == tokenizer.encode(template.text(TALKS[0], answering=False), special=True)
 
 
 def test_the_answers_and_their_ends_count_and_nothing_else(byte_tokenizer, encode):

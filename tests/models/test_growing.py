@@ -1,6 +1,7 @@
 """A model gets tokens that it was not made with, and everything that it knew stays as it was."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -88,8 +89,8 @@ def test_a_directory_reads_as_it_was_written(directory):
 
 def test_transformers_and_mlx_lm_make_the_same_prompt_and_end_at_the_same_tokens(directory):
     ours = load_tokenizer(directory, load_model(directory))
-    template = ChatTemplate.load(directory)
-    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    template: Any = ChatTemplate.load(directory)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(directory)
     expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert template.ids(MESSAGES, ours) == list(expected)
     assert theirs.eos_token == "<|im_end|>"

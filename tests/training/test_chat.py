@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from mlx_gpt.api import load
 from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.config import GenerationConfig
+from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.packing import PackedWindows
 from mlx_gpt.device import device
 from mlx_gpt.evaluation import Evaluator
@@ -63,7 +65,8 @@ def learn(train, talks):
 def greedy(folder, bird):
     """What the model answers, by the engine that every command uses, and why the answer ended."""
     model, tokenizer = load(folder)
-    prompt = ChatTemplate.load(Path(folder)).ids(ask(bird), tokenizer)
+    template: Any = ChatTemplate.load(Path(folder))
+    prompt = template.ids(ask(bird), tokenizer)
     config = GenerationConfig(temperature=0, repetition_penalty=1.0, max_tokens=12)
     engine = Engine(model, tokenizer)
     engine.add(Request(prompt, config))
@@ -78,13 +81,13 @@ def test_it_answers_everywhere_and_stops_there(learn):
     for bird, place in FACTS.items():
         assert greedy("run/final", bird) == (place, "end")
     theirs = transformers.GPT2LMHeadModel.from_pretrained("run/final").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained("run/final")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained("run/final")
     prompt = tokenizer.apply_chat_template(ask("swan"), add_generation_prompt=True, return_tensors="pt")
     made = theirs.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[
         0, prompt["input_ids"].shape[1] :
     ]
     assert tokenizer.decode(made) == "river<|im_end|>"
-    model, tokenizer = mlx_lm.load("run/final")
+    model, tokenizer = mlx_lm.load("run/final")[:2]
     prompt = tokenizer.apply_chat_template(ask("goose"), add_generation_prompt=True)
     assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=12) == "lake"
 
@@ -114,11 +117,9 @@ def test_a_model_without_the_tokens_grows_and_its_run_resumes(learn, make_model,
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
     run = learn("run", max_steps=1)
     model, tokenizer = load("run/final")
-    template = ChatTemplate.load(Path("run/final"))
+    template: Any = ChatTemplate.load(Path("run/final"))
     lines = [json.loads(line) for line in (talks / "val.jsonl").read_text().splitlines()]
-    evaluation = Evaluator(
-        model, PackedWindows(_marked("run", talks, tokenizer), 40), tokenizer.byte_lengths(), batch_size=2
-    )()
+    evaluation = Evaluator(model, PackedWindows(marked(talks, tokenizer), 40), tokenizer.byte_lengths(), batch_size=2)()
     losses, size = [], 0
     for row in lines:
         prompt = template.ids(row["messages"][:1], tokenizer)
@@ -133,9 +134,8 @@ def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, lea
     assert evaluation.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / size, rel=1e-5)
 
 
-def _marked(run, talks, tokenizer):
-    from mlx_gpt.data.corpus import open_corpus
-
+def marked(talks, tokenizer):
+    """The tokens of the validation conversations, with their marks."""
     return objective_of("conversations").encode(open_corpus(talks), tokenizer).val
 
 
@@ -144,7 +144,7 @@ def test_a_masked_step_is_that_of_pytorch(make_model, talks, bpe, tmp_path):
     tokenizer.converse(CHATML)
     model = make_model(n_positions=64)
     save_model(tmp_path / "model", model, tokenizer)
-    windows, weights = next(PackedWindows(_marked("", talks, tokenizer), 60).validation(2))
+    windows, weights = next(PackedWindows(marked(talks, tokenizer), 60).validation(2))
     assert 0 < weights.sum() < weights.size / 2
     objective = device().accelerate(objective_of("conversations")())
     (loss, count), gradients = nn.value_and_grad(model, objective)(model, mx.array(windows), mx.array(weights))
