@@ -33,6 +33,7 @@ from mlx_gpt.objectives import objective_of
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer_training import END_OF_TURN, START_OF_TURN
 from mlx_gpt.training import checkpoint, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.metrics import Monitor
@@ -307,6 +308,10 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
         tokenizer = get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
     if corpus.kind == "conversations" and not tokenizer.chat:
         tokenizer.converse(CHATML)
+        if weights and tokenizer.added:
+            display.line(
+                f"{weights} has no chat template: it gets ChatML and the tokens {START_OF_TURN}, {END_OF_TURN}."
+            )
     return tokenizer
 
 

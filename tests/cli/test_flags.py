@@ -5,6 +5,7 @@ of 0.01, each of two windows of 16 tokens, and one evaluation before and one aft
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_train_tokenizer(train, base):
     assert learnt.config["vocab_size"] == 300
     theirs = train("--tokenizer", "run/final/tokenizer.json", out="other")
     assert theirs.config["vocab_size"] == 300
+
+
+def test_train_loss_on(train, tmp_path):
+    talk = [{"role": "user", "content": "Duck?"}, {"role": "assistant", "content": "Pond."}]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(2 * (json.dumps({"messages": talk}) + "\n"))
+    lines = ["--data", tmp_path, "--n-positions", "64", "--seq-len", "64", "--max-epochs", "99"]
+    answers, everything = train(*lines), train(*lines, "--loss-on", "all", out="other")
+    assert answers.column("train_loss") != everything.column("train_loss")
 
 
 def test_train_init_from(train, base):
