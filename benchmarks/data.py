@@ -30,7 +30,7 @@ ROOM = 3.5  # bytes on the disk per byte of text: the text, the corpus, the toke
     "--megabytes", multiple=True, default=[10], show_default=True, type=click.IntRange(1), help="Size of a text."
 )
 @click.option(
-    "--vocab-size", default=16384, show_default=True, type=click.IntRange(257), help="Entries of the tokenizer."
+    "--vocab-size", default=16384, show_default=True, type=click.IntRange(259), help="Entries of the tokenizer."
 )
 @common_options
 def main(megabytes: Sequence[int], vocab_size: int, trials: int, threads: int, json_file: str | None) -> None:

@@ -16,7 +16,7 @@ Found = tuple[dict[str, Any], list[dict[str, Any]]]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smoke": {"preset": "tiny", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32}
-    | {"tokenizer": "bytes", "vocab_size": 257, "seq_len": 16, "batch_size": 4},
+    | {"tokenizer": "bytes", "vocab_size": 259, "seq_len": 16, "batch_size": 4},
     "nanogpt-cpu": {"preset": "tiny", "tokenizer": "bytes", "vocab_size": 65, "n_positions": 64}
     | {"seq_len": 64, "batch_size": 12},
     "tiny": {"preset": "tiny"},

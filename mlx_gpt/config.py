@@ -109,6 +109,11 @@ class TrainingConfig:
     grad_checkpoint: bool = setting(
         False, "Compute each block's activations twice instead of keeping them: less memory, more time."
     )
+    loss_on: str = setting(
+        "assistant",
+        "Which tokens of conversations count: those of the assistant's answers, or all; documents count whole.",
+        choices=("assistant", "all"),
+    )
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
     max_epochs: float | None = setting(
         None,

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_gpt.data.batches import Shard, validation_batches, validation_windows
+from mlx_gpt.data.batches import Shard, Windows
 from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks
 from mlx_gpt.models.base import cast_parameters
@@ -24,8 +24,8 @@ class Evaluation:
     """How well a model predicts a text.
 
     Attributes:
-        loss: mean cross-entropy per token, in nats.
-        tokens: number of predicted tokens.
+        loss: mean cross-entropy per token that counts, in nats.
+        tokens: number of these tokens.
         text_bytes: UTF-8 bytes of their text.
     """
 
@@ -48,7 +48,7 @@ class Evaluator:
     """Evaluates a model on the same windows each time, without dropout and without drawing a random number.
 
     Args:
-        tokens: (tokens,) ids of the text.
+        windows: the validation windows.
         byte_lengths: (vocab_size,) UTF-8 bytes of each id.
         limit: take only this many windows, spread evenly; 0 takes all.
         dtype: the type to compute in; None for that of the parameters.
@@ -58,18 +58,17 @@ class Evaluator:
     def __init__(
         self,
         model: nn.Module,
-        tokens: np.ndarray,
+        windows: Windows,
         byte_lengths: np.ndarray,
         *,
-        seq_len: int,
         batch_size: int,
         limit: int = 0,
         dtype: mx.Dtype | None = None,
         on: Device | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._model, self._tokens, self._byte_lengths = model, tokens, byte_lengths
-        self._seq_len, self._batch_size, self._limit, self._dtype = seq_len, batch_size, limit, dtype
+        self._model, self._windows, self._byte_lengths = model, windows, byte_lengths
+        self._batch_size, self._limit, self._dtype = batch_size, limit, dtype
         self._ranks, self._shard = ranks, Shard(ranks.rank, ranks.size)
         self._device = on or device()
         self._objective = self._device.accelerate(Text()).eval()
@@ -78,13 +77,12 @@ class Evaluator:
     @property
     def windows(self) -> int:
         """The number of windows that this rank reads in one evaluation."""
-        return len(validation_windows(self._tokens, self._seq_len, self._limit, self._shard))
+        return self._windows.validation_count(self._limit, self._shard)
 
     def __call__(self, progress: Callable[[int], None] = lambda windows: None) -> Evaluation:
         """Evaluate the model as it is now; `progress` is called with the windows done since its last call."""
         nats, count, text_bytes = 0.0, 0, 0
-        batches = validation_batches(self._tokens, self._seq_len, self._batch_size, self._limit, self._shard)
-        for windows, weights in batches:
+        for windows, weights in self._windows.validation(self._batch_size, self._limit, self._shard):
             nats += self.summed_loss(windows, weights)
             count += int(weights.sum())
             text_bytes += int(self._byte_lengths[windows[:, 1:]][weights > 0].sum())

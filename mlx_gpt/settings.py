@@ -220,11 +220,11 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
             f"`n_embd` {model.n_embd} over `n_head` {model.n_head} gives heads of odd width, which qwen3's positions "
             "can't rotate: raise or lower one of them.",
         )
-    if config.data.tokenizer == "bpe" and model.vocab_size < 257:
+    if config.data.tokenizer == "bpe" and model.vocab_size < 259:
         yield (
             {"vocab_size", "tokenizer"},
-            f"`vocab_size` {model.vocab_size} is too small: it must be at least 257, for 256 bytes and the end of a "
-            "document, and each entry that the tokenizer learns needs one more.",
+            f"`vocab_size` {model.vocab_size} is too small: it must be at least 259, for 256 bytes and three "
+            "special tokens, and each entry that the tokenizer learns needs one more.",
         )
     if training.seq_len > model.n_positions:
         yield (

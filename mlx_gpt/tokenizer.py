@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.errors import UserError, explain_os_error, shown
-from mlx_gpt.tokenizer_training import END_OF_TEXT
+from mlx_gpt.tokenizer_training import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN
 
 CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
 CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
@@ -27,6 +27,9 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the highest id.
         end_of_text: the id that ends a document: the id of `<|endoftext|>`, unless a model names another.
+        chat: the `chat_template` that its model was trained with and the names of special tokens that it may use, as in
+            `tokenizer_config.json`; {} if it was not trained on conversations.
+        added: the ids of tokens that it has and the weights it was read with have not learnt yet.
     """
 
     def __init__(self, backend: HFTokenizer, end_of_text: int | None = None) -> None:
@@ -43,13 +46,19 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.backend = backend
         self.end_of_text = end_of_text
+        self.chat: dict[str, str] = {}
+        self.added: tuple[int, ...] = ()
+        self._further_ends: frozenset[int] = frozenset()
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.is_bytes = self.token_bytes == [*(bytes([byte]) for byte in range(256)), b""]
+        pieces = self.token_bytes or []
+        self.is_bytes = pieces[:256] == [bytes([byte]) for byte in range(256)] and not any(pieces[256:])
 
     @classmethod
     def of_bytes(cls) -> "Tokenizer":
-        """Return the tokenizer of plain bytes: ids 0 to 255 are the bytes, and 256 ends a document."""
-        return cls(tokenizer_training.byte_level(models.BPE(vocab=BYTE_OF, merges=[])))
+        """Return the tokenizer of plain bytes: ids 0 to 255 are the bytes, and the special tokens follow."""
+        backend = tokenizer_training.byte_level(models.BPE(vocab=BYTE_OF, merges=[]))
+        backend.add_special_tokens(SPECIAL_TOKENS)
+        return cls(backend)
 
     @classmethod
     def train(
@@ -94,6 +103,35 @@ class Tokenizer:
             )
         return tokenizer
 
+    def converse(self, template: str) -> None:
+        """Take a ChatML template, and add the two tokens of ChatML if they are missing, as `added` then says.
+
+        Raises:
+            UserError: the tokenizer's ids have gaps, and the library would give a new token an id that is taken.
+        """
+        before = self.backend.get_vocab(with_added_tokens=True)
+        self.backend.add_special_tokens([START_OF_TURN, END_OF_TURN])
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        self.added = tuple(ids[name] for name in (START_OF_TURN, END_OF_TURN) if name not in before)
+        if set(before.values()) & set(self.added):
+            raise UserError("The tokenizer has gaps between its ids, so no token can be added to it: use another one.")
+        self.vocab_size = max(self.vocab_size, *(token + 1 for token in self.added), 0)
+        end_of_text = self.backend.id_to_token(self.end_of_text) or END_OF_TEXT
+        self.chat = {"chat_template": template, "bos_token": end_of_text, "eos_token": END_OF_TURN}
+        for made_of_vocabulary in ("token_bytes", "fingerprint", "_with_special", "ends"):
+            self.__dict__.pop(made_of_vocabulary, None)
+
+    def end_at(self, ids: Iterable[int]) -> None:
+        """Take the ids that end what its model writes, besides `end_of_text`."""
+        self._further_ends = frozenset(ids)
+        self.__dict__.pop("ends", None)
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a text or an answer: `end_of_text`, `<|im_end|>` and those that a model names."""
+        end_of_turn: int | None = self.backend.token_to_id(END_OF_TURN)
+        return self._further_ends | {self.end_of_text} | (set() if end_of_turn is None else {end_of_turn})
+
     def to_json(self) -> str:
         """Return the text of its `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
@@ -111,18 +149,16 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise UserError(f"Only text can be encoded, not {shown(repr(text))}: a prompt must be a str.")
-        if not special:
-            return self.encode_batch([text])[0]
-        with failing_as(CANNOT_ENCODE):
-            return self._with_special.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text], special)[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of several texts, encoded on all cores. Errors as in `encode`."""
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Return the ids of several texts, encoded on all cores. Argument and errors as in `encode`."""
         with failing_as(CANNOT_ENCODE):
             try:
-                if self.is_bytes:  # the library gives the same ids, thirty times slower
+                if self.is_bytes and not special:  # the library gives the same ids, thirty times slower
                     return [list(text.encode()) for text in texts]
-                return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+                backend = self._with_special if special else self.backend
+                return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
             except (UnicodeEncodeError, TypeError):  # the library raises either for a lone surrogate
                 raise UserError("The text is not valid Unicode (a lone surrogate): pass it as UTF-8.") from None
 

@@ -12,7 +12,9 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = [END_OF_TEXT]  # of every tokenizer that is trained here
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"  # around each message of a conversation, in ChatML
+# Every tokenizer that is made here has these, so that its model can learn to converse without growing.
+SPECIAL_TOKENS = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
 
 # White space as Unicode and the library define it. Python's own \s has four more control characters.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"

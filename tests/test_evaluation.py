@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_gpt.config import TrainingConfig
+from mlx_gpt.data.batches import TextWindows
 from mlx_gpt.device import device
 from mlx_gpt.evaluation import Evaluation, Evaluator
 from mlx_gpt.objectives.text import Text
@@ -26,7 +27,7 @@ def text(byte_tokenizer, sentences):
 @pytest.fixture
 def evaluator(text, byte_tokenizer):
     def make(model, **options):
-        return Evaluator(model, text, byte_tokenizer.byte_lengths(), seq_len=SEQ_LEN, batch_size=4, **options)
+        return Evaluator(model, TextWindows(text, SEQ_LEN), byte_tokenizer.byte_lengths(), batch_size=4, **options)
 
     return make
 

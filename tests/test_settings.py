@@ -189,7 +189,7 @@ CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"n_embd": 30, "n_head": 4}, ["`n_embd` 30", "`n_head` 4", "try `n_head` 3"]),
     ({"seq_len": 65, "n_positions": 64}, ["`seq_len` 65", "`n_positions` 64"]),
     ({"min_lr": 0.2, "learning_rate": 0.1}, ["`min_lr` 0.2", "`learning_rate` 0.1"]),
-    ({"vocab_size": 256, "tokenizer": "bpe"}, ["`vocab_size` 256", "257"]),
+    ({"vocab_size": 258, "tokenizer": "bpe"}, ["`vocab_size` 258", "259"]),
 ]
 QWEN3: dict[str, Any] = {"model_type": "qwen3", "n_embd": 32}
 NETWORK_CONFLICTS: list[tuple[dict[str, Any], list[str]]] = [
@@ -211,7 +211,7 @@ def test_an_impossible_combination_is_refused(settings, named):
 
 def test_a_combination_that_is_just_possible_is_allowed():
     resolve({"n_embd": 30, "n_head": 3, "seq_len": 64, "n_positions": 64, "min_lr": 0.1, "learning_rate": 0.1})
-    resolve({"vocab_size": 257})
+    resolve({"vocab_size": 259})
     resolve({**QWEN3, "n_head": 16, "n_kv_head": 1, "tie_embeddings": False})
     resolve({"vocab_size": 1, "tokenizer": "bytes"})  # which has its own vocabulary
 

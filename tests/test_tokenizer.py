@@ -86,7 +86,7 @@ def test_what_is_not_text_is_refused(tokenizer, prompt):
 
 def test_bytes_are_their_own_ids(byte_tokenizer):
     assert byte_tokenizer.encode("né") == list("né".encode())
-    assert (byte_tokenizer.end_of_text, byte_tokenizer.vocab_size) == (256, 257)
+    assert (byte_tokenizer.end_of_text, byte_tokenizer.vocab_size) == (256, 259)
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
@@ -132,13 +132,13 @@ def test_byte_lengths_add_up_to_the_length_of_the_text(tokenizer):
         assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
-@pytest.mark.parametrize("vocab_size", [257, 280, 300])
+@pytest.mark.parametrize("vocab_size", [259, 280, 300])
 def test_training_fills_the_vocabulary_and_no_more(sentences, vocab_size):
     assert Tokenizer.train(sentences, vocab_size).vocab_size == vocab_size
 
 
 def test_a_text_with_few_pairs_gives_a_smaller_vocabulary():
-    assert Tokenizer.train(["abab"], 1000).vocab_size == 258  # the bytes, the end of text and "ab"
+    assert Tokenizer.train(["abab"], 1000).vocab_size == 260  # the bytes, three special tokens and "ab"
 
 
 def test_training_is_a_function_of_the_text(sentences, bpe):

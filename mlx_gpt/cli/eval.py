@@ -34,8 +34,10 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     """
     from mlx_gpt import models
     from mlx_gpt.api import load
-    from mlx_gpt.data.tokens import encode_file, lost_text, tokenize
+    from mlx_gpt.data.batches import TextWindows, Windows
+    from mlx_gpt.data.tokens import encode_file, lost_text
     from mlx_gpt.evaluation import Evaluator
+    from mlx_gpt.objectives import objective_of
     from mlx_gpt.training import run_folder
     from mlx_gpt.training.setup import open_data
 
@@ -53,15 +55,18 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             data = build(DataConfig, given(settings))
             how = {"column": data.column, "documents": data.documents, "echo": display.line}
             tokens = encode_file(Path(file), tokenizer, Path(folder), **how)
+            windows: Windows = TextWindows(tokens, seq_len)
         elif config:
-            both = tokenize(open_data(config, display), tokenizer, display.progress("Encoding"), display.line)
+            corpus = open_data(config, display)
+            objective, loss_on = objective_of(corpus.kind), config.training.loss_on
+            both = objective.encode(corpus, tokenizer, loss_on, display.progress("Encoding"), display.line)
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
                 raise UserError(f"{path} was not trained on the text that {config.data.data} holds now: name a FILE.")
-            tokens = both.val
+            tokens, windows = both.val, objective.windows(both, seq_len)[1]
         else:
             raise UserError(f"{path} is not a run, so it has no validation text: name a FILE.")
         lost = lost_text([tokens], tokenizer)
-        evaluate = Evaluator(network, tokens, tokenizer.byte_lengths(), seq_len=seq_len, batch_size=batch_size)
+        evaluate = Evaluator(network, windows, tokenizer.byte_lengths(), batch_size=batch_size)
         bar = display.bar("Evaluating", evaluate.windows, unit="window")
         evaluation = evaluate(bar.advance)
         bar.close()

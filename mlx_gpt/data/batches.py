@@ -8,7 +8,7 @@ state, and no window is lost at the end of an epoch: its last windows share a ba
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.data as dx
 import numpy as np
@@ -33,6 +33,80 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
+
+
+class Windows(Protocol):
+    """A split as training and validation read it.
+
+    Attributes:
+        per_epoch: training windows in one pass.
+        facts: lines for the plan of a run.
+        warnings: lines about what is not read.
+    """
+
+    per_epoch: int
+    facts: list[str]
+    warnings: list[str]
+
+    def training(
+        self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield batches of a shard without end, prefetched, from window number `start` on.
+
+        A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target.
+        """
+        ...
+
+    def places(self, seed: int, start: int, count: int) -> list[int]:
+        """Return the position in the text, in tokens, of each window from number `start` to `start + count - 1`."""
+        ...
+
+    def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
+        """Return how many windows of a shard `validation` reads."""
+        ...
+
+    def validation(
+        self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield batches as in `training`, each window once, or `limit` windows that are spread evenly; 0 takes all."""
+        ...
+
+
+class TextWindows:
+    """The `Windows` of a text.
+
+    Args:
+        tokens: (tokens,) ids.
+        seq_len: targets per window.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+        self._tokens, self._seq_len = tokens, seq_len
+        self.per_epoch = windows_per_epoch(tokens, seq_len)
+        self.facts: list[str] = []
+        self.warnings: list[str] = []
+
+    def training(
+        self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield batches in which each target has weight 1."""
+        weights = np.ones((batch_size, self._seq_len), np.float32)
+        for windows in training_batches(self._tokens, self._seq_len, batch_size, seed, start, shard):
+            yield windows, weights
+
+    def places(self, seed: int, start: int, count: int) -> list[int]:
+        """Return where windows begin."""
+        return window_numbers(self._tokens, self._seq_len, seed, start, count)
+
+    def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
+        """Return the number of validation windows of a shard."""
+        return len(validation_windows(self._tokens, self._seq_len, limit, shard))
+
+    def validation(
+        self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield every token but the first exactly once as a target."""
+        return validation_batches(self._tokens, self._seq_len, batch_size, limit, shard)
 
 
 def windows_per_epoch(tokens: np.ndarray, seq_len: int) -> int:
@@ -70,7 +144,11 @@ def validation_windows(tokens: np.ndarray, seq_len: int, limit: int = 0, shard: 
 
     Rank r takes every n-th window of all, or of the `limit` windows that are spread evenly over the text.
     """
-    count = -(-(len(tokens) - 1) // seq_len)
+    return spread(-(-(len(tokens) - 1) // seq_len), limit, shard)
+
+
+def spread(count: int, limit: int = 0, shard: Shard = WHOLE) -> np.ndarray:
+    """Return the numbers below `count`, or `limit` of them that are spread evenly, that belong to a shard."""
     chosen = np.arange(count)
     if limit and limit < count:
         chosen = np.linspace(0, count - 1, limit).round().astype(int)
@@ -109,12 +187,17 @@ def _beginnings(length: int, seq_len: int, seed: int, start: int) -> Iterator[in
     per_epoch = length // seq_len
     epoch, first = divmod(start, per_epoch)
     while True:
-        # Philox is counter-based: its key alone, (seed, epoch), decides what it draws (Salmon et al. 2011).
-        generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
+        generator = generator_of(seed, epoch)
         offset = int(generator.integers(length))
         for index in generator.permutation(per_epoch)[first:]:
             yield offset + int(index) * seq_len
         epoch, first = epoch + 1, 0
+
+
+def generator_of(seed: int, epoch: int) -> np.random.Generator:
+    """Return a generator of random numbers that depends on the seed and the epoch alone."""
+    # Philox is counter-based: its key alone decides what it draws (Salmon et al. 2011).
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
 
 
 def _cut(tokens: np.ndarray, begin: int, end: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from mlx_gpt.tokenizer_training import Sample
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
+ID = np.uint32((1 << 29) - 1)  # the bits of a token; those of conversations have marks in the others
 # A document may be cut before a space that begins a word, because there GPT-2's split into words stays the same.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 
@@ -65,7 +66,7 @@ def get_tokenizer(
         return Tokenizer.load(path)
     check_writable(path.parent)  # before the work
     size = corpus.path("train").stat().st_size
-    sample = Sample(_counted((text for text, _ in _pieces(corpus.documents("train"))), size, progress))
+    sample = Sample(_counted((text for text, _ in _pieces(_texts(corpus))), size, progress))
     part = f"{sample.bytes / 1e6:,.0f} of the {sample.text_bytes / 1e6:,.0f} MB of " if sample.share < 1 else ""
     echo(f"Training a tokenizer of {vocab_size:,} entries on {part}{corpus.name} ...")
     tokenizer = Tokenizer.train(sample, vocab_size, lambda done: progress(min(done, sample.bytes - 1), sample.bytes))
@@ -92,7 +93,24 @@ def tokenize(
     Raises:
         UserError: the corpus cannot be read, or was changed since it was opened.
     """
-    fingerprint = tokens_fingerprint(corpus, tokenizer)
+
+    def encode(split: str, path: Path, advance: Callable[[int], None]) -> None:
+        _encode(corpus.documents(split, echo), tokenizer, advance, path)
+
+    return make_tokens(corpus, tokens_fingerprint(corpus, tokenizer), encode, progress)
+
+
+def make_tokens(
+    corpus: Corpus, fingerprint: str, encode: Callable[[str, Path, Callable[[int], None]], None], progress: ByteProgress
+) -> Tokens:
+    """Make the token files of a corpus with `encode`, or open them if they are there.
+
+    Args:
+        encode: called with a split, the path to write its ids to, and a function to call with the characters read.
+
+    Raises:
+        UserError: as in `tokenize`.
+    """
     paths = [corpus.made(f"{fingerprint}.{split}.npy") for split in SPLITS]
     missing = [(split, path) for split, path in zip(SPLITS, paths, strict=True) if not _is_whole(path)]
     total = sum(corpus.path(split).stat().st_size for split, _ in missing)
@@ -102,13 +120,13 @@ def tokenize(
         def advance(encoded: int, before: int = done) -> None:
             progress(min(before + encoded, total), total)
 
-        def encode(part: Path, split: str = split, advance: Callable[[int], None] = advance) -> None:
-            _encode(corpus.documents(split, echo), tokenizer, advance, part)
+        def write(part: Path, split: str = split, advance: Callable[[int], None] = advance) -> None:
+            encode(split, part, advance)
             corpus.check_unchanged()
 
         check_writable(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, encode)
+        write_whole(path, write)
         done += corpus.path(split).stat().st_size
         progress(done, total)
     train, val = (np.load(path, mmap_mode="r") for path in paths)
@@ -157,7 +175,7 @@ def lost_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> list[str]:
     if tokenizer.unknown is None:
         return []
     parts = [ids[i : i + 2**24] for ids in tokens for i in range(0, len(ids), 2**24)]  # each comparison makes an array
-    unknown = sum(np.count_nonzero(part == tokenizer.unknown) for part in parts)
+    unknown = sum(np.count_nonzero(part & ID == tokenizer.unknown) for part in parts)
     if not unknown:
         return []
     count, name = (
@@ -200,17 +218,37 @@ def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[i
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
     encoder = CorpusEncoder(tokenizer, dtype)
-    length = encoded = 0
-    with path.open("wb") as file:
-        _write_header(file, dtype, 0)
+
+    def encoded() -> Iterator[bytes]:
+        done = 0
         for pieces in _batches(_pieces(documents)):
             for ids, (_, is_last) in zip(encoder.encode_batch([text for text, _ in pieces]), pieces, strict=True):
-                length += file.write(ids + end_of_text if is_last else ids) // dtype.itemsize
-            encoded += sum(len(text) for text, _ in pieces)
-            advance(encoded)
+                yield ids + end_of_text if is_last else ids
+            done += sum(len(text) for text, _ in pieces)
+            advance(done)
+
+    write_ids(path, dtype, encoded())
+
+
+def write_ids(path: Path, dtype: np.dtype, parts: Iterable[bytes]) -> int:
+    """Write ids, given as the bytes of arrays of `dtype`, to a .npy file with one row, and return their number."""
+    length = 0
+    with path.open("wb") as file:
+        _write_header(file, dtype, 0)
+        for part in parts:
+            length += file.write(part) // dtype.itemsize
         # NumPy pads the header, so the true length fits into the same number of bytes.
         file.seek(0)
         _write_header(file, dtype, length)
+    return length
+
+
+def _texts(corpus: Corpus) -> Iterator[str]:
+    """Yield the training text of a corpus: its documents, or the messages of its conversations."""
+    if corpus.kind == "documents":
+        yield from corpus.documents("train")
+    else:
+        yield from (message["content"] for turns in corpus.conversations("train") for message in turns)
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:

@@ -242,7 +242,7 @@ class Engine:
             if picked.prompt_logprobs is not None:
                 yield request, Piece(text.sample, "", tokens=self._prompt_tokens(request, picked.prompt_logprobs))
             reason: Reason = "length" if len(text.ids) == request.config.max_tokens else ""
-            if token == self._tokenizer.end_of_text and request.ends:
+            if token in self._tokenizer.ends and request.ends:
                 reason = "end"
             for piece in text.text.add(token, reason, logprob, alternatives[: request.alternatives]):
                 yield request, piece

@@ -26,7 +26,7 @@ class Request:
         logit_bias: added to the logits of some ids before a token is drawn.
         alternatives: report each token's log-probability, and this many of the likeliest tokens in its place.
         prompt_too: report them for the prompt's tokens as well.
-        ends: whether the end-of-text token ends a text.
+        ends: whether the tokenizer's `ends` end a text.
     """
 
     prompt: Sequence[int]

@@ -20,11 +20,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from safetensors import SafetensorError, safe_open
 
 from mlx_gpt import models
+from mlx_gpt.chat_template import read_chat
 from mlx_gpt.device import GIB, device
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import check_free_space, write_text_whole, write_whole
 from mlx_gpt.models import gpt2
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer_training import END_OF_TURN
 
 # Decoding on a CPU reads some of the outputs of these weights at a time, so those should be contiguous.
 SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
@@ -42,14 +44,14 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    if tokenizer.chat:
+        ends |= _ends_of_answers(tokenizer)
     files = {
         "config.json": {**config_of(model), **ends, "dtype": "float32"},
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end_of_text,
-            "eos_token": end_of_text,
-            "unk_token": end_of_text,
+            **(tokenizer.chat or dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)),
             "model_max_length": models.context_length(model),
             "clean_up_tokenization_spaces": False,
         },
@@ -61,6 +63,17 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
+
+
+def _ends_of_answers(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the ids at which transformers, mlx-lm and llama.cpp's converter end an answer, the end of a turn first.
+
+    The end of a document comes before all others, by which `read_tokenizer` knows it again.
+    """
+    backend, first = tokenizer.backend, tokenizer.end_of_text
+    ids = sorted(tokenizer.ends, key=lambda i: (i != backend.token_to_id(END_OF_TURN), i != first, i))
+    bos = backend.token_to_id(tokenizer.chat.get("bos_token", ""))
+    return {"eos_token_id": ids if len(ids) > 1 else ids[0]} | ({} if bos is None else {"bos_token_id": bos})
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -200,10 +213,18 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         UserError: there is none, or the weights say that they were trained with another.
     """
-    end_of_text = _read_json(Path(folder) / "config.json").get("eos_token_id")
-    end_of_text = end_of_text[0] if isinstance(end_of_text, list) and end_of_text else end_of_text
-    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json", end_of_text if isinstance(end_of_text, int) else None)
-    if _tokenizer_of_weights(Path(folder) / "model.safetensors") not in (None, tokenizer.fingerprint):
+    folder = Path(folder)
+    named = [_read_json(folder / "config.json").get("eos_token_id")]
+    if (folder / "generation_config.json").is_file():
+        named.append(_read_json(folder / "generation_config.json").get("eos_token_id"))
+    ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1])
+    end_of_turn = tokenizer.backend.token_to_id(END_OF_TURN)
+    if documents := [i for i in ends if i != end_of_turn and tokenizer.backend.id_to_token(i) is not None]:
+        tokenizer.end_of_text = documents[0]
+    tokenizer.end_at(ends)
+    tokenizer.chat = read_chat(folder)
+    if _tokenizer_of_weights(folder / "model.safetensors") not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}: the weights were trained with another tokenizer than the tokenizer.json beside them: copy the "
             "tokenizer.json of their run there."

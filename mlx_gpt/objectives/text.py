@@ -3,11 +3,39 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_gpt.data.batches import TextWindows, Windows
+from mlx_gpt.data.corpus import Corpus
+from mlx_gpt.data.tokens import Tokens, check_windows, tokenize
 from mlx_gpt.models.base import LinearCrossEntropy
+from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
+from mlx_gpt.tokenizer import Tokenizer
 
 
 class Text(nn.Module):
     """The cross-entropy of every token of a window except the first."""
+
+    kind = "documents"
+
+    @staticmethod
+    def encode(
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        loss_on: str = "",
+        progress: ByteProgress = ignore_progress,
+        echo: Echo = ignore_line,
+    ) -> Tokens:
+        """Return the tokens of a corpus; errors as in `tokenize`. Every token counts, whatever `loss_on` is."""
+        return tokenize(corpus, tokenizer, progress, echo)
+
+    @staticmethod
+    def windows(tokens: Tokens, seq_len: int, seed: int = 0) -> tuple[Windows, Windows]:
+        """Return the windows for training and those for validation.
+
+        Raises:
+            UserError: there is too little text for one.
+        """
+        check_windows(tokens, seq_len)
+        return TextWindows(tokens.train, seq_len), TextWindows(tokens.val, seq_len)
 
     def __init__(self) -> None:
         super().__init__()

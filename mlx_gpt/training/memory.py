@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten
 
 from mlx_gpt import models
 from mlx_gpt.config import TrainingConfig
-from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.device import Device
 from mlx_gpt.errors import UserError
 from mlx_gpt.optim import make_optimizer
@@ -136,7 +135,7 @@ def plan_run(run: Run, make_step: Callable[..., Any], display: Display, *, show:
     training, problem = run.training, ""
     if not run.resumes:
         training, problem = fit(run.training, estimate, run.device)
-    if problem and (windows := training.windows_per_step) > windows_per_epoch(run.tokens.train, training.seq_len):
+    if problem and (windows := training.windows_per_step) > run.windows.per_epoch:
         problem = (
             f"A step of {windows:,} windows is more than the whole text has: use a lower --batch-size or fewer "
             "--gradient-accumulation-steps. It does not fit into memory, either."

@@ -7,7 +7,6 @@ from typing import Any
 
 from mlx_gpt import models
 from mlx_gpt.config import Config
-from mlx_gpt.data.batches import windows_per_epoch
 from mlx_gpt.device import GIB, Device
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
@@ -31,6 +30,7 @@ class Plan:
         peak: bytes that each rank is expected to take; None if it was not even safe to try.
         step_seconds: seconds that one step is expected to take.
         ranks_here: number of its ranks that are on this host.
+        facts: lines about the windows.
     """
 
     config: Config
@@ -47,6 +47,7 @@ class Plan:
     peak: int | None
     step_seconds: float | None
     ranks_here: int = 1
+    facts: tuple[str, ...] = ()
 
     def epoch(self, step: int) -> int:
         """Return how many whole passes over the text `step` steps have made."""
@@ -71,6 +72,7 @@ class Plan:
             f"Model        {self.n_params:,} parameters: {self.sizes}",
             f"Vocabulary   {self.config.model.vocab_size:,} tokens",
             f"Text         {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate",
+            *(f"             {fact}" for fact in self.facts),
             f"             {self.train_tokens / self.n_params:.3g} tokens per parameter, "
             f"{self.tokens(self.scheduled_steps) / self.n_params:.3g} with all epochs",
             f"Steps        {steps}",
@@ -123,7 +125,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
     """Work out the size of a `setup.Run`."""
     training = run.training
     per_step = training.windows_per_step
-    per_epoch = windows_per_epoch(run.tokens.train, training.seq_len)
+    per_epoch = run.windows.per_epoch
     epochs = training.max_epochs or (math.inf if training.max_minutes else EPOCHS)
     total_steps = training.max_steps or sys.maxsize
     if epochs < math.inf:
@@ -146,6 +148,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         peak=peak,
         step_seconds=step_seconds,
         ranks_here=run.ranks.here,
+        facts=tuple(run.windows.facts),
     )
 
 

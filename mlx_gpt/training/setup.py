@@ -17,21 +17,24 @@ from mlx.utils import tree_map
 from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import models
+from mlx_gpt.chat_template import CHATML
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data import hub
-from mlx_gpt.data.batches import Shard, training_batches, window_numbers
+from mlx_gpt.data.batches import Shard, Windows
 from mlx_gpt.data.corpus import Corpus, open_corpus
-from mlx_gpt.data.tokens import Tokens, check_windows, get_tokenizer, lost_text, tokenize
+from mlx_gpt.data.tokens import Tokens, get_tokenizer, lost_text
 from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model, read_tokenizer
-from mlx_gpt.objectives import OBJECTIVES
+from mlx_gpt.models.growing import grow_vocabulary
+from mlx_gpt.objectives import objective_of
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer_training import END_OF_TURN, START_OF_TURN
 from mlx_gpt.training import checkpoint, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.metrics import Monitor
@@ -45,6 +48,8 @@ class Run:
 
     Attributes:
         settings: the settings that run.toml keeps.
+        windows: the training windows.
+        val_windows: the validation windows.
         config: the settings as they apply here, with the tokenizer's real size and the number of ranks.
         source: the checkpoint to resume from.
         damaged: newer checkpoints, each with what is wrong with it.
@@ -58,6 +63,8 @@ class Run:
     device: Device
     tokenizer: Tokenizer
     tokens: Tokens
+    windows: Windows
+    val_windows: Windows
     model: nn.Module
     objective: nn.Module
     progress: Progress
@@ -93,23 +100,19 @@ class Run:
         training = self.training
         start = self.progress.step * training.windows_per_step
         shard = Shard(self.ranks.rank, self.ranks.size, training.windows_per_step)
-        windows = training_batches(
-            self.tokens.train, training.seq_len, training.micro_batch_size, training.seed, start=start, shard=shard
-        )
-        weights_bt = mx.ones((training.micro_batch_size, training.seq_len))
-        return ((mx.array(windows_bt), weights_bt) for windows_bt in windows)
+        batches = self.windows.training(training.micro_batch_size, training.seed, start, shard)
+        return ((mx.array(windows_bt), mx.array(weights_bt)) for windows_bt, weights_bt in batches)
 
     def window_numbers(self, start: int, count: int) -> list[int]:
         """Return where windows begin in the text, in tokens."""
-        return window_numbers(self.tokens.train, self.training.seq_len, self.training.seed, start, count)
+        return self.windows.places(self.training.seed, start, count)
 
     def evaluator(self) -> Evaluator:
         """Return the evaluator of the model on the validation text."""
         return Evaluator(
             self.model,
-            self.tokens.val,
+            self.val_windows,
             self.tokenizer.byte_lengths(),
-            seq_len=self.training.seq_len,
             batch_size=self.training.micro_batch_size,
             limit=self.training.eval_windows,
             dtype=self.device.dtype(self.training.precision),
@@ -158,10 +161,13 @@ def set_up(
         weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
-        tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding"), display.line))
-        for line in lost_text([tokens.train, tokens.val], tokenizer):
+        objective, training = objective_of(corpus.kind), config.training
+        encoding = display.progress("Encoding")
+        tokens = ranks.in_turns(lambda: objective.encode(corpus, tokenizer, training.loss_on, encoding, display.line))
+        windows, val_windows = objective.windows(tokens, training.seq_len, training.seed)
+        lost = lost_text([tokens.train, tokens.val], tokenizer)
+        for line in [*lost, *windows.warnings, *val_windows.warnings]:
             display.line(line)
-        check_windows(tokens, config.training.seq_len)
         check_fingerprint(config, tokens, begun.progress)
         of_rank_0 = ranks.broadcast(tokens.fingerprint)
         ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
@@ -176,8 +182,10 @@ def set_up(
             device=here,
             tokenizer=tokenizer,
             tokens=tokens,
+            windows=windows,
+            val_windows=val_windows,
             model=here.accelerate(model),
-            objective=here.accelerate(OBJECTIVES["text"]()),
+            objective=here.accelerate(objective()),
             progress=dataclasses.replace(progress, fingerprint=tokens.fingerprint),
             source=begun.source,
             damaged=begun.damaged,
@@ -277,7 +285,7 @@ def open_data(config: Config, display: Display) -> Corpus:
     """Return the corpus that the settings name, and prepare it first if necessary.
 
     Raises:
-        UserError: the text can't be read, there is none, or it holds no documents.
+        UserError: the text can't be read, there is none, or it holds preferences.
     """
     data = config.data
     corpus = open_corpus(
@@ -288,10 +296,10 @@ def open_data(config: Config, display: Display) -> Corpus:
         echo=display.line,
         progress=display.progress("Preparing"),
     )
-    if corpus.kind != "documents":
+    if corpus.kind == "preferences":
         raise UserError(
-            f"{data.data} holds {corpus.kind}, and there is no training on {corpus.kind} here: name another text with "
-            "--data, or prepare one column of your files as documents, with --column."
+            f"{data.data} holds preferences, and mlx-gpt does not train on preferences: name other data with --data, "
+            "or prepare one column of your files as documents, with --column."
         )
     return corpus
 
@@ -299,13 +307,23 @@ def open_data(config: Config, display: Display) -> Corpus:
 def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, display: Display) -> Tokenizer:
     """The tokenizer of the model directory `weights`, else the one that the settings name.
 
+    For conversations it has a chat template: that of `weights`, or ChatML.
+
     Raises:
         UserError: there is no such file, it is not a tokenizer, or `weights` were trained with another.
     """
     if weights:
-        return read_tokenizer(weights)
-    progress = display.progress("Training a tokenizer")
-    return get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
+        tokenizer = read_tokenizer(weights)
+    else:
+        progress = display.progress("Training a tokenizer")
+        tokenizer = get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
+    if corpus.kind == "conversations" and not tokenizer.chat:
+        tokenizer.converse(CHATML)
+        if weights and tokenizer.added:
+            display.line(
+                f"{weights} has no chat template: it gets ChatML and the tokens {START_OF_TURN}, {END_OF_TURN}."
+            )
+    return tokenizer
 
 
 def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn.Module:
@@ -320,6 +338,8 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
             models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
         )
     model = load_model(weights)
+    if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
+        grow_vocabulary(model, tokenizer.added, config.training.seed)
     if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} entries and the weights in {weights} have "
@@ -338,8 +358,17 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
 
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return rank 0's tokenizer on every rank."""
-    decided: Any = ranks.broadcast([tokenizer.to_json(), tokenizer.end_of_text] if tokenizer else None)
-    return tokenizer or Tokenizer(HFTokenizer.from_str(decided[0]), decided[1])
+    decided: Any = None
+    if tokenizer:
+        more = {"chat": tokenizer.chat, "added": tokenizer.added}
+        decided = [tokenizer.to_json(), tokenizer.end_of_text, sorted(tokenizer.ends), more]
+    decided = ranks.broadcast(decided)
+    if tokenizer:
+        return tokenizer
+    received = Tokenizer(HFTokenizer.from_str(decided[0]), decided[1])
+    received.end_at(decided[2])
+    received.chat, received.added = decided[3]["chat"], tuple(decided[3]["added"])
+    return received
 
 
 def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> None:

@@ -110,8 +110,7 @@ MISTAKES = [
     ("eval two.csv --column text", ["no column 'text'", "question, answer"]),
     ("prepare two.csv", ["--column", "question, answer"]),
     # A text of another kind than training and `eval` take
-    ("train --data chats.jsonl --out weights/new", ["no training on conversations", "--data", "--column"]),
-    ("train --data pairs.jsonl --out weights/new", ["no training on preferences", "--data", "--column"]),
+    ("train --data pairs.jsonl --out weights/new", ["does not train on preferences", "--data", "--column"]),
     ("eval chats.jsonl", ["chats.jsonl holds conversations, not documents", "--column"]),
     ("prepare chats.jsonl pairs.jsonl", ["not clear", "chats.jsonl, line 1", "pairs.jsonl, line 1"]),
     # Settings outside their bounds
@@ -122,7 +121,7 @@ MISTAKES = [
     (TRAIN + "--seed -1", ["`seed`", "at least 0"]),
     (TRAIN + "--n-head 3", ["`n_embd` 128", "`n_head` 3", "try"]),
     (TRAIN + "--seq-len 257", ["`seq_len` 257", "`n_positions` 256"]),
-    (TRAIN + "--tokenizer bpe --vocab-size 100", ["`vocab_size` 100", "257"]),
+    (TRAIN + "--tokenizer bpe --vocab-size 100", ["`vocab_size` 100", "259"]),
     (TRAIN + "--min-lr 1", ["`min_lr`", "`learning_rate`"]),
     ("prepare ducks.txt --val-fraction 1", ["`val_fraction`", "below 1"]),
     ("prepare ducks.txt --val-fraction nan", ["`val_fraction`"]),

@@ -5,6 +5,7 @@ of 0.01, each of two windows of 16 tokens, and one evaluation before and one aft
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,20 @@ def test_train_val_fraction(train, text):
 
 
 def test_train_tokenizer(train, base):
-    assert base.config["vocab_size"] == 257
+    assert base.config["vocab_size"] == 259
     learnt = train("--tokenizer", "bpe", "--vocab-size", "300")
     assert learnt.config["vocab_size"] == 300
     theirs = train("--tokenizer", "run/final/tokenizer.json", out="other")
     assert theirs.config["vocab_size"] == 300
+
+
+def test_train_loss_on(train, tmp_path):
+    talk = [{"role": "user", "content": "Duck?"}, {"role": "assistant", "content": "Pond."}]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(2 * (json.dumps({"messages": talk}) + "\n"))
+    lines = ["--data", tmp_path, "--n-positions", "64", "--seq-len", "64", "--max-epochs", "99"]
+    answers, everything = train(*lines), train(*lines, "--loss-on", "all", out="other")
+    assert answers.column("train_loss") != everything.column("train_loss")
 
 
 def test_train_init_from(train, base):
@@ -138,7 +148,7 @@ def test_train_n_kv_head(train):
 
 
 def test_train_tie_embeddings(train):
-    assert train("--model-type", "qwen3", "--no-tie-embeddings").shape("lm_head.weight") == (257, 16)
+    assert train("--model-type", "qwen3", "--no-tie-embeddings").shape("lm_head.weight") == (259, 16)
 
 
 def test_train_n_layer(train):
@@ -152,7 +162,7 @@ def test_train_n_head(train, base):
 
 
 def test_train_n_embd(train):
-    assert train("--n-embd", "24").shape("wte.weight") == (257, 24)
+    assert train("--n-embd", "24").shape("wte.weight") == (259, 24)
 
 
 def test_train_n_positions(train):

@@ -184,7 +184,9 @@ def test_the_text_is_that_of_the_tokens(make_model, byte_tokenizer, bpe, name):
     tokenizer = {"bytes": byte_tokenizer, "bpe": bpe}[name]
     model = make_model(vocab_size=tokenizer.vocab_size)
     settings = {"max_tokens": 50, "seed": 5}
-    made = list(takewhile(tokenizer.end_of_text.__ne__, tokens(model, tokenizer, tokenizer.encode(PROMPT), **settings)))
+    made = list(
+        takewhile(lambda i: i not in tokenizer.ends, tokens(model, tokenizer, tokenizer.encode(PROMPT), **settings))
+    )
     assert len(made) > 5
     assert texts(model, tokenizer, PROMPT, **settings) == [tokenizer.decode(made)]
 
@@ -226,8 +228,11 @@ def test_only_what_may_begin_a_stop_string_is_held_back(say):
     assert [piece.text for piece in pieces] == ["x", "a", "ay", ""]
 
 
-def test_an_end_of_text_ends_even_amid_the_vocabulary(say):
-    assert "".join(piece.text for piece in say([*b"ab", 256, *b"cd"])) == "ab"
+@pytest.mark.parametrize("end", [256, 258], ids=["of text", "of a turn"])
+def test_an_end_ends_even_amid_the_vocabulary(say, end):
+    pieces = say([*b"ab", end, *b"cd"])
+    assert "".join(piece.text for piece in pieces) == "ab"
+    assert pieces[-1].reason == "end"
 
 
 def test_stop_strings_end_a_real_text_wherever_they_lie(model, bpe):
@@ -264,7 +269,7 @@ def test_an_empty_prompt_is_refused(model, bpe):
 
 
 def test_a_prompt_may_fill_the_context_but_no_more(make_model, byte_tokenizer):
-    model = make_model(vocab_size=257)
+    model = make_model(vocab_size=259)
     assert texts(model, byte_tokenizer, "x" * 32, max_tokens=9, **GREEDY)[0]
     with pytest.raises(UserError, match="33 tokens, more than the model's context of 32"):
         texts(model, byte_tokenizer, "x" * 33)

@@ -73,6 +73,11 @@ def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[st
     draw = random.Random(seed)
     words = [f"word{n} " for n in range(400)]
     (folder / "text.txt").write_text("".join(draw.choices(words, k=3000)))
+    (folder / "talks").mkdir()
+    for split, count in (("train", 200), ("val", 20)):  # for --data=talks
+        rows = [[("user", draw.choice(words)), ("assistant", "".join(draw.choices(words, k=3)))] for _ in range(count)]
+        talks = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
+        (folder / "talks" / f"{split}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     if "MLX_DISABLE_COMPILE" not in os.environ:
         train(folder, "warm", further)  # fills the cache of compiled kernels
     _, duration = train(folder, "straight", further)

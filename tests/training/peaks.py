@@ -57,12 +57,16 @@ def make_run(on: Device | None = None, **settings: Any) -> Run:
     windows = 3 * config.training.windows_per_step
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, windows * config.training.seq_len)
     tokens = ids.astype(np.uint32)
+    split = Tokens(tokens, tokens[: 2 * config.training.batch_size * config.training.seq_len + 1], "")
+    train, val = OBJECTIVES["text"].windows(split, config.training.seq_len)
     return Run(
         settings=config,
         config=config,
         device=on,
         tokenizer=OneByteTokens(config.model.vocab_size),
-        tokens=Tokens(tokens, tokens[: 2 * config.training.batch_size * config.training.seq_len + 1], ""),
+        tokens=split,
+        windows=train,
+        val_windows=val,
         model=on.accelerate(models.init_weights(models.create(config.model), 0)),
         objective=on.accelerate(OBJECTIVES["text"]()),
         progress=Progress(),

@@ -4,8 +4,14 @@ import pytest
 
 from .killing import compare
 
+FURTHER = {
+    "": (),
+    "qwen3 with muon": ("--model-type=qwen3", "--optimizer=muon"),
+    "conversations": ("--data=talks", "--n-positions=96", "--seq-len=96"),
+}
 
-@pytest.mark.parametrize("further", [(), ("--model-type=qwen3", "--optimizer=muon")], ids=["", "qwen3 with muon"])
+
+@pytest.mark.parametrize("further", FURTHER.values(), ids=FURTHER)
 def test_a_killed_run_ends_as_the_straight_one(tmp_path, monkeypatch, further):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     assert compare(tmp_path, runs=1, kills=3, seed=1, further=further) == []

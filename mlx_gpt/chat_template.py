@@ -1,0 +1,116 @@
+"""Turns conversations into text and ids, with the chat template of a model's tokenizer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_gpt.errors import UserError, shown
+from mlx_gpt.tokenizer import Tokenizer
+
+# ChatML (OpenAI 2023): the template of models that are trained on conversations here.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+VARIABLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+REFUSED = "The model's chat template refuses these messages"
+
+
+class ChatTemplate:
+    """A Jinja template that turns messages into text, as in transformers.
+
+    Args:
+        source: the template.
+        variables: further variables for the template, such as `eos_token`.
+
+    Raises:
+        UserError: the template has a syntax error.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        from jinja2.exceptions import TemplateSyntaxError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise UserError(f"The model's chat template can't be used: {shown(error, 200)}.") from None
+        self._variables = dict(variables)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChatTemplate | None":
+        """Return the template of a model directory; None if it has none.
+
+        Raises:
+            UserError: the template cannot be used.
+        """
+        return cls._made_of(read_chat(folder))
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """Return the template that a tokenizer brings along; None if it has none. Errors as in `load`."""
+        return cls._made_of(tokenizer.chat)
+
+    @classmethod
+    def _made_of(cls, chat: Mapping[str, str]) -> "ChatTemplate | None":
+        if not chat:
+            return None
+        return cls(chat["chat_template"], {name: chat[name] for name in VARIABLES if name in chat})
+
+    def text(self, messages: Sequence[Mapping[str, Any]], answering: bool = True) -> str:
+        """Return the text of a conversation, up to the place where the assistant answers.
+
+        Args:
+            answering: end with the beginning of an answer.
+
+        Raises:
+            UserError: the template refuses the messages.
+        """
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=answering, **self._variables)
+        except UserError:
+            raise
+        except Exception as error:  # a template is somebody else's program and may fail in any way
+            raise UserError(f"{REFUSED}: {shown(error, 200)}.") from None
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+        """Return the ids of that text, with its special tokens. Errors as in `text`."""
+        return tokenizer.encode(self.text(messages), special=True)
+
+
+def read_chat(folder: Path) -> dict[str, str]:
+    """Return what a model directory says about conversations, as `Tokenizer.chat` has it; {} without a template.
+
+    The template is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
+    """
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several templates with names
+        source = next((one.get("template") for one in source if one.get("name") == "default"), None)
+    if (folder / "chat_template.jinja").is_file():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not isinstance(source, str):
+        return {}
+    chat = {"chat_template": source}
+    for name in VARIABLES:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            chat[name] = token
+    return chat
+
+
+def _refuse(message: str) -> None:
+    """Refuse a conversation; templates call this as `raise_exception`."""
+    raise UserError(message)

@@ -1,0 +1,158 @@
+"""Packs conversations into training windows, whole and with little padding.
+
+The longest conversation comes first, and each goes where it leaves the least room (best-fit decreasing: Johnson 1973).
+The windows stay the same in each epoch; each epoch visits them in an order of its own.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+import mlx.data as dx
+import numpy as np
+
+from mlx_gpt.data.batches import PREFETCH_BATCHES, WHOLE, Shard, generator_of, spread
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, CUT
+from mlx_gpt.data.tokens import ID
+from mlx_gpt.errors import UserError
+
+SCANNED = 2**24  # tokens at a time
+
+
+class PackedWindows:
+    """Windows of whole conversations.
+
+    A conversation that is longer than a window is cut after the last answer that fits, so that its beginning stays. One
+    whose first answer does not fit is left out.
+
+    Attributes:
+        per_epoch: the number of windows.
+        facts: a line for the plan of a run.
+        warnings: lines about conversations that were cut or left out.
+
+    Args:
+        marked: (tokens,) uint32, as `tokenize_conversations` makes them.
+        seq_len: targets per window.
+        seed: decides which of two conversations of equal length comes first.
+        name: of the conversations, for people.
+
+    Raises:
+        UserError: no conversation fits.
+    """
+
+    def __init__(self, marked: np.ndarray, seq_len: int, seed: int = 0, name: str = "training") -> None:
+        self._marked, self._length = marked, seq_len + 1
+        begins = marked_places(marked, BEGINS)
+        ends = np.append(begins[1:], len(marked))
+        cut = 0
+        shortest = int((ends - begins).min())
+        for i in np.flatnonzero(ends - begins > self._length):
+            place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & CUT)[-1]
+            cut += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
+            ends[i] = place
+        kept = ends > begins
+        count, self.warnings = len(begins), list[str]()
+        beyond = f"of the {count:,} {name} conversations are longer than a window of {seq_len} tokens"
+        if cut:
+            self.warnings.append(f"WARNING: {cut:,} {beyond}: only their first turns are trained on.")
+        if left_out := count - int(kept.sum()):
+            if left_out == count:
+                raise UserError(
+                    f"Each of the {count:,} {name} conversations is longer than a window: use --seq-len "
+                    f"{shortest - 1} or more, or shorten them."
+                )
+            self.warnings.append(
+                f"WARNING: {left_out:,} {beyond} up to the first answer, and are left out: a longer --seq-len has them."
+            )
+        self._begins, self._ends = begins[kept], ends[kept]
+        lengths = self._ends - self._begins
+        self._windows = best_fit(lengths, self._length, seed)
+        self.per_epoch = len(self._windows)
+        padding = 1 - lengths.sum() / (self.per_epoch * self._length)
+        self.facts = [
+            f"{len(lengths):,} conversations packed into {self.per_epoch:,} windows, {padding:.1%} of which is padding"
+        ]
+
+    def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a window (seq_len + 1,) int32, and the weights (seq_len,) float32 of all its tokens but the first."""
+        window, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
+        start = 0
+        for i in self._windows[number]:
+            part = self._marked[self._begins[i] : self._ends[i]]
+            window[start : start + len(part)] = part & ID
+            weights[start : start + len(part)] = (part & COUNTS) > 0
+            start += len(part)
+        return window, weights[1:]
+
+    def training(
+        self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield batches of windows with their weights; as `batches.TextWindows`."""
+
+        def samples() -> Iterator[dict[str, np.ndarray]]:
+            for number, index in enumerate(self._order(seed, start), start):
+                if shard.has(number):
+                    window, weights = self.window(index)
+                    yield {"window": window, "weights": weights}
+
+        stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
+        for sample in stream:
+            yield sample["window"], sample["weights"]
+
+    def places(self, seed: int, start: int, count: int) -> list[int]:
+        """Return the position in the tokens of the first conversation of each window."""
+        chosen = zip(self._order(seed, start), range(count), strict=False)
+        return [int(self._begins[self._windows[index][0]]) for index, _ in chosen]
+
+    def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
+        """Return the number of validation windows of a shard."""
+        return len(spread(self.per_epoch, limit, shard))
+
+    def validation(
+        self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield every conversation once, or those of `limit` windows; as `batches.TextWindows`."""
+        chosen = spread(self.per_epoch, limit, shard)
+        for first in range(0, len(chosen), batch_size):
+            windows = np.zeros((batch_size, self._length), np.int32)
+            weights = np.zeros((batch_size, self._length - 1), np.float32)
+            for row, number in enumerate(chosen[first : first + batch_size]):
+                windows[row], weights[row] = self.window(number)
+            yield windows, weights
+
+    def _order(self, seed: int, start: int) -> Iterator[int]:
+        epoch, first = divmod(start, self.per_epoch)
+        while True:
+            yield from generator_of(seed, epoch).permutation(self.per_epoch)[first:].tolist()
+            epoch, first = epoch + 1, 0
+
+
+def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[list[int]]:
+    """Divide things among windows that have `room` each, and return the numbers of those in each window."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(lengths))
+    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
+    windows: list[list[int]] = []
+    open_windows: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of `open_windows` in order
+    for i in order.tolist():
+        length = int(lengths[i])
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            left, number = room, len(windows)
+            windows.append([])
+        else:
+            left = rooms[at]
+            number = open_windows[left].pop()
+            if not open_windows[left]:
+                del open_windows[left], rooms[at]
+        windows[number].append(i)
+        if left := left - length:
+            if left not in open_windows:
+                bisect.insort(rooms, left)
+            open_windows.setdefault(left, []).append(number)
+    return windows
+
+
+def marked_places(marked: np.ndarray, mark: np.uint32) -> np.ndarray:
+    """Return where tokens have a mark, (places,) int64."""
+    parts = range(0, len(marked), SCANNED)
+    return np.concatenate([start + np.flatnonzero(marked[start : start + SCANNED] & mark) for start in parts])

@@ -1,0 +1,153 @@
+"""The ids of a conversation are those of talking with the model, and the right ones count."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from mlx_gpt.chat_template import CHATML, ChatTemplate
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, exchanges, tokenize_conversations
+from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.data.tokens import ID
+from mlx_gpt.errors import UserError
+from mlx_gpt.tokenizer import Tokenizer
+
+
+def turns(*contents, system=""):
+    roles = ["user", "assistant"] * len(contents)
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+
+TALKS = [
+    turns("Does the duck swim?", "In a pond."),
+    turns("the geese?", "They look on 🦆", "naïve 鳥?", "don't they\n", system="Be brief."),
+    turns("Say a space.", "  space"),
+]
+# As in Qwen3: the reasoning of earlier answers is removed.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('No system message, please.') }}{% endif %}" + CHATML
+)
+
+
+@pytest.fixture
+def talking(tokenizer):
+    """Each kind of tokenizer in turn, with ChatML."""
+    copy = Tokenizer(type(tokenizer.backend).from_str(tokenizer.to_json()))
+    copy.converse(CHATML)
+    return copy
+
+
+@pytest.fixture
+def encode(tmp_path):
+    """Encode conversations, and return the rows of the training split."""
+
+    def encode(tokenizer, train, loss_on="assistant", echo=lambda line: None):
+        for split, talks in (("train", train), ("val", TALKS[:1])):
+            rows = [json.dumps({"messages": talk}) + "\n" for talk in talks]
+            (tmp_path / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+        tokens = tokenize_conversations(open_corpus(tmp_path), tokenizer, loss_on, echo=echo).train
+        begins = np.flatnonzero(tokens & BEGINS)
+        return np.split(np.array(tokens), begins[1:])
+
+    return encode
+
+
+def test_the_ids_are_each_prompt_and_the_answer_that_follows_it(talking, encode):
+    template: Any = ChatTemplate.of(talking)
+    rows = encode(talking, TALKS)
+    assert len(rows) == len(TALKS)
+    for talk, row in zip(TALKS, rows, strict=True):
+        ids = (row & ID).tolist()
+        for i, message in enumerate(talk):
+            if message["role"] == "assistant":
+                prompt = template.ids(talk[:i], talking)
+                assert ids[: len(prompt)] == prompt
+                answer = ids[len(prompt) : ids.index(talking.backend.token_to_id("<|im_end|>"), len(prompt))]
+                assert talking.decode(answer) == message["content"]
+        assert ids[-1] == talking.end_of_text
+
+
+def test_no_space_is_put_before_an_answer_that_the_text_does_not_have(encode):
+    """As SentencePiece puts one before whatever is encoded by itself."""
+    characters = sorted(set("".join(message["content"] for message in TALKS[0]) + "▁\nuserasistant"))
+    backend = HFTokenizer(models.BPE({character: i for i, character in enumerate(characters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = Tokenizer(backend)
+    tokenizer.converse(CHATML)
+    template: Any = ChatTemplate.of(tokenizer)
+    (row,) = encode(tokenizer, TALKS[:1])
+    assert (row & ID).tolist()[:-1] == tokenizer.encode(template.text(TALKS[0], answering=False), special=True)
+
+
+def test_the_answers_and_their_ends_count_and_nothing_else(byte_tokenizer, encode):
+    tokenizer = Tokenizer.of_bytes()
+    tokenizer.converse(CHATML)
+    row = encode(tokenizer, TALKS[1:2])[0]
+    counting = "".join("#" if i == 258 else chr(i) if i < 128 else "_" for i in (row & ID)[(row & COUNTS) > 0].tolist())
+    assert counting == "They look on ____#don't they\n#"
+    everything = encode(tokenizer, TALKS[1:2], "all")[0]
+    assert (everything & COUNTS > 0).tolist() == [False] + [True] * (len(row) - 1)
+
+
+def test_a_template_that_changes_earlier_turns_gives_a_row_for_each_answer(bpe, encode):
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(FORGETFUL)
+    talk = turns("one?", "hm</think>two", "three?", "so</think>four")
+    rows = encode(tokenizer, [talk])
+    texts = [tokenizer.backend.decode((row & ID).tolist(), skip_special_tokens=False) for row in rows]
+    assert ["hm</think>" in text for text in texts] == [True, False]
+    assert [tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in rows] == ["hm</think>two", "so</think>four"]
+
+
+def test_conversations_that_the_template_refuses_or_that_have_no_answer_are_counted(bpe, encode):
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(NO_SYSTEM)
+    lines: list[str] = []
+    assert len(encode(tokenizer, [*TALKS, turns("Hello?")], echo=lines.append)) == 2
+    assert lines == [
+        "WARNING: left out 1 conversations: No system message, please.",
+        "WARNING: left out 1 conversations: they have no answer.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('Never.') }}", "Never"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
+            "asks for one",
+        ),
+    ],
+)
+def test_a_template_that_refuses_all_is_one_sentence(bpe, encode, template, words):
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(template)
+    with pytest.raises(UserError, match=rf"^No conversation of .*train.jsonl can be used: .*{words}.*\.$"):
+        encode(tokenizer, TALKS)
+
+
+def test_exchanges_add_up_to_the_whole_text():
+    template = ChatTemplate(CHATML, {})
+    talk = [*TALKS[1], {"role": "user", "content": "And?"}]
+    (row,) = exchanges(talk, template)
+    assert "".join(text for exchange in row for text in exchange) == template.text(talk, answering=False)
+
+
+def test_the_files_are_made_once_for_each_template_and_loss(bpe, encode, tmp_path):
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    for template, loss_on in [(CHATML, "assistant"), (CHATML, "assistant"), (CHATML, "all"), (FORGETFUL, "all")]:
+        tokenizer.converse(template)
+        encode(tokenizer, TALKS, loss_on)
+    assert len(list(tmp_path.glob("*.train.npy"))) == 3

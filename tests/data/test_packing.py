@@ -1,0 +1,144 @@
+"""Windows hold whole conversations with little padding, each once in an epoch, in an order that the seed decides."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from mlx_gpt.data.batches import Shard
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, CUT
+from mlx_gpt.data.packing import PackedWindows, best_fit
+from mlx_gpt.errors import UserError
+
+SEQ_LEN = 63
+
+
+def conversations(lengths, turn=1000):
+    """Rows in which each token is a number of its own; the second half of each turn counts."""
+    rows, first = [], 1
+    for length in lengths:
+        row = np.arange(first, first + length, dtype=np.uint32)
+        place = np.arange(length) % min(turn, length)
+        row |= np.where(place >= min(turn, length) // 2, COUNTS, np.uint32(0))
+        row |= np.where(place == 0, CUT, np.uint32(0))
+        row[0] |= BEGINS
+        rows.append(row)
+        first += length
+    return np.concatenate(rows)
+
+
+@pytest.fixture(scope="module")
+def lengths():
+    return np.random.default_rng(0).lognormal(3, 0.7, 2000).astype(int).clip(4, 64)
+
+
+@pytest.fixture(scope="module")
+def packed(lengths):
+    return PackedWindows(conversations(lengths), SEQ_LEN, seed=1)
+
+
+def read(windows):
+    """The tokens of each window and the tokens that count."""
+    tokens = [token for window, _ in windows for token in window[window > 0].tolist()]
+    counting = [token for window, weights in windows for token in window[1:][weights > 0].tolist()]
+    return tokens, counting
+
+
+def test_an_epoch_has_each_conversation_whole_and_once_with_little_padding(packed, lengths):
+    windows = [packed.window(number) for number in range(packed.per_epoch)]
+    tokens, counting = read(windows)
+    assert sorted(tokens) == list(range(1, lengths.sum() + 1))
+    ends = np.cumsum(lengths)
+    assert len(counting) == sum(length - length // 2 for length in lengths)
+    begins = set((ends - lengths + 1).tolist())
+    for window, weights in windows:
+        used = window[window > 0]
+        breaks = [0, *(np.flatnonzero(np.diff(used) != 1) + 1)]
+        assert {int(used[at]) for at in breaks} <= begins
+        assert weights.dtype == np.float32
+        assert not weights[window[1:] == 0].any()
+    assert 1 - lengths.sum() / (packed.per_epoch * (SEQ_LEN + 1)) < 0.05
+    assert packed.warnings == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_lengths_are_packed_whole_and_once(seed):
+    draw = np.random.default_rng(seed)
+    room = int(draw.integers(2, 300))
+    lengths = draw.integers(1, room + 1, size=int(draw.integers(1, 400)))
+    windows = best_fit(lengths, room, seed)
+    assert sorted(i for window in windows for i in window) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in window) <= room for window in windows)
+    # No two windows would fit into one (any-fit: Johnson 1973).
+    used = sorted(int(sum(lengths[i] for i in window)) for window in windows)
+    assert len(used) < 2 or used[0] + used[1] > room
+    assert windows == best_fit(lengths, room, seed)
+
+
+def epochs(packed, count, seed=0):
+    batches = packed.training(1, seed)
+    return [[next(batches)[0][0].tolist() for _ in range(packed.per_epoch)] for _ in range(count)]
+
+
+def test_each_epoch_has_every_window_once_in_an_order_of_its_own():
+    packed = PackedWindows(conversations([40] * 9), SEQ_LEN)
+    first, second = epochs(packed, 2)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert epochs(packed, 1) == [first]
+    assert epochs(packed, 1, seed=1) != [first]
+
+
+@pytest.mark.parametrize("start", [1, 17, 1000, 3333])
+def test_starting_in_the_middle_equals_skipping_what_came_before(packed, start):
+    skipped = [batch[0] for batch in islice(packed.training(1, 5), start, start + 20)]
+    started = [batch[0] for batch in islice(packed.training(1, 5, start), 20)]
+    assert np.array_equal(started, skipped)
+
+
+def test_the_shards_of_all_ranks_make_the_windows_of_each_step(packed):
+    whole = list(islice(packed.training(12, 3, 24), 4))
+    shards = [list(islice(packed.training(4, 3, 24, Shard(rank, 3, 12)), 4)) for rank in range(3)]
+    for step in range(4):
+        for part in range(2):
+            assert np.array_equal(np.concatenate([shard[step][part] for shard in shards]), whole[step][part])
+
+
+def test_the_places_are_those_of_the_windows(packed):
+    places = packed.places(5, 7, 10)
+    windows = [windows[0] for windows, _ in islice(packed.training(1, 5, 7), 10)]
+    assert [int(window[0]) - 1 for window in windows] == places
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_validation_has_each_conversation_once(packed, lengths, ranks):
+    shards = [list(packed.validation(8, 0, Shard(rank, ranks))) for rank in range(ranks)]
+    windows = [pair for shard in shards for batch in shard for pair in zip(*batch, strict=True)]
+    assert sorted(read(windows)[0]) == list(range(1, lengths.sum() + 1))
+    assert sum(packed.validation_count(0, Shard(rank, ranks)) for rank in range(ranks)) == packed.per_epoch
+
+
+def test_a_long_conversation_keeps_its_first_turns_and_says_so():
+    packed = PackedWindows(conversations([150, 10], turn=20), SEQ_LEN)
+    tokens, _ = read([packed.window(number) for number in range(packed.per_epoch)])
+    assert sorted(tokens) == [*range(1, 61), *range(151, 161)]
+    (line,) = packed.warnings
+    assert line == (
+        "WARNING: 1 of the 2 training conversations are longer than a window of 63 tokens: "
+        "only their first turns are trained on."
+    )
+
+
+def test_a_conversation_whose_first_answer_does_not_fit_is_left_out_and_counted():
+    packed = PackedWindows(conversations([150, 10], turn=100), SEQ_LEN)
+    tokens, _ = read([packed.window(0)])
+    assert sorted(tokens) == [*range(151, 161)]
+    assert "1 of the 2 training conversations are longer" in packed.warnings[0]
+    assert "left out" in packed.warnings[0]
+
+
+def test_if_nothing_fits_the_sentence_names_a_length_that_does():
+    rows = conversations([150, 100], turn=100)
+    with pytest.raises(UserError, match=r"Each of the 2 training conversations .* use --seq-len 99 or more"):
+        PackedWindows(rows, SEQ_LEN)
+    assert PackedWindows(rows, 99).per_epoch == 2

@@ -1,0 +1,130 @@
+"""A model gets tokens that it was not made with, and everything that it knew stays as it was."""
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import transformers
+from mlx_lm.utils import load_tokenizer as mlx_lm_tokenizer
+
+from mlx_gpt import models
+from mlx_gpt.chat_template import CHATML, ChatTemplate
+from mlx_gpt.errors import UserError
+from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
+from mlx_gpt.models.growing import grow_vocabulary
+from mlx_gpt.tokenizer import Tokenizer
+
+NETWORKS = {"gpt2": {}, "qwen3": {"model_type": "qwen3"}, "untied": {"model_type": "qwen3", "tie_embeddings": False}}
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Does the duck swim?"},
+    {"role": "assistant", "content": "In a pond."},
+    {"role": "user", "content": "And the geese?"},
+]
+
+
+@pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS)
+def test_the_old_logits_stay_to_the_bit(make_model, sizes, ids):
+    model = make_model(**sizes)
+    before = np.array(model(mx.array(ids)))
+    grow_vocabulary(model, [300, 301], seed=0)
+    after = np.array(model(mx.array(ids)))
+    assert after.shape == (4, 17, 302)
+    assert np.array_equal(after[..., :300], before)
+    # As likely as a known token is on average, and not both the same.
+    assert np.abs(after[..., 300:].mean(-1) - before.mean(-1)).max() < before.std()
+    assert not np.array_equal(after[..., 300], after[..., 301])
+
+
+def test_the_new_rows_are_a_function_of_the_seed(make_model):
+    grown = [make_model() for _ in range(3)]
+    for model, seed in zip(grown, (1, 1, 2), strict=True):
+        grow_vocabulary(model, [300, 301], seed)
+    rows = [np.array(model.wte.weight)[300:] for model in grown]
+    assert np.array_equal(rows[0], rows[1])
+    assert not np.array_equal(rows[0], rows[2])
+
+
+def test_a_head_with_spare_rows_keeps_its_size(make_model, ids):
+    model = make_model(vocab_size=304)
+    before = np.array(model(mx.array(ids)))
+    grow_vocabulary(model, [300, 301], seed=0)
+    after = np.array(model(mx.array(ids)))
+    assert np.array_equal(after[..., [*range(300), 302, 303]], before[..., [*range(300), 302, 303]])
+    assert not np.array_equal(after[..., 300], before[..., 300])
+
+
+def test_positions_do_not_grow_with_a_vocabulary_of_their_size(make_model):
+    model = make_model(vocab_size=32)
+    grow_vocabulary(model, [32, 33], seed=0)
+    assert model.wpe.weight.shape[0] == 32
+    assert models.vocab_size(model) == 34
+
+
+@pytest.fixture
+def directory(tmp_path, make_model, foreign):
+    """A directory of a model whose tokenizer, from elsewhere, was given ChatML."""
+    tokenizer = Tokenizer(type(foreign.backend).from_str(foreign.to_json()))
+    model = make_model(vocab_size=tokenizer.vocab_size)
+    tokenizer.converse(CHATML)
+    grow_vocabulary(model, tokenizer.added, seed=0)
+    save_model(tmp_path / "model", model, tokenizer)
+    return tmp_path / "model"
+
+
+def test_a_directory_reads_as_it_was_written(directory):
+    model = load_model(directory)
+    tokenizer = load_tokenizer(directory, model)
+    assert models.vocab_size(model) == tokenizer.vocab_size
+    names = {tokenizer.backend.id_to_token(token) for token in tokenizer.ends}
+    assert names == {"<|endoftext|>", "<|im_end|>"}
+    assert tokenizer.backend.id_to_token(tokenizer.end_of_text) == "<|endoftext|>"
+    assert tokenizer.added == ()
+    save_model(directory.parent / "again", model, tokenizer)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        assert (directory.parent / "again" / name).read_text() == (directory / name).read_text()
+
+
+def test_transformers_and_mlx_lm_make_the_same_prompt_and_end_at_the_same_tokens(directory):
+    ours = load_tokenizer(directory, load_model(directory))
+    template: Any = ChatTemplate.load(directory)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(directory)
+    expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
+    assert template.ids(MESSAGES, ours) == list(expected)
+    assert theirs.eos_token == "<|im_end|>"
+    config = json.loads((directory / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [theirs.convert_tokens_to_ids(n) for n in ("<|im_end|>", "<|endoftext|>")]
+    assert transformers.GenerationConfig.from_pretrained(directory).eos_token_id == config["eos_token_id"]
+    mlx_lm = mlx_lm_tokenizer(directory, eos_token_ids=config["eos_token_id"])
+    assert mlx_lm.apply_chat_template(MESSAGES, add_generation_prompt=True) == list(expected)
+    assert set(mlx_lm.eos_token_ids) == ours.ends
+
+
+def test_a_template_of_one_s_own_is_kept_with_its_tokens(directory):
+    """As in Llama 3: the end of a turn has another name, and a document's end comes first."""
+    own = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+    config = {"chat_template": own, "bos_token": "<s>", "eos_token": {"content": "<|endoftext|>"}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    end, pad = (Tokenizer.load(directory).backend.token_to_id(name) for name in ("<|endoftext|>", "<pad>"))
+    generation = {"eos_token_id": [end, pad], "bos_token_id": 0}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(directory, model := load_model(directory))
+    assert tokenizer.ends >= {end, pad}
+    save_model(directory.parent / "again", model, tokenizer)
+    saved = json.loads((directory.parent / "again/tokenizer_config.json").read_text())
+    assert (saved["chat_template"], saved["bos_token"], saved["eos_token"]) == (own, "<s>", "<|endoftext|>")
+    again = load_tokenizer(directory.parent / "again", model)
+    assert (again.ends, again.end_of_text) == (tokenizer.ends, end)
+
+
+def test_a_tokenizer_with_gaps_is_refused(foreign):
+    content = json.loads(foreign.to_json())
+    content["added_tokens"], content["post_processor"] = [], None
+    vocab = content["model"]["vocab"]
+    vocab["<|endoftext|>"] = len(vocab)
+    vocab["gap"] = len(vocab) + 1
+    tokenizer = Tokenizer(type(foreign.backend).from_str(json.dumps(content)), vocab["<|endoftext|>"])
+    with pytest.raises(UserError, match="gaps between its ids"):
+        tokenizer.converse(CHATML)

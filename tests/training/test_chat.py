@@ -1,0 +1,173 @@
+"""A model learns from conversations what the assistant says, and says it wherever it is opened."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+import transformers
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
+
+from mlx_gpt.api import load
+from mlx_gpt.chat_template import CHATML, ChatTemplate
+from mlx_gpt.config import GenerationConfig
+from mlx_gpt.data.corpus import open_corpus
+from mlx_gpt.data.packing import PackedWindows
+from mlx_gpt.device import device
+from mlx_gpt.evaluation import Evaluator
+from mlx_gpt.generation.engine import Engine
+from mlx_gpt.generation.requests import Request
+from mlx_gpt.models.directory import save_model
+from mlx_gpt.objectives import objective_of
+from mlx_gpt.training import checkpoint
+
+from .conftest import refusal
+
+FACTS = {"duck": "pond", "goose": "lake", "swan": "river"}
+SIZES = {"n_positions": 96, "seq_len": 80, "batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 0.02}
+
+
+def ask(bird):
+    return [{"role": "user", "content": f"{bird}?"}]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, eager, unmeasured):
+    """An empty folder, where nothing is compiled."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """A folder of conversations about three birds, of one turn and of two."""
+    folder = tmp_path_factory.mktemp("talks")
+    answered = [[*ask(bird), {"role": "assistant", "content": place}] for bird, place in FACTS.items()]
+    train = [*answered, *(one + other for one in answered for other in answered if one != other)] * 3
+    for split, rows in (("train", train), ("val", answered)):
+        lines = [json.dumps({"messages": row}) + "\n" for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def learn(train, talks):
+    """Train on the conversations."""
+    return lambda out, **settings: train(out, data=str(talks), **SIZES | settings)
+
+
+def greedy(folder, bird):
+    """What the model answers, by the engine that every command uses, and why the answer ended."""
+    model, tokenizer = load(folder)
+    template: Any = ChatTemplate.load(Path(folder))
+    prompt = template.ids(ask(bird), tokenizer)
+    config = GenerationConfig(temperature=0, repetition_penalty=1.0, max_tokens=12)
+    engine = Engine(model, tokenizer)
+    engine.add(Request(prompt, config))
+    pieces = []
+    while engine.busy:
+        pieces += [piece for _, piece in engine.step()]
+    return "".join(piece.text for piece in pieces), pieces[-1].reason
+
+
+def test_it_answers_everywhere_and_stops_there(learn):
+    learn("run", max_steps=100, max_epochs=99, learning_rate=0.01, dropout=0.0, eval_every=100, save_every=100)
+    for bird, place in FACTS.items():
+        assert greedy("run/final", bird) == (place, "end")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained("run/final").eval()
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained("run/final")
+    prompt = tokenizer.apply_chat_template(ask("swan"), add_generation_prompt=True, return_tensors="pt")
+    made = theirs.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[
+        0, prompt["input_ids"].shape[1] :
+    ]
+    assert tokenizer.decode(made) == "river<|im_end|>"
+    model, tokenizer = mlx_lm.load("run/final")[:2]
+    prompt = tokenizer.apply_chat_template(ask("goose"), add_generation_prompt=True)
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=12) == "lake"
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 9])
+def test_a_stopped_and_resumed_run_ends_as_the_straight_one(learn, stop_after):
+    learn("whole", max_steps=12)
+    assert learn("half", max_steps=12, stop_after=stop_after).step == stop_after
+    assert learn("half", max_steps=12, resume="half").finished
+    for name in ("final/model.safetensors", "best/model.safetensors"):
+        assert Path("half", name).read_bytes() == Path("whole", name).read_bytes()
+    last = [checkpoint.all_checkpoints(Path(run))[-1] / "optimizer.safetensors" for run in ("half", "whole")]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_a_model_without_the_tokens_grows_and_its_run_resumes(learn, make_model, foreign):
+    save_model(Path("base"), make_model(vocab_size=foreign.vocab_size, n_positions=96), foreign)
+    lines = learn("whole", init_from="base", max_steps=4).lines
+    assert "base has no chat template: it gets ChatML and the tokens <|im_start|>, <|im_end|>." in lines
+    learn("half", init_from="base", max_steps=4, stop_after=2)
+    learn("half", init_from="base", max_steps=4, resume="half")
+    final = "final/model.safetensors"
+    assert Path("half", final).read_bytes() == Path("whole", final).read_bytes()
+    assert load_file(Path("whole", final))["wte.weight"].shape[0] == foreign.vocab_size + 2
+    assert json.loads(Path("whole/final/config.json").read_text())["vocab_size"] == foreign.vocab_size + 2
+
+
+def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
+    run = learn("run", max_steps=1)
+    model, tokenizer = load("run/final")
+    template: Any = ChatTemplate.load(Path("run/final"))
+    lines = [json.loads(line) for line in (talks / "val.jsonl").read_text().splitlines()]
+    evaluation = Evaluator(model, PackedWindows(marked(talks, tokenizer), 40), tokenizer.byte_lengths(), batch_size=2)()
+    losses, size = [], 0
+    for row in lines:
+        prompt = template.ids(row["messages"][:1], tokenizer)
+        answer = [*tokenizer.encode(row["messages"][1]["content"]), 258]
+        logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
+        losses += nn.losses.cross_entropy(logits, mx.array(answer)).tolist()
+        size += len(row["messages"][1]["content"])
+    assert run.finished
+    assert evaluation.tokens == len(losses)
+    assert evaluation.text_bytes == size
+    assert evaluation.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert evaluation.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / size, rel=1e-5)
+
+
+def marked(talks, tokenizer):
+    """The tokens of the validation conversations, with their marks."""
+    return objective_of("conversations").encode(open_corpus(talks), tokenizer).val
+
+
+def test_a_masked_step_is_that_of_pytorch(make_model, talks, bpe, tmp_path):
+    tokenizer = type(bpe)(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(CHATML)
+    model = make_model(n_positions=64)
+    save_model(tmp_path / "model", model, tokenizer)
+    windows, weights = next(PackedWindows(marked(talks, tokenizer), 60).validation(2))
+    assert 0 < weights.sum() < weights.size / 2
+    objective = device().accelerate(objective_of("conversations")())
+    (loss, count), gradients = nn.value_and_grad(model, objective)(model, mx.array(windows), mx.array(weights))
+    found = {name: gradient / count for name, gradient in tree_flatten(gradients)}
+
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").eval()
+    ids, mask = torch.tensor(windows.astype(np.int64)), torch.tensor(weights) > 0
+    logits = theirs(ids[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits[mask], ids[:, 1:][mask])
+    expected.backward()
+    assert count.item() == mask.sum().item()
+    assert (loss / count).item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = dict(theirs.transformer.named_parameters())
+    assert found.keys() == parameters.keys()
+    for name, gradient in found.items():
+        theirs_too = parameters[name].grad.numpy()
+        turned = theirs_too.T if np.array(gradient).shape != theirs_too.shape or "c_" in name else theirs_too
+        np.testing.assert_allclose(np.array(gradient), turned if gradient.ndim == 2 else theirs_too, atol=2e-5)
+
+
+def test_too_short_windows_are_refused_with_a_length_that_works(learn):
+    sentence = refusal(lambda: learn("run", seq_len=8, max_steps=1))
+    assert "Each of the 27 training conversations is longer than a window: use --seq-len " in sentence
+    needed = int(sentence.split("--seq-len ")[1].split()[0])
+    assert learn("run", seq_len=needed, max_steps=1).finished
