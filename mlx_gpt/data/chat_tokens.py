@@ -136,7 +136,7 @@ def _encoded(
             if np.any(tokens & COUNTS):
                 yield tokens
             else:
-                drops.add("they have no answer.")
+                drops.add("the template writes no answer.")
 
 
 def _divided(conversations: Iterable[Conversation], template: ChatTemplate, drops: Drops) -> Iterator[list[Exchange]]:

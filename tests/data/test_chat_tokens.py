@@ -34,7 +34,9 @@ FORGETFUL = (
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('No system message, please.') }}{% endif %}" + CHATML
+    "{% if messages[0].role == 'system' %}{{ raise_exception('No system message, please.') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content != 'secret' %}"
+    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -109,14 +111,14 @@ def test_a_template_that_changes_earlier_turns_gives_a_row_for_each_answer(bpe, 
     assert [tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in rows] == ["hm</think>two", "so</think>four"]
 
 
-def test_conversations_that_the_template_refuses_or_that_have_no_answer_are_counted(bpe, encode):
+def test_conversations_that_the_template_refuses_or_writes_without_an_answer_are_counted(bpe, encode):
     tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
     tokenizer.converse(NO_SYSTEM)
     lines: list[str] = []
-    assert len(encode(tokenizer, [*TALKS, turns("Hello?")], echo=lines.append)) == 2
+    assert len(encode(tokenizer, [*TALKS, turns("Hello?", "secret")], echo=lines.append)) == 2
     assert lines == [
         "WARNING: left out 1 conversations: No system message, please.",
-        "WARNING: left out 1 conversations: they have no answer.",
+        "WARNING: left out 1 conversations: the template writes no answer.",
     ]
 
 
