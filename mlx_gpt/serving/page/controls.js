@@ -26,6 +26,7 @@ export class Controls {
     this.root = copyOf("controls");
     this.number = ++numbered;
     for (const name of ["token", "settings", "run"]) this[name] = this.root.querySelector(`.${name}`);
+    this.token.querySelector(".close").onclick = () => this.leave();
     this.models = models;
     this.values = {};
     this.buildSettings(from);
@@ -122,6 +123,12 @@ export class Controls {
       button.disabled = text.startsWith("bytes:") || this.special.includes(text);  // cannot be written as text
       return make("li", {}, button);
     }));
+  }
+
+  // Put the page's cursor on the alternatives. Escape puts it back.
+  focus(back) {
+    this.token.querySelector("li button:enabled")?.focus();
+    this.token.onkeydown = event => { if (event.key === "Escape") back.focus(); };
   }
 
   // Show no token.

@@ -14,3 +14,23 @@ export function grow(area) {
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
 }
+
+// Browsers have a clipboard for pages of this machine or with TLS, and may ask the person first. The old way needs neither.
+export async function copyText(text) {
+  try {
+    return await navigator.clipboard.writeText(text);
+  } catch {}
+  const area = make("textarea", { value: text }), focused = document.activeElement;
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  focused.focus();
+  if (!copied) throw new Error("The browser does not allow this page to copy.");
+}
+
+export function saveText(name, text) {
+  const link = make("a", { download: name, href: URL.createObjectURL(new Blob([text])) });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}

@@ -13,7 +13,6 @@ class Sheet {
     this.area = this.root.querySelector("textarea");
     this.sheets = sheets;
     this.controls = controls;
-    this.root.append(controls.root);
     this.pieces = text ? [{ text }] : [];
     this.past = [];
     this.area.setAttribute("aria-label", "Text");
@@ -144,7 +143,11 @@ export class Sheets {
       stopAll();
       second.root.remove();
       this.sheets.pop();
-    } else this.sheets.push(new Sheet(this, new Controls(first.controls.models, first.controls), first.text));
+    } else {
+      const sheet = new Sheet(this, new Controls(first.controls.models, first.controls), first.text);
+      sheet.root.append(sheet.controls.root);
+      this.sheets.push(sheet);
+    }
     this.place();
   }
 
@@ -157,6 +160,12 @@ export class Sheets {
       sheet.compare.textContent = two ? "One text" : "Compare";
       sheet.compare.setAttribute("aria-pressed", two);
     });
+  }
+
+  // Prepare for being shown: take the controls, which both views share.
+  show() {
+    const [{ root, controls }] = this.sheets;
+    root.append(controls.root);
   }
 
   // Put the page's cursor at the end of the first text.
