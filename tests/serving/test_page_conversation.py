@@ -151,6 +151,11 @@ def test_a_turn_can_be_edited_and_answered_anew(page):
     page.keyboard.type(" nobody wants")
     page.keyboard.press("Escape")
     assert turns(page) == before
+    press(page, "Edit", 2)
+    page.get_by_role("button", name="Answer anew").click()  # with the same text
+    rest(page)
+    assert turns(page)[:3] == before[:3]
+    expect(page.get_by_label("Version 2 of 2")).to_have_count(1)
 
 
 def test_an_answer_can_be_edited_and_continued(page):
@@ -224,6 +229,29 @@ def test_the_conversation_survives_a_reload_and_can_be_put_aside(page):
     assert turns(page) == []
     page.get_by_role("button", name="Bring back the last conversation").click()
     assert turns(page) == before
+
+
+def test_two_tabs_show_the_same_conversation(page, context, address):
+    other = context.new_page()
+    other.goto(address)
+    other.get_by_text("Conversation", exact=True).click()
+    other.get_by_label("Message", exact=True).fill("Not sent yet")
+    send(page, "Ducks")
+    expect(other.locator(ANSWER)).to_have_text(turns(page)[1])
+    expect(other.get_by_label("Message", exact=True)).to_have_value("Not sent yet")
+
+
+def test_a_browser_without_room_keeps_the_text_or_says_so(page):
+    allow = "limit => Storage.prototype.setItem = function (key, value) {{ if ({}) throw Error(); this[key] = value; }}"
+    page.evaluate(allow.format("value.includes('[[')"))  # no room for probabilities
+    send(page, "Ducks")
+    before = turns(page)
+    page.reload()
+    assert turns(page) == before
+    assert page.locator(f"{ANSWER} .made").count() == 0
+    page.evaluate(allow.format("true"))
+    send(page, "Geese")
+    expect(page.locator(".status.error")).to_contain_text("no room to keep this conversation")
 
 
 def test_a_conversation_is_copied_and_saved_as_a_row_for_training(page, context):

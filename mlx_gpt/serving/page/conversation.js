@@ -13,17 +13,17 @@ export class Conversation {
     this.message = this.composer.querySelector("textarea");
     this.instructions = this.system.querySelector("textarea");
     this.controls = controls;
-    this.fresh.onclick = () => { Tree.putAside(); this.load(); this.message.focus(); };
-    this.last.onclick = () => { Tree.bringBack(); this.load(); this.message.focus(); };
+    this.fresh.onclick = () => this.change(Tree.putAside);
+    this.last.onclick = () => this.change(Tree.bringBack);
     this.copy.onclick = () => this.copied(this.row, "Copied the conversation as a row for training.");
     this.save.onclick = () => saveText("conversation.jsonl", this.row);
     this.colour.onclick = () => this.colour.setAttribute("aria-pressed", this.turns.classList.toggle("colours"));
     this.stop.onclick = stopAll;
     this.instructions.oninput = () => { this.tree.system = this.instructions.value; grow(this.instructions); this.keep(); };
-    this.message.oninput = () => { this.tree.message = this.message.value; grow(this.message); this.keep(); };
+    this.message.oninput = () => { this.tree.message = this.message.value; grow(this.message); };
     onEnter(this.message, () => this.sendMessage());
     this.composer.onsubmit = event => { event.preventDefault(); this.sendMessage(); };
-    addEventListener("pagehide", () => this.tree.save());  // an answer that is being written
+    addEventListener("pagehide", () => this.tree.save());  // a message or an answer that is being written
     addEventListener("storage", event => { if (Tree.isKeptAt(event.key)) this.follow(); });
     this.load();
   }
@@ -39,9 +39,20 @@ export class Conversation {
     this.draw();
   }
 
+  // Go to another conversation.
+  change(exchange) {
+    this.tree.save();
+    exchange();
+    this.load();
+    this.message.focus();
+  }
+
   // Show what another tab has added, unless this one is at work.
   follow() {
-    if (!busy() && !this.turns.querySelector(".editor")) this.load();
+    if (busy() || this.turns.querySelector(".editor")) return;
+    const { value } = this.message;
+    this.load();
+    this.message.value = this.tree.message = value;
   }
 
   // Keep the conversation for the next visit.
@@ -146,17 +157,18 @@ export class Conversation {
     const area = make("textarea", { rows: 1, value: turn.draft, ariaLabel: mine ? "Edit your turn" : "Edit the answer" });
     area.oninput = () => { turn.draft = area.value; grow(area); };
     const close = change => {
-      if (busy()) return;
       const { draft } = turn;
+      if (busy() || change && mine && !draft.trim()) return;
       delete turn.draft;
       change?.(edited(turn.pieces, draft));
       this.draw();
       if (!busy()) this.focusOn(this.tree.path.includes(turn) ? turn : parent.next[parent.chosen], "edit");
     };
     const save = () => close(pieces => { turn.pieces = pieces; this.keep(); });
-    const resume = () => close(pieces => {  // with the edited turn as another version
-      const version = { ...newTurn(turn.role, pieces), model: turn.model };
-      this.tree.add(parent, version);
+    const resume = () => close(pieces => {
+      const changed = textOf(pieces) !== textOf(turn.pieces) || !mine;
+      const version = changed ? { ...newTurn(turn.role, pieces), model: turn.model } : turn;
+      if (changed) this.tree.add(parent, version);
       mine ? this.answer(version) : this.write(version);
     });
     const button = (label, onclick, key = "") => make("button", { type: "button", onclick }, label, key && make("kbd", { textContent: key }));

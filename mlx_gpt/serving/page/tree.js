@@ -67,12 +67,21 @@ export class Tree {
     }
   }
 
-  // Start a new conversation, and keep this one until the next is started.
-  static putAside() { keep(LAST, kept(NOW)); keep(NOW, null); }
+  // Start a new conversation, and keep this one aside until the next is started.
+  static putAside() {
+    const now = kept(NOW);
+    keep(NOW, null);  // first, for there may be no room for both
+    keep(LAST, now);
+  }
 
   static get hasLast() { return kept(LAST) !== null; }
 
-  static bringBack() { keep(NOW, kept(LAST)); keep(LAST, null); }
+  static bringBack() {
+    const now = kept(NOW), last = kept(LAST);
+    keep(LAST, null);
+    keep(NOW, last);
+    keep(LAST, now);
+  }
 
   static isKeptAt(key) { return key === NOW; }
 }
