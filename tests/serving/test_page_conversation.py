@@ -24,7 +24,7 @@ def address(folders, make_model, sentences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversing") / "duck"
     backend = Tokenizer.train(sentences, 300).backend
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    save_model(folder, make_model(vocab_size=302, n_positions=256), Tokenizer(backend))
+    save_model(folder, make_model(vocab_size=302, n_positions=4096), Tokenizer(backend))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHATML}))
     with served(folders / "plain", folder, max_tokens=10**6) as url:
@@ -74,10 +74,12 @@ def turns(page):
 
 
 def asked(page, action):
-    """The messages that the page sends when a person does something."""
+    """The messages that the page sends when a person does something. A last one of the assistant is to be continued."""
     with page.expect_request("**/v1/chat/completions") as request:
         action()
-    return request.value.post_data_json["messages"]
+    body = request.value.post_data_json
+    assert ("continue_final_message" in body) == (body["messages"][-1]["role"] == "assistant")
+    return body["messages"]
 
 
 def user(text):
@@ -206,7 +208,8 @@ def test_an_answer_that_is_stopped_stays_and_can_be_continued(page):
     stopped, count = page.locator(ANSWER).text_content(), tokens.count()
     page.wait_for_timeout(300)
     assert page.locator(ANSWER).text_content() == stopped
-    page.get_by_role("button", name="Continue").click()
+    messages = asked(page, lambda: page.get_by_role("button", name="Continue").click())
+    assert messages == [user("Ducks"), assistant(stopped)]
     expect(tokens.nth(count + 5)).to_be_attached()
     page.get_by_role("button", name="Stop").click()
     rest(page)
@@ -247,6 +250,7 @@ def test_a_browser_without_room_keeps_the_text_or_says_so(page):
     send(page, "Ducks")
     before = turns(page)
     page.reload()
+    expect(page.locator(".turn")).to_have_count(2)
     assert turns(page) == before
     assert page.locator(f"{ANSWER} .made").count() == 0
     page.evaluate(allow.format("true"))
@@ -275,10 +279,10 @@ def test_an_error_is_shown_in_place_and_loses_nothing(page):
     expect(error).to_contain_text("not this word")
     assert turns(page) == ["refuse"]
     press(page, "Edit")
-    page.get_by_label("Edit your turn").fill("duck " * 300)
+    page.get_by_label("Edit your turn").fill("duck " * 5000)
     page.keyboard.press("Enter")
-    expect(error).to_contain_text("more than the model's context of 256")
-    assert turns(page) == ["duck " * 300]
+    expect(error).to_contain_text("more than the model's context of 4,096")
+    assert turns(page) == ["duck " * 5000]
     press(page, "Edit")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.get_by_label("Edit your turn").fill("Ducks")

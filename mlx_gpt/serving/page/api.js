@@ -42,12 +42,21 @@ async function* events(answer) {
 }
 
 // Stream what the model writes, until it ends or `stopAll` stops it. `read` takes each part and returns its number of
-// tokens; `say` shows how it goes. Returns why the text ended: "stop", "length", "stopped" or "failed".
-export async function generate(path, body, read, say) {
+// tokens, `draw` shows them, and `say` reports the speed. Returns why the text ended: "stop", "length", "stopped" or
+// "failed".
+export async function generate(path, body, read, draw, say) {
   const control = new AbortController();
   running.add(control);
   const started = performance.now();
-  let first, count = 0, reason;
+  let first, count = 0, reason, frame = 0;
+  const show = () => {
+    cancelAnimationFrame(frame);
+    frame = 0;
+    draw();
+    const seconds = (performance.now() - first) / 1000;
+    const speed = count > 1 && seconds > 0 ? `, ${((count - 1) / seconds).toFixed(0)} per second` : "";
+    say(`${count} ${count === 1 ? "token" : "tokens"}${speed}; the first after ${((first - started) / 1000).toFixed(2)} s`);
+  };
   say("Reading ...");
   try {
     const answer = await ask(path, {
@@ -57,21 +66,21 @@ export async function generate(path, body, read, say) {
     for await (const { choices: [choice] } of events(answer)) {
       count += read(choice);
       reason = choice.finish_reason;
-      if (!count) continue;
-      first ??= performance.now();
-      const seconds = (performance.now() - first) / 1000;
-      const speed = count > 1 && seconds > 0 ? `, ${((count - 1) / seconds).toFixed(0)} per second` : "";
-      say(`${count} ${count === 1 ? "token" : "tokens"}${speed}; the first after ${((first - started) / 1000).toFixed(2)} s`);
+      if (count) first ??= performance.now();
+      if (count) frame ||= requestAnimationFrame(show);  // tokens may come faster than a browser can lay them out
     }
+    if (count) show();
     return reason;
   } catch (error) {
+    draw();
     if (control.signal.aborted) {
-      say(`${count} tokens. Stopped.`);
+      say(`${count} ${count === 1 ? "token" : "tokens"}. Stopped.`);
       return "stopped";
     }
     say(error instanceof TypeError ? "Cannot reach the server: is it still running?" : error.message, true);
     return "failed";
   } finally {
+    cancelAnimationFrame(frame);
     running.delete(control);
   }
 }

@@ -263,10 +263,10 @@ export class Conversation {
         return token;
       });
       writer.add(delta.content ?? "", tokens);
-      draw(this.texts.get(turn), turn.pieces);
       return tokens.length;
     };
-    const writing = generate("/v1/chat/completions", body, read, (text, wrong) => this.say(text, wrong));
+    const show = () => draw(this.texts.get(turn), turn.pieces);
+    const writing = generate("/v1/chat/completions", body, read, show, (text, wrong) => this.say(text, wrong));
     this.draw();
     this.status.scrollIntoView({ block: "nearest" });
     if (document.activeElement === document.body) this.stop.focus();

@@ -89,12 +89,11 @@ class Sheet {
         logprob: token_logprobs[i],
         others: Object.entries(top_logprobs[i] ?? {}).sort((one, other) => other[1] - one[1]).slice(0, ALTERNATIVES),
       })));
-      this.draw();
       return tokens.length;
     };
     this.area.readOnly = true;
     const body = { prompt: this.text, logprobs: ALTERNATIVES, ...this.controls.request() };
-    const reason = await generate("/v1/completions", body, read, (text, wrong) => this.say(text, wrong));
+    const reason = await generate("/v1/completions", body, read, () => this.draw(), (text, wrong) => this.say(text, wrong));
     if (reason === "stop") this.say(`${this.status.textContent}. The text ended by itself.`);
     this.area.readOnly = false;
     this.area.setSelectionRange(this.area.value.length, this.area.value.length);
