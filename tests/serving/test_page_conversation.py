@@ -102,10 +102,15 @@ def test_a_person_asks_and_the_model_answers(page, address):
     rest(page)
     body = {"model": "duck", "messages": [question], "seed": 7, "max_tokens": 8}
     body |= {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0, "repetition_penalty": 1.1}
-    expected = page.request.post(f"{address}/v1/chat/completions", data=body).json()["choices"][0]["message"]["content"]
+    choice = page.request.post(f"{address}/v1/chat/completions", data=body | {"logprobs": True}).json()["choices"][0]
+    expected, tokens = choice["message"]["content"], [token["token"] for token in choice["logprobs"]["content"]]
     assert turns(page) == ["Where do\nducks swim?", expected]
     assert page.locator(f"{ANSWER} .made").count() >= 5
-    assert "".join(page.locator(f"{ANSWER} .made").all_text_contents()) == expected
+    made = page.locator(f"{ANSWER} .made").all_text_contents()
+    assert "".join(made) == expected
+    assert any(token.startswith("bytes:") for token in tokens)  # part of a character, which ends in a later token
+    ends = iter(made)
+    assert all(any(text.endswith(token) for text in ends) for token in tokens if not token.startswith("bytes:"))
     page.keyboard.type("And geese?")
     assert asked(page, lambda: page.keyboard.press("Enter")) == [question, assistant(expected), user("And geese?")]
 
@@ -313,7 +318,8 @@ def test_an_error_is_shown_in_place_and_loses_nothing(page):
 def test_the_conversation_fits_a_phone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     page.emulate_media(color_scheme="dark")
-    send(page, "d\N{LATIN SMALL LETTER U WITH DIAERESIS}ck" * 40)
+    send(page, "d\N{LATIN SMALL LETTER U WITH DIAERESIS}ck" * 200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.locator(f"{ANSWER} .made").last.click()
     panel = page.locator(".token").bounding_box()
     assert panel["y"] + panel["height"] == 844  # in sight
