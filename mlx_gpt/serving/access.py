@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_gpt.errors import shown
+from mlx_gpt.serving import page
 from mlx_gpt.serving.errors import CLIENT_CLOSED, APIError
 from mlx_gpt.serving.metrics import Metrics
 
@@ -99,7 +100,7 @@ class Guard:
         if origin is not None and origin not in self._origins and origin not in (f"http://{host}", f"https://{host}"):
             message = f"Pages of {shown(origin)} may not use this server: allow them with --allow-origin."
             raise APIError(403, message, code="unknown_origin")
-        if self._key and scope["path"] not in OPEN:
+        if self._key and scope["path"] not in OPEN and not scope["path"].startswith(page.PATH):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
             if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._key):

@@ -225,12 +225,17 @@ class ChatAnswer(Answer):
             return None
         content = [
             ChatToken(
-                **self._token(token.id, token.logprob),
+                **self._token(token.id, token.logprob, token.text),
                 top_logprobs=[TokenLogprob(**self._token(*alternative)) for alternative in token.alternatives],
             )
             for token in tokens
         ]
         return ChatLogprobs(content=content, refusal=None)
 
-    def _token(self, id: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": self._tokenizer.name_of(id), "logprob": logprob, "bytes": self._tokenizer.bytes_of(id)}
+    def _token(self, id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
+        """Describe a token of the answer, which adds `text`, or another one in its place."""
+        # The bytes of an answer's tokens add up to its text. Tokens without bytes of their own add what depends on
+        # those before, such as a space.
+        known = text is None or self._tokenizer.token_bytes is not None
+        written = self._tokenizer.bytes_of(id) if known else list((text or "").encode())
+        return {"token": self._tokenizer.name_of(id), "logprob": logprob, "bytes": written}

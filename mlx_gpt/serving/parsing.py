@@ -75,8 +75,14 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
         {"role": "system" if message.role == "developer" else message.role, "content": message.text}
         for message in body.messages
     ]
+    begun = ""
+    if body.continue_final_message:
+        if messages[-1]["role"] != "assistant":
+            message = "`continue_final_message` needs a last message of the assistant: add it, or leave this out."
+            raise APIError(400, message, "continue_final_message")
+        begun = messages.pop()["content"]
     try:
-        ids = model.template.ids(messages, model.tokenizer)
+        ids = model.template.ids(messages, model.tokenizer) + model.tokenizer.encode(begun)
     except UserError as error:
         raise APIError(400, str(error), "messages") from None
     _check_ids(ids, model, "messages")

@@ -213,6 +213,9 @@ class ChatRequest(TextRequest):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    continue_final_message: bool | None = Field(
+        None, description="Continue the last message, the assistant's, instead of answering it. OpenAI lacks this."
+    )
     max_tokens: int | None = Field(
         None, ge=1, lt=2**31, description="Highest number of new tokens. Default: what the context holds."
     )

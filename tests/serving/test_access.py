@@ -116,7 +116,8 @@ def test_everything_but_the_page_and_health_needs_the_key(folders):
         key = "Bearer sésame".encode()
         assert httpx.post(f"{url}/v1/completions", json=BODY, headers={b"Authorization": key}).status_code == 200
         assert httpx.get(f"{url}/metrics").status_code == 401
-        assert httpx.get(f"{url}/").status_code == httpx.get(f"{url}/health").status_code == 200
+        for path in ("/", "/page/main.js", "/health"):
+            assert httpx.get(f"{url}{path}").status_code == 200
 
 
 def test_other_machines_are_let_in_only_with_a_key_or_knowingly(folders, caplog):
@@ -278,13 +279,22 @@ def test_metrics_count_requests_and_tokens(folders):
         assert f"mlx_gpt_{name}_count 1.0" in metrics
 
 
-def test_the_page_loads_nothing_else(url):
+def test_the_page_loads_only_its_own_files(url):
     answer = httpx.get(f"{url}/")
     policy = answer.headers["content-security-policy"]
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'")
     assert "unsafe" not in policy
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert not re.search(r"(src|href)=\"(?!data:)|https?://(?!www\.w3\.org)|@import", answer.text)
+    paths = re.findall(r'(?:src|href)="(?!data:)([^"]*)"', answer.text)
+    for path in paths:
+        file = httpx.get(f"{url}{path}")
+        assert (file.status_code, file.headers["x-content-type-options"]) == (200, "nosniff")
+        assert file.headers["content-type"].startswith(("text/css", "text/javascript"))
+        assert not re.search(r"https?://(?!www\.w3\.org)|@import", answer.text + file.text)
+        paths += [
+            f"/page/{name}" for name in re.findall(r'from "\./([^"]*)"', file.text) if f"/page/{name}" not in paths
+        ]
+    assert paths
+    assert httpx.get(f"{url}/page/__init__.py").status_code == httpx.get(f"{url}/page/..%2fapp.py").status_code == 404
 
 
 @pytest.mark.parametrize("where", ["step", "add"])

@@ -1,18 +1,27 @@
 """OpenAI's own client gets the answers that it expects."""
 
 import math
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import mlx_lm
 import openai
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from mlx_gpt.config import GenerationConfig
+from mlx_gpt.generation.requests import Request
+from mlx_gpt.generation.stop_strings import Text
 from mlx_gpt.generation.stream import stream
 from mlx_gpt.models.directory import save_model
+from mlx_gpt.serving.answers import ChatAnswer
+from mlx_gpt.serving.models import ServedModel
+from mlx_gpt.serving.parsing import ParsedRequest
+from mlx_gpt.tokenizer import Tokenizer
 
 from .conftest import served
 
@@ -210,6 +219,36 @@ def test_an_answer_can_be_sent_back_with_the_next_question(client):
     messages.append(client.chat.completions.create(messages=messages, **asked).choices[0].message)
     messages.append({"role": "user", "content": "Ducks"})
     assert client.chat.completions.create(messages=messages, **asked).choices[0].message.role == "assistant"
+
+
+def test_an_answer_can_be_continued(client):
+    messages: list[Any] = [{"role": "user", "content": "Geese"}]
+    asked = {"model": "chatty", "max_tokens": 6, **GREEDY}
+    whole = client.chat.completions.create(messages=messages, logprobs=True, **asked).choices[0]
+    tokens = whole.logprobs.content
+    begun = b"".join(bytes(token.bytes) for token in tokens[:3]).decode()
+    messages.append({"role": "assistant", "content": begun})
+    rest = client.chat.completions.create(messages=messages, extra_body={"continue_final_message": True}, **asked)
+    assert (begun + rest.choices[0].message.content).startswith(whole.message.content)
+    with pytest.raises(openai.BadRequestError, match="needs a last message of the assistant"):
+        client.chat.completions.create(messages=messages[:1], extra_body={"continue_final_message": True}, **asked)
+
+
+def test_the_bytes_of_an_answers_tokens_add_up_without_byte_tokens():
+    """The first word of a text loses its space, so a token's text depends on those before it."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "\u2581a": 1}, []))
+    backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(backend)
+    model = ServedModel("a", Path(), tokenizer, 32, 0, None, Mock())
+    parsed = ParsedRequest(model, [Request([1], GenerationConfig(), {}, 1)], True, False)
+    answer, text = ChatAnswer(parsed), Text(0, tokenizer, [1], [])
+    for reason in ("", "", "length"):
+        for piece in text.add(1, reason, -1.0, ((0, -0.5),)):
+            answer.add(0, piece)
+    [choice] = answer.whole().choices
+    assert choice.message.content == " a a a"
+    assert choice.logprobs
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs.content).decode() == " a a a"
 
 
 def test_without_a_limit_an_answer_may_fill_the_context(client):

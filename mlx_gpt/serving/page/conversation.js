@@ -1,0 +1,292 @@
+// A conversation with the model. Each turn can be edited and answered anew.
+
+import { ALTERNATIVES, busy, generate, stopAll } from "./api.js";
+import { copyOf, copyText, grow, make, saveText } from "./dom.js";
+import { Writer, before, draw, edited, textOf } from "./pieces.js";
+import { Tree, newTurn } from "./tree.js";
+
+export class Conversation {
+  constructor(controls) {
+    this.root = copyOf("conversation");
+    for (const name of ["fresh", "copy", "save", "colour", "system", "turns", "empty", "last", "status", "composer", "send", "stop"])
+      this[name] = this.root.querySelector(`.${name}`);
+    this.message = this.composer.querySelector("textarea");
+    this.instructions = this.system.querySelector("textarea");
+    this.controls = controls;
+    this.fresh.onclick = () => this.change(Tree.putAside);
+    this.last.onclick = () => this.change(Tree.bringBack);
+    this.copy.onclick = () => this.copied(this.row, "Copied the conversation as a row for training.");
+    this.save.onclick = () => saveText("conversation.jsonl", this.row);
+    this.colour.onclick = () => this.colour.setAttribute("aria-pressed", this.turns.classList.toggle("colours"));
+    this.stop.onclick = stopAll;
+    this.instructions.oninput = () => { this.tree.system = this.instructions.value; grow(this.instructions); this.keep(); };
+    this.message.oninput = () => { this.tree.message = this.message.value; grow(this.message); };
+    onEnter(this.message, () => this.sendMessage());
+    this.composer.onsubmit = event => { event.preventDefault(); this.sendMessage(); };
+    addEventListener("pagehide", () => this.tree.save());  // a message or an answer that is being written
+    addEventListener("storage", event => { if (Tree.isKeptAt(event.key)) this.follow(); });
+    this.load();
+  }
+
+  // Show the conversation that the browser keeps.
+  load() {
+    this.tree = Tree.load();
+    this.instructions.value = this.tree.system;
+    this.system.open = this.tree.system !== "";
+    this.message.value = this.tree.message;
+    this.controls.leave();
+    this.say("");
+    this.draw();
+  }
+
+  // Go to another conversation.
+  change(exchange) {
+    this.tree.save();
+    exchange();
+    this.load();
+    this.message.focus();
+  }
+
+  // Show what another tab has added, unless this one is at work.
+  follow() {
+    if (busy() || this.turns.querySelector(".editor")) return;
+    const { value } = this.message;
+    this.load();
+    this.message.value = this.tree.message = value;
+  }
+
+  // Keep the conversation for the next visit.
+  keep() {
+    if (!this.tree.save()) this.say("The browser has no room to keep this conversation: save it before you leave.", true);
+  }
+
+  // Prepare for being shown: take the controls, which both views share.
+  show() {
+    this.root.append(this.controls.root);
+    for (const area of this.root.querySelectorAll("textarea")) grow(area);
+    this.status.scrollIntoView({ block: "nearest" });
+  }
+
+  // Put the page's cursor on the next message.
+  focus() { this.message.focus(); }
+
+  // ---- what is shown
+
+  draw() {
+    const { path } = this.tree;
+    this.texts = new Map();  // the node with the text of each turn
+    this.turns.replaceChildren(...path.slice(1).map((turn, i) => this.turn(turn, path[i], i + 2 === path.length)));
+    for (const area of this.turns.querySelectorAll("textarea")) grow(area);
+    this.turns.setAttribute("aria-busy", busy());
+    for (const button of this.turns.querySelectorAll("button")) button.disabled ||= busy();
+    this.empty.hidden = path.length > 1;
+    this.last.hidden = !Tree.hasLast;
+    this.fresh.disabled = busy() || path.length === 1;
+    this.copy.disabled = this.save.disabled = busy() || path.length < 3;
+    this.send.hidden = busy();
+    this.stop.hidden = !busy();
+  }
+
+  // The node of a turn, which follows `parent`.
+  turn(turn, parent, isLast) {
+    const mine = turn.role === "user";
+    const bar = make("div", { className: "bar" }, make("h2", { textContent: mine ? "You" : turn.model }));
+    const editing = turn.draft !== undefined;
+    const node = make("article", { className: `turn ${turn.role}` }, bar, editing ? this.editor(turn, parent) : this.text(turn));
+    node.setAttribute("aria-label", mine ? "You" : "Answer");
+    if (editing) return node;
+    if (parent.next.length > 1) bar.append(this.versions(parent));
+    const actions = bar.appendChild(make("div", { className: "actions" }));
+    const action = (name, label, onclick) => actions.append(make("button", { type: "button", name, textContent: label, onclick }));
+    if (mine && isLast) action("answer", "Answer", () => this.answer(turn));
+    if (!mine && isLast && turn.open) action("continue", "Continue", () => this.write(turn));
+    if (!mine) action("again", "Again", () => this.answer(parent));
+    action("edit", "Edit", () => this.edit(turn));
+    action("copy", "Copy", () => this.copied(textOf(turn.pieces), "Copied."));
+    return node;
+  }
+
+  // The arrows between the versions of the turn after `parent`.
+  versions(parent) {
+    const move = (name, label, sign, step) => make("button", {
+      type: "button", name, ariaLabel: label, textContent: sign,
+      disabled: !parent.next[parent.chosen + step],
+      onclick: () => {
+        parent.chosen += step;
+        this.keep();
+        this.say("");
+        this.draw();
+        this.focusOn(parent.next[parent.chosen], name, step > 0 ? "earlier" : "later");
+      },
+    });
+    const count = make("span", { textContent: `${parent.chosen + 1}/${parent.next.length}` });
+    count.setAttribute("aria-label", `Version ${parent.chosen + 1} of ${parent.next.length}`);
+    return make("div", { className: "versions" },
+      move("earlier", "Earlier version", "\u2039", -1), count, move("later", "Later version", "\u203a", 1));
+  }
+
+  text(turn) {
+    const node = make("div", { className: "text" });
+    draw(node, turn.pieces);
+    this.texts.set(turn, node);
+    if (turn.role === "user") return node;
+    node.tabIndex = 0;
+    node.setAttribute("role", "group");
+    node.setAttribute("aria-label", "Text of the answer: the arrow keys show its tokens, Enter the alternatives");
+    const inspect = piece => this.controls.inspect(piece, text => this.take(turn, piece, text));
+    const at = event => turn.pieces.find(piece => piece.span === event.target);
+    node.addEventListener("mousemove", event => inspect(at(event)));
+    node.addEventListener("click", event => {
+      inspect(at(event));
+      at(event)?.span.scrollIntoView({ block: "nearest" });
+    });
+    node.addEventListener("keydown", event => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step && event.key !== "Enter") return;
+      event.preventDefault();
+      if (!step) return this.controls.focus(node);
+      const tokens = turn.pieces.filter(piece => piece.logprob !== undefined);
+      const at = tokens.indexOf(this.controls.near);
+      inspect(tokens[at < 0 ? 0 : Math.max(0, Math.min(tokens.length - 1, at + step))]);
+    });
+    return node;
+  }
+
+  editor(turn, parent) {
+    const mine = turn.role === "user";
+    const area = make("textarea", { rows: 1, value: turn.draft, ariaLabel: mine ? "Edit your turn" : "Edit the answer" });
+    area.oninput = () => { turn.draft = area.value; grow(area); };
+    const close = change => {
+      const { draft } = turn;
+      if (busy() || change && mine && !draft.trim()) return;
+      delete turn.draft;
+      change?.(edited(turn.pieces, draft));
+      this.draw();
+      if (!busy()) this.focusOn(this.tree.path.includes(turn) ? turn : parent.next[parent.chosen], "edit");
+    };
+    const save = () => close(pieces => { turn.pieces = pieces; this.keep(); });
+    const resume = () => close(pieces => {
+      const changed = textOf(pieces) !== textOf(turn.pieces) || !mine;
+      const version = changed ? { ...newTurn(turn.role, pieces), model: turn.model } : turn;
+      if (changed) this.tree.add(parent, version);
+      mine ? this.answer(version) : this.write(version);
+    });
+    const button = (label, onclick, key = "") => make("button", { type: "button", onclick }, label, key && make("kbd", { textContent: key }));
+    onEnter(area, mine ? resume : save);
+    area.addEventListener("keydown", event => {
+      if (event.key === "Escape") close();
+    });
+    const buttons = mine
+      ? [button("Answer anew", resume, "Enter"), button("Only save", save)]
+      : [button("Save", save, "Enter"), button("Save and continue", resume)];
+    buttons[0].classList.add("main");
+    return make("div", { className: "editor" }, area, make("div", { className: "tools" }, ...buttons, button("Cancel", () => close(), "Esc")));
+  }
+
+  // Put the page's cursor on the first of these buttons of a turn that can be pressed.
+  focusOn(turn, ...names) {
+    const article = this.texts.get(turn)?.parentNode;
+    names.map(name => article?.querySelector(`button[name=${name}]:enabled`)).find(button => button)?.focus();
+  }
+
+  say(text, wrong = false) {
+    const follow = this.status.getBoundingClientRect().top < innerHeight;  // unless somebody has scrolled up to read
+    this.status.textContent = text;
+    this.status.classList.toggle("error", wrong);
+    if (follow) this.status.scrollIntoView({ block: "nearest" });
+  }
+
+  // ---- what a person does
+
+  sendMessage() {
+    if (busy() || !this.message.value.trim() || !this.controls.valid()) return;
+    const turn = newTurn("user", [{ text: this.message.value }]);
+    this.tree.add(this.tree.path.at(-1), turn);
+    this.message.value = this.tree.message = "";
+    grow(this.message);
+    this.message.focus();
+    this.answer(turn);
+  }
+
+  edit(turn) {
+    turn.draft = textOf(turn.pieces);
+    this.draw();
+    this.turns.children[this.tree.path.indexOf(turn) - 1].querySelector("textarea").focus({ preventScroll: true });
+  }
+
+  // Put another token in the place of one, and continue from there, as another version of the answer.
+  take(turn, piece, text) {
+    const parent = this.tree.path[this.tree.path.indexOf(turn) - 1];
+    if (busy() || !parent || !turn.pieces.includes(piece)) return;
+    const version = { ...newTurn("assistant", [...before(turn.pieces, piece), { text }]), model: turn.model };
+    this.tree.add(parent, version);
+    this.write(version);
+  }
+
+  // The conversation up to its last answer, as a row for training.
+  get row() {
+    const messages = this.tree.messages(this.tree.path.findLast(turn => turn.role === "assistant"));
+    return `${JSON.stringify({ messages })}\n`;
+  }
+
+  copied(text, done) {
+    copyText(text).then(() => this.say(done), error => this.say(error.message, true));
+  }
+
+  // ---- what the model does
+
+  // Answer a turn, beside the answers that it has.
+  answer(parent) {
+    if (busy() || !this.controls.valid()) return;
+    const { chosen } = parent, turn = newTurn("assistant");
+    this.tree.add(parent, turn);
+    this.write(turn, () => this.tree.remove(parent, turn, chosen));
+  }
+
+  // Write an answer from where it ends. `remove` takes it away if nothing comes.
+  async write(turn, remove) {
+    if (busy() || !this.controls.valid()) return;
+    const body = {
+      messages: this.tree.messages(turn), logprobs: true, top_logprobs: ALTERNATIVES, ...this.controls.request(),
+    };
+    if (turn.pieces.length) body.continue_final_message = true;
+    else body.messages.pop();
+    turn.model = body.model;
+    turn.open = true;
+    this.controls.leave();
+    const writer = new Writer(turn.pieces), utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
+    let start = 0;
+    const read = ({ delta, logprobs }) => {
+      const tokens = (logprobs?.content ?? []).map(({ bytes, logprob, top_logprobs }) => {
+        const token = { start, logprob, others: top_logprobs.map(({ token, logprob }) => [token, logprob]) };
+        start += Array.from(utf8.decode(new Uint8Array(bytes), { stream: true })).length;
+        return token;
+      });
+      writer.add(delta.content ?? "", tokens);
+      return tokens.length;
+    };
+    const show = () => draw(this.texts.get(turn), turn.pieces);
+    const writing = generate("/v1/chat/completions", body, read, show, (text, wrong) => this.say(text, wrong));
+    this.draw();
+    this.status.scrollIntoView({ block: "nearest" });
+    if (document.activeElement === document.body) this.stop.focus();
+    this.keep();
+    const reason = await writing;
+    turn.open = reason !== "stop";
+    if (reason === "length") this.say(`${this.status.textContent}. The answer has reached the length in the settings.`);
+    if (turn.open && !turn.pieces.length) remove?.();
+    const stopFocused = document.activeElement === this.stop;
+    this.draw();
+    if (stopFocused) this.texts.get(turn)?.focus({ preventScroll: true });
+    this.keep();
+  }
+}
+
+// Do something when Enter is pressed, but not with Shift, nor while an input method composes a character.
+function onEnter(area, act) {
+  area.addEventListener("keydown", event => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    act();
+  });
+}

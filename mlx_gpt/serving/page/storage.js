@@ -1,0 +1,20 @@
+// What the browser keeps between visits. Its storage may be full, or turned off.
+
+export function kept(key) {
+  try {
+    return localStorage.getItem(key);
+  } catch {
+    return null;
+  }
+}
+
+// Keep a text, or with null nothing. Returns whether that was possible.
+export function keep(key, value) {
+  try {
+    if (value === null) localStorage.removeItem(key);
+    else localStorage.setItem(key, value);
+    return true;
+  } catch {
+    return false;
+  }
+}

@@ -1,0 +1,89 @@
+// A conversation as a tree. The answers to a turn, and the turns that follow an answer, are its `next`; one of them is
+// chosen, and the chosen ones make up the conversation that is shown. Editing or answering anew adds a version beside
+// the others, so nothing is lost.
+//
+// A turn is {role, pieces, next, chosen}. An answer also has the model's name and, if it has no end yet, `open`.
+
+import { textOf } from "./pieces.js";
+import { keep, kept } from "./storage.js";
+
+const NOW = "mlx-gpt conversation", LAST = "mlx-gpt last conversation";  // their places in the browser's storage
+
+export const newTurn = (role, pieces = []) => ({ role, pieces, next: [], chosen: 0 });
+
+export class Tree {
+  constructor({ system = "", message = "", root = newTurn("root") } = {}) {
+    this.system = system;
+    this.message = message;  // not sent yet
+    this.root = root;
+  }
+
+  // The root and the chosen turns.
+  get path() {
+    const path = [this.root];
+    while (path.at(-1).next.length) path.push(path.at(-1).next[path.at(-1).chosen]);
+    return path;
+  }
+
+  // Add another version of the turn after `parent`, and choose it.
+  add(parent, turn) {
+    parent.chosen = parent.next.push(turn) - 1;
+  }
+
+  // Remove that version again, and choose the one that was chosen before.
+  remove(parent, turn, chosen) {
+    parent.next.splice(parent.next.indexOf(turn), 1);
+    parent.chosen = chosen;
+  }
+
+  // The conversation as messages: the chosen turns up to one of them.
+  messages(until) {
+    const path = this.path.slice(1);
+    const turns = path.slice(0, path.indexOf(until) + 1);
+    const system = this.system.trim() ? [{ role: "system", content: this.system }] : [];
+    return [...system, ...turns.map(({ role, pieces }) => ({ role, content: textOf(pieces) }))];
+  }
+
+  // Keep the conversation in the browser. Returns whether there is room for its text; its probabilities may not fit.
+  save() {
+    const pack = ({ text, logprob, others }) => logprob === undefined ? text
+      : [text, round(logprob), others.map(([text, logprob]) => [text, round(logprob)])];
+    const packed = pack => JSON.stringify(this, (name, value) =>
+      name === "pieces" ? value.map(pack) : name === "draft" ? undefined : value);
+    return [pack, ({ text }) => text].some(pack => keep(NOW, packed(pack)));
+  }
+
+  // Return the kept conversation, or a new one.
+  static load() {
+    const unpack = piece => {
+      if (typeof piece === "string") return { text: piece };
+      const [text, logprob, others] = piece;
+      return { text, logprob, others };
+    };
+    try {
+      return new Tree(JSON.parse(kept(NOW), (name, value) => name === "pieces" ? value.map(unpack) : value) ?? {});
+    } catch {  // somebody else has written there
+      return new Tree();
+    }
+  }
+
+  // Start a new conversation, and keep this one aside until the next is started.
+  static putAside() {
+    const now = kept(NOW);
+    keep(NOW, null);  // first, for there may be no room for both
+    keep(LAST, now);
+  }
+
+  static get hasLast() { return kept(LAST) !== null; }
+
+  static bringBack() {
+    const now = kept(NOW), last = kept(LAST);
+    keep(LAST, null);
+    keep(NOW, last);
+    keep(LAST, now);
+  }
+
+  static isKeptAt(key) { return key === NOW; }
+}
+
+const round = logprob => Number(logprob.toFixed(4));
