@@ -22,9 +22,7 @@ ANSWER = ".turn.assistant .text"
 @pytest.fixture(scope="module")
 def address(folders, make_model, sentences, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversing") / "duck"
-    backend = Tokenizer.train(sentences, 300).backend
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    save_model(folder, make_model(vocab_size=302, n_positions=4096), Tokenizer(backend))
+    save_model(folder, make_model(vocab_size=300, n_positions=4096), Tokenizer.train(sentences, 300))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHATML}))
     with served(folders / "plain", folder, max_tokens=10**6) as url:
@@ -90,6 +88,20 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def test_each_view_has_its_own_penalty(page):
+    penalty = page.get_by_role("spinbutton", name="Repetition penalty")
+    assert penalty.input_value() == "1"  # the words of a question are welcome in the answer
+    page.get_by_text("Sheet", exact=True).click()
+    assert penalty.input_value() == "1.1"
+    penalty.fill("1.5")
+    page.get_by_text("Conversation", exact=True).click()
+    with page.expect_request("**/v1/chat/completions") as request:
+        send(page, "Hello")
+    assert request.value.post_data_json["repetition_penalty"] == 1
+    page.get_by_text("Sheet", exact=True).click()
+    assert penalty.input_value() == "1.5"
+
+
 def test_a_person_asks_and_the_model_answers(page, address):
     expect(page.get_by_label("Model")).to_have_value("duck")
     assert page.locator("option:disabled").all_text_contents() == ["plain"]  # it has no chat template
@@ -101,7 +113,7 @@ def test_a_person_asks_and_the_model_answers(page, address):
     assert asked(page, lambda: page.keyboard.press("Enter")) == [question]
     rest(page)
     body = {"model": "duck", "messages": [question], "seed": 7, "max_tokens": 8}
-    body |= {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0, "repetition_penalty": 1.1}
+    body |= {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "min_p": 0, "repetition_penalty": 1}
     choice = page.request.post(f"{address}/v1/chat/completions", data=body | {"logprobs": True}).json()["choices"][0]
     expected, tokens = choice["message"]["content"], [token["token"] for token in choice["logprobs"]["content"]]
     assert turns(page) == ["Where do\nducks swim?", expected]
@@ -201,7 +213,7 @@ def test_an_answer_can_be_made_again_and_both_are_kept(page):
 
 def test_an_answer_that_is_stopped_stays_and_can_be_continued(page):
     page.route("**/v1/chat/completions", lambda route: route.continue_(post_data={
-        **route.request.post_data_json, "max_tokens": 10**5, "logit_bias": {"0": -100, "300": -100, "301": -100}
+        **route.request.post_data_json, "max_tokens": 10**5, "logit_bias": {"0": -100, "1": -100, "2": -100}
     }))  # fmt: skip
     status, tokens = page.locator(".status"), page.locator(f"{ANSWER} .made")
     page.get_by_label("Message", exact=True).fill("Ducks")
@@ -335,9 +347,9 @@ def test_the_conversation_fits_a_phone(page):
     assert contrast(ink, paper) > 7
 
 
-def test_the_sheet_has_the_same_settings(page):
+def test_the_sheet_has_the_same_seed(page):
     send(page, "Ducks")
     page.get_by_text("Sheet", exact=True).click()
-    expect(page.get_by_role("spinbutton", name="Length")).to_have_value("8")
+    expect(page.get_by_label("Seed")).to_have_value("7")
     page.get_by_text("Conversation", exact=True).click()
     assert turns(page)[0] == "Ducks"

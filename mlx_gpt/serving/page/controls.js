@@ -13,6 +13,9 @@ const SETTINGS = [
   ["min_p", "Min-p", 0, 0, 1, 0.01, "Leave out tokens less likely than this fraction of the likeliest token's probability. 0 turns this off."],
   ["repetition_penalty", "Repetition penalty", 1.1, 1, 2, 0.01, "Above 1, tokens that are already in the text become rarer. 1 turns this off."],
 ];
+// Initial values that differ in a conversation: a penalty would make the words of the question rarer in the answer, and
+// an answer ends by itself.
+const IN_CONVERSATION = { repetition_penalty: 1, max_tokens: 1000 };
 let numbered = 0;
 
 const visible = text => text.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
@@ -29,6 +32,9 @@ export class Controls {
     this.token.querySelector(".close").onclick = () => this.leave();
     this.models = models;
     this.values = {};
+    this.fields = {};
+    this.conversing = false;
+    this.kept = { ...IN_CONVERSATION };  // for the view that is not shown
     this.buildSettings(from);
     this.choose();
   }
@@ -57,6 +63,7 @@ export class Controls {
         this.values[name] = Number(source.value);
         for (const other of [number, range]) if (other !== source) other.value = source.value;
       };
+      this.fields[name] = { number, set };
       number.oninput = () => set(number);
       range.oninput = () => set(range);
       row.insertBefore(range, row.lastChild);
@@ -84,8 +91,16 @@ export class Controls {
     return !wrong;
   }
 
-  // Offer all models, or those that can converse.
+  // Offer all models, or those that can converse. Each view has its own values of the settings that suit it.
   offer(conversing) {
+    if (conversing !== this.conversing) {
+      this.conversing = conversing;
+      for (const [name, value] of Object.entries(this.kept)) {
+        this.kept[name] = this.values[name];
+        this.fields[name].number.value = value;
+        this.fields[name].set(this.fields[name].number);
+      }
+    }
     for (const [i, option] of [...this.model.options].entries()) option.disabled = conversing && !this.models[i].chat;
     if (!this.model.selectedOptions[0].disabled) return;
     this.model.value = this.models.find(model => model.chat).id;
