@@ -27,6 +27,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 4e-3},
 }
 
+SHORT_RUN = {"log_every": 10, "eval_every": 100, "save_every": 200}
+# A run that starts from weights has less to learn than one that starts from nothing, and more to forget.
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "full": {"learning_rate": 1e-4, "muon_learning_rate": 2e-3, **SHORT_RUN},
+    "lora": {"learning_rate": 3e-4, "muon_learning_rate": 2e-3, **SHORT_RUN},
+}
+
 RECIPES: dict[str, dict[str, Any]] = {
     # It learned more in a few minutes than GPT-2 with AdamW (benchmarks/NOTES.md).
     "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0},

@@ -26,12 +26,12 @@ from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
-from mlx_gpt.models.directory import load_model, read_tokenizer
+from mlx_gpt.models.directory import read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import checkpoint, reporters, run_folder
+from mlx_gpt.training import checkpoint, fine_tuning, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.metrics import Monitor
 from mlx_gpt.training.plan import Plan
@@ -155,6 +155,9 @@ def set_up(
 
         corpus = ranks.in_turns(lambda: open_data(config, display))
         weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
+        base = fine_tuning.base_of(config)
+        known = ranks.broadcast(begun.progress.base)
+        fingerprint = ranks.in_turns(lambda: fine_tuning.fingerprint(base, known))
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
         tokens = ranks.in_turns(lambda: tokenize(corpus, tokenizer, display.progress("Encoding"), display.line))
@@ -165,7 +168,7 @@ def set_up(
         of_rank_0 = ranks.broadcast(tokens.fingerprint)
         ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
 
-        model = make_model(config, weights, tokenizer)
+        model = make_model(config, weights, tokenizer, base, here)
         # The tokenizer may have fewer entries than were asked for; run.toml keeps the number that was asked for.
         shape = dataclasses.replace(config.model, vocab_size=models.vocab_size(model))
         progress = Progress(**ranks.broadcast(dataclasses.asdict(begun.progress)))
@@ -177,7 +180,7 @@ def set_up(
             tokens=tokens,
             model=here.accelerate(model),
             objective=here.accelerate(OBJECTIVES["text"]()),
-            progress=dataclasses.replace(progress, fingerprint=tokens.fingerprint),
+            progress=dataclasses.replace(progress, fingerprint=tokens.fingerprint, base=fingerprint),
             source=begun.source,
             damaged=begun.damaged,
             resumes=bool(resume),
@@ -200,7 +203,7 @@ def open_run(
     """
     in_file = run_folder.read_config(file) if file else {}
     if not resume:
-        config = resolve(settings, in_file)
+        config = fine_tuning.settle(resolve(settings, in_file), in_file | dict(settings))
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
         if config.init_from:
@@ -297,8 +300,13 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
     return get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
 
 
-def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn.Module:
+def make_model(
+    config: Config, weights: Path | None, tokenizer: Tokenizer, base: Path | None, here: Device
+) -> nn.Module:
     """The network of the model directory `weights`, else a fresh one that the settings describe.
+
+    Args:
+        base: the model directory whose weights stay frozen beside adapters; None to train all weights.
 
     Raises:
         UserError: the directory can't be read, or does not fit the tokenizer or the length of the windows.
@@ -308,7 +316,7 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
         return models.init_weights(
             models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
         )
-    model = load_model(weights)
+    model = fine_tuning.load(config, weights, base)
     if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} entries and the weights in {weights} have "
@@ -322,6 +330,8 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
     # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
     model.update(tree_map(mx.contiguous, model.parameters()))
     set_dropout(model, config.model.dropout)
+    if base:
+        fine_tuning.add_adapters(model, config, weights, base, here.dtype(config.training.precision))
     return model
 
 

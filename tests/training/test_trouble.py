@@ -22,7 +22,7 @@ import pytest
 from mlx_gpt import cli, models
 from mlx_gpt.api import load
 from mlx_gpt.errors import RunError, UserError
-from mlx_gpt.models.directory import save_arrays
+from mlx_gpt.models.tensors import save_arrays
 from mlx_gpt.signals import StopSignals
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, run_folder, setup
