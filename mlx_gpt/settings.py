@@ -158,7 +158,9 @@ def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
     known = {setting.name: setting for setting in settings_of(config_class)}
     for name, value in values.items():
         if name not in known:
-            nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+            words = name.replace("-", "_")
+            turned = [other for other in known if sorted(other.split("_")) == sorted(words.split("_"))]
+            nearest = turned or difflib.get_close_matches(words, known, n=1, cutoff=0.5)
             hint = f"did you mean `{nearest[0]}`?" if nearest else "--help lists the settings."
             problems[name] = f"There is no setting `{name}`: {hint}"
         elif wrong := _wrong(value, known[name]):

@@ -94,7 +94,7 @@ def read_from(folder: Path, base: Path) -> Adapters:
         raise UserError(f"{path} describes `fine_tune_type` {shown(repr(kind))}: mlx-gpt reads adapters of type lora.")
     asked = config.get("lora_parameters")
     asked = asked if isinstance(asked, dict) else {}
-    rank, scale, dropout = asked.get("rank"), asked.get("scale"), asked.get("dropout", 0.0)
+    rank, scale, dropout = asked.get("rank", 0), asked.get("scale"), asked.get("dropout", 0.0)
     sound = isinstance(rank, int) and rank > 0 and isinstance(dropout, int | float) and 0 <= dropout < 1
     if not sound or not isinstance(scale, int | float):
         raise UserError(f"{path} lacks a sound `rank`, `scale` or `dropout`: fetch the adapters again.")

@@ -74,12 +74,14 @@ def save_model(
         adapters.write(folder if by_reference else folder / "adapters", model, model.base, by_reference)
     if by_reference:
         return
-    if adapted:
-        model = lora.fused(model)
-    weights = model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
+    weights = _weights_in_file(lora.fused(model) if adapted else model)
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
+
+
+def _weights_in_file(model: nn.Module) -> dict[str, mx.array]:
+    return model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Reads the JSON and the tensors of a model directory without trusting them, and writes tensors."""
 
-import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take 
 # isort: split
 
 import mlx.core as mx
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_gpt.errors import UserError, shown
@@ -21,6 +21,9 @@ from mlx_gpt.files import check_free_space
 MASKS = (".attn.bias", ".attn.masked_bias")
 FLOATS = ("F32", "F16", "BF16")
 PACKED = "U32"
+DTYPES = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint64: "U64", mx.int32: "I32",
+}  # fmt: skip
 # GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. In memory, both take many times that.
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
@@ -102,18 +105,23 @@ def checksum(paths: Sequence[Path]) -> str:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file.
+    """Write arrays to a safetensors file, one after the other, and empty `arrays` meanwhile.
+
+    So arrays that are not computed yet take memory one at a time.
 
     Raises:
         OSError: not all of it could be written.
     """
-    mx.eval(arrays)  # what fails in here is not the disk
     check_free_space(path.parent, sum(array.nbytes for array in arrays.values()))
-    try:
-        mx.save_safetensors(str(path), arrays, metadata=metadata or {})
-        with safe_open(path, framework="np"):
-            pass  # checks that the file is as long as its header says: MLX's writer does not report a full disk
-    except (RuntimeError, SafetensorError, OSError) as error:
-        with path.open("ab") as file:  # MLX does not say why it failed: if the disk is full, this does
-            file.write(bytes(2**20))
-        raise OSError(errno.EIO, f"the disk did not store it: {error}") from None
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        entries[name] = {"dtype": DTYPES[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        while arrays:
+            array = arrays.pop(next(iter(arrays)))
+            file.write(np.array(mx.contiguous(array).flatten().view(mx.uint8), copy=False).data)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_gpt import models
 from mlx_gpt.config import Config
 from mlx_gpt.errors import UserError
 from mlx_gpt.models import adapters, lora, quantized
@@ -39,7 +40,7 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
     if not config.init_from:
         return config
     folder = model_directory(Path(config.init_from))
-    decided: dict[str, Any] = dict(_sizes(folder))
+    decided = _sizes(folder)
     for name, value in decided.items():
         # A tokenizer's size is no choice here, and `vocab_size` speaks of one that would be trained.
         if name != "vocab_size" and given.get(name) not in (None, value):
@@ -60,11 +61,12 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
     return resolve({**given, **decided})
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(folder: Path) -> dict[str, Any]:
     """Return the sizes of the model in a directory, as far as they are settings."""
     config = read_config(adapters.base_of(folder) if adapters.are_in(folder) else folder)
     found = {name: next((config[key] for key in keys if key in config), None) for name, keys in SIZES.items()}
-    return {name: size for name, size in found.items() if type(size) is int and size > 0}
+    sizes = {name: size for name, size in found.items() if type(size) is int and size > 0}
+    return sizes | ({"model_type": config["model_type"]} if config["model_type"] in models.OURS else {})
 
 
 def base_of(config: Config) -> Path | None:
