@@ -138,7 +138,7 @@ class TrainingConfig:
     )
     learning_rate: float = setting(
         3e-4,
-        "Highest learning rate, reached after the warm-up. [with --from: see FINE_TUNING in presets.py]",
+        "Highest learning rate, reached after the warm-up. With --from: 0.128 / width, or twice that for adapters.",
         above=0,
     )
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)

@@ -20,7 +20,7 @@ import tomli_w
 from mlx_gpt.config import PREPARED, Config
 from mlx_gpt.errors import UserError, is_utf8, printable
 from mlx_gpt.files import write_text_whole
-from mlx_gpt.presets import FINE_TUNING, OPTIMIZERS, PRESETS, RECIPES
+from mlx_gpt.presets import OPTIMIZERS, PRESETS, RECIPES, fine_tuning
 
 COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -90,8 +90,11 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
         name = printable(Path(str(given["data"])).resolve().stem)  # resolved, because "." has no name
         given["out"] = f"weights/{given['preset'] or _name_of_weights(start)}-{name}"
     optimizer = OPTIMIZERS.get(str(given.get("optimizer") or recipe.get("optimizer")), {})
-    fine_tuning = FINE_TUNING["lora" if given.get("lora_rank") else "full"] if start else {}
-    values = PRESETS.get(str(given["preset"]), {}) | optimizer | recipe | fine_tuning | given
+    values = PRESETS.get(str(given["preset"]), {}) | optimizer | recipe | given
+    if start:
+        width = given.get("n_embd")  # that of the weights, once they have been looked at
+        kind = "lora" if given.get("lora_rank") else "full"
+        values |= fine_tuning(kind, width if isinstance(width, int) and width > 0 else 128) | given
     problems = _problems(Config, values)
     sound: Config = _fill(Config, {name: value for name, value in values.items() if name not in problems})
     # A setting that is wrong by itself is not reported again as part of a combination.
