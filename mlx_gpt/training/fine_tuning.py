@@ -1,7 +1,7 @@
 """Runs that start from weights: what the weights decide about the settings, and adapters beside frozen weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,15 @@ def load(config: Config, weights: Path, base: Path | None) -> nn.Module:
     return model
 
 
-def add_adapters(model: nn.Module, config: Config, weights: Path, base: Path, dtype: mx.Dtype) -> None:
+def add_adapters(
+    model: nn.Module, config: Config, weights: Path, base: Path, dtype: mx.Dtype, also: Collection[str] = ()
+) -> None:
     """Freeze a model and give it the adapters in `weights`, else fresh ones.
 
     Args:
         weights: what the run starts from: the base, or a directory of adapters, such as a checkpoint.
         dtype: the type to compute in.
+        also: names of parameters that are trained besides, such as an embedding that has grown.
 
     Raises:
         UserError: the adapters do not fit the model.
@@ -143,4 +146,5 @@ def add_adapters(model: nn.Module, config: Config, weights: Path, base: Path, dt
             settings.lora_layers,
             config.training.seed,
         )
+    lora.keep_training(model, also)
     lora.hold(model, dtype)

@@ -207,7 +207,9 @@ def open_run(
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
         if config.init_from:
-            run_folder.check_kept(run_folder.model_directory(Path(config.init_from)), Path(config.out))
+            for needed in (run_folder.model_directory(Path(config.init_from)), fine_tuning.base_of(config)):
+                if needed:
+                    run_folder.check_kept(needed, Path(config.out))
         return Resumed(config, None, Progress(), {})
     given = in_file | dict(settings)
     folder, chosen = run_folder.run_to_resume(resume, given)

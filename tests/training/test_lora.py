@@ -134,6 +134,15 @@ def test_a_mistake_is_refused_before_anything_is_written(tune, settings, said):
     assert not Path("run").exists()
 
 
+def test_a_run_that_would_replace_the_base_of_its_adapters_is_refused(tune, train, whole):
+    shutil.copytree(whole.folder, "base")
+    tune("first", init_from="base", max_steps=1)
+    before = contents("base")
+    with pytest.raises(UserError, match="base/best would be deleted before the new run has saved anything"):
+        train("base", init_from="first/final/adapters", overwrite=True)
+    assert contents("base") == before
+
+
 def test_a_setting_that_contradicts_stored_adapters_is_refused(tune, train):
     tune("first", max_steps=1)
     with pytest.raises(UserError, match="`lora_rank` 8 contradicts the adapters in first/final/adapters, which have 4"):
