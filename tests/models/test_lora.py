@@ -174,16 +174,20 @@ def test_only_the_adapters_have_gradients_and_state(base, batch):
     assert all(np.array_equal(after[name], frozen[name]) for name in frozen | after)
 
 
-def test_blocks_without_adapters_can_be_computed_twice(base, batch):
-    losses = []
+def test_blocks_without_adapters_can_be_computed_twice(make_model, bpe, batch, tmp_path):
+    """The embedding below them is trained, so that its gradient comes through them."""
+    save_model(tmp_path, make_model(), bpe)
+    models_of_both = []
     for recompute in (False, True):
-        _, step = trainer(
-            adapted(base, blocks=1, dropout=0.3), grad_checkpoint=recompute, gradient_accumulation_steps=2
-        )
-        losses.append([step(number, RATE, [batch]).loss.item() for number in range(2)])
-    # The dropout depends on how a CPU slices a batch, which it does not when it computes twice.
-    assert np.isfinite(losses).all()
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+        model = adapted(tmp_path, blocks=1)
+        lora.keep_training(model, ["wte.weight"])
+        _, step = trainer(model, grad_checkpoint=recompute)
+        step(0, RATE, [batch])
+        models_of_both.append(dict(tree_flatten(model.trainable_parameters())))
+    kept, again = models_of_both
+    assert "wte.weight" in kept
+    for name in kept | again:
+        assert mx.abs(kept[name] - again[name]).mean().item() < RATE / 100, name
 
 
 def test_a_base_in_half_precision_is_held_as_it_is(make_model, bpe, batch, tmp_path):
