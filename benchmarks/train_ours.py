@@ -72,7 +72,7 @@ class Ours(MLXContender):
         """Write the initial weights for the others, by the names of GPT-2 and in the orientation of nn.Linear."""
         from mlx.utils import tree_flatten
 
-        from mlx_gpt.models.directory import save_arrays
+        from mlx_gpt.models.tensors import save_arrays
 
         save_arrays(Path(path), dict(tree_flatten(self.model.parameters())))
 

@@ -52,7 +52,7 @@ class ModelConfig:
         choices=("gpt2", "qwen3"),
     )
     vocab_size: int = setting(
-        16384, "Entries of the tokenizer to train; ignored with --tokenizer bytes or PATH.", at_least=1
+        16384, "Entries of the tokenizer to train; ignored with --tokenizer bytes or PATH, and with --from.", at_least=1
     )
     n_layer: int = setting(12, "Transformer blocks.", at_least=1)
     n_head: int = setting(12, "Attention heads per block; must divide --n-embd.", at_least=1)
@@ -70,6 +70,20 @@ class ModelConfig:
         at_least=0,
         below=1,
     )
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters beside frozen weights."""
+
+    lora_rank: int | None = setting(
+        None, "Train adapters of this rank beside the weights of --from, which may be quantised.", at_least=1
+    )
+    lora_layers: int | None = setting(
+        None, "Blocks that get adapters, counted from the last. [default: all]", at_least=1
+    )
+    lora_scale: float = setting(20.0, "What the adapters' product is multiplied by.", above=0)
+    lora_dropout: float = setting(0.0, "Fraction of the adapters' input to drop in training.", at_least=0, below=1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,11 @@ class TrainingConfig:
         "Optimizer: adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest.",
         choices=("adamw", "muon"),
     )
-    learning_rate: float = setting(3e-4, "Highest learning rate, reached after the warm-up.", above=0)
+    learning_rate: float = setting(
+        3e-4,
+        "Highest learning rate, reached after the warm-up. With --from: 0.128 / width, or twice that for adapters.",
+        above=0,
+    )
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)
     warmup_steps: int | None = setting(
         None, "Steps over which the rate rises to its highest value. [default: a tenth of all, 100 at most]", at_least=0
@@ -194,7 +212,7 @@ class Config:
 
     preset: str = setting(
         "",
-        "Sizes and rates to start from. [default: medium, or tiny for the built-in text]",
+        "Sizes and rates to start from. [default: medium, or tiny for the built-in text; none with --from]",
         choices=tuple(PRESETS),
     )
     recipe: str = setting(
@@ -202,14 +220,15 @@ class Config:
         "Settings that belong together. quick: a network, optimizer and schedule that learn much in a few minutes.",
         choices=tuple(RECIPES),
     )
-    out: str = setting("", "Folder of the run. [default: weights/<preset>-<name of the data>]")
+    out: str = setting("", "Folder of the run. [default: weights/<preset or name of --from>-<name of the data>]")
     init_from: str = setting(
         "",
-        "Start from the weights and the tokenizer of this run, model directory or hf:owner/name instead of nothing.",
+        "Start from the weights and the tokenizer of this run, model directory, folder of adapters or hf:owner/name.",
         aliases=("from",),
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoRAConfig = LoRAConfig()
     training: TrainingConfig = TrainingConfig()
 
 

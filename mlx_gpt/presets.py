@@ -27,6 +27,27 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 4e-3},
 }
 
+SHORT_RUN = {"log_every": 10, "eval_every": 100, "save_every": 200}
+# A run that starts from weights is short, and has something to forget. The rates suit a network of 128 numbers wide.
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "full": {"learning_rate": 1e-3, "muon_learning_rate": 3e-3, **SHORT_RUN},
+    "lora": {"learning_rate": 2e-3, "muon_learning_rate": 3e-3, **SHORT_RUN},
+}
+
+
+def fine_tuning(kind: str, width: int) -> dict[str, Any]:
+    """Return the rates and intervals to train weights further that are there.
+
+    The rate falls as the width grows (Yang et al. 2022, arXiv:2203.03466).
+
+    Args:
+        kind: full or lora.
+        width: numbers per token between the blocks.
+    """
+    values = FINE_TUNING[kind]
+    return values | {"learning_rate": float(f"{values['learning_rate'] * 128 / width:.2g}")}
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     # It learned more in a few minutes than GPT-2 with AdamW (benchmarks/NOTES.md).
     "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0},

@@ -20,7 +20,7 @@ import tomli_w
 from mlx_gpt.config import PREPARED, Config
 from mlx_gpt.errors import UserError, is_utf8, printable
 from mlx_gpt.files import write_text_whole
-from mlx_gpt.presets import OPTIMIZERS, PRESETS, RECIPES
+from mlx_gpt.presets import OPTIMIZERS, PRESETS, RECIPES, fine_tuning
 
 COMPARE = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
@@ -81,13 +81,20 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
         has_corpus = any(Path(PREPARED, name).exists() for name in ("train.jsonl", "train.txt"))
         given["data"] = PREPARED if has_corpus else "builtin"
     recipe = RECIPES.get(str(given.get("recipe")), {})
-    if not given.get("preset"):
+    start = str(given.get("init_from") or "")
+    if start:
+        given.setdefault("preset", "")
+    elif not given.get("preset"):
         given["preset"] = recipe.get("preset") or ("tiny" if given["data"] == "builtin" else "medium")
     if not given.get("out"):
         name = printable(Path(str(given["data"])).resolve().stem)  # resolved, because "." has no name
-        given["out"] = f"weights/{given['preset']}-{name}"
+        given["out"] = f"weights/{given['preset'] or _name_of_weights(start)}-{name}"
     optimizer = OPTIMIZERS.get(str(given.get("optimizer") or recipe.get("optimizer")), {})
     values = PRESETS.get(str(given["preset"]), {}) | optimizer | recipe | given
+    if start:
+        width = given.get("n_embd")  # that of the weights, once they have been looked at
+        kind = "lora" if given.get("lora_rank") else "full"
+        values |= fine_tuning(kind, width if isinstance(width, int) and width > 0 else 128) | given
     problems = _problems(Config, values)
     sound: Config = _fill(Config, {name: value for name, value in values.items() if name not in problems})
     # A setting that is wrong by itself is not reported again as part of a combination.
@@ -95,6 +102,13 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
     if problems or clashes:
         raise UserError("\n".join([*problems.values(), *clashes]))
     return sound
+
+
+def _name_of_weights(path: str) -> str:
+    """Return the name of the run that weights belong to, else that of their directory."""
+    inner = ("best", "final", "adapters", "checkpoints")
+    names = [name for name in Path(path).resolve().parts if name not in inner and not name.startswith("step-")]
+    return printable(names[-1])
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -147,7 +161,9 @@ def _problems(config_class: type, values: Mapping[str, Any]) -> dict[str, str]:
     known = {setting.name: setting for setting in settings_of(config_class)}
     for name, value in values.items():
         if name not in known:
-            nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+            words = name.replace("-", "_")
+            turned = [other for other in known if sorted(other.split("_")) == sorted(words.split("_"))]
+            nearest = turned or difflib.get_close_matches(words, known, n=1, cutoff=0.5)
             hint = f"did you mean `{nearest[0]}`?" if nearest else "--help lists the settings."
             problems[name] = f"There is no setting `{name}`: {hint}"
         elif wrong := _wrong(value, known[name]):
@@ -198,6 +214,30 @@ def kind_of(annotation: Any) -> type:
 
 def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
     """Yield each set of settings that exclude each other, and the sentence that says so."""
+    training = config.training
+    if not config.init_from:
+        yield from _conflicts_of_sizes(config)
+        if config.lora.lora_rank:
+            yield (
+                {"lora_rank", "init_from"},
+                "`lora_rank` trains adapters beside weights that are there: name them with `init_from` (--from).",
+            )
+    elif not config.lora.lora_rank and (given := _changed(config.lora)):
+        yield {given, "lora_rank"}, f"`{given}` is for adapters: give `lora_rank` as well, such as 8."
+    if training.min_lr is not None and training.min_lr > training.learning_rate:
+        yield (
+            {"min_lr", "learning_rate"},
+            f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower `min_lr`.",
+        )
+
+
+def _changed(config: Any) -> str:
+    """Return the name of a setting that is not the default; "" if there is none."""
+    return next((f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default), "")
+
+
+def _conflicts_of_sizes(config: Config) -> Iterator[tuple[set[str], str]]:
+    """Yield the conflicts of a network that starts from nothing."""
     model, training = config.model, config.training
     if model.n_embd % model.n_head:
         nearest = next(n for n in range(min(model.n_head, model.n_embd), 0, -1) if model.n_embd % n == 0)
@@ -231,9 +271,4 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
             {"seq_len", "n_positions"},
             f"`seq_len` {training.seq_len} is longer than the model's `n_positions` {model.n_positions}: "
             "lower `seq_len` or raise `n_positions`.",
-        )
-    if training.min_lr is not None and training.min_lr > training.learning_rate:
-        yield (
-            {"min_lr", "learning_rate"},
-            f"`min_lr` {training.min_lr:g} is above `learning_rate` {training.learning_rate:g}: lower `min_lr`.",
         )

@@ -6,10 +6,10 @@ from typing import Any
 import click
 
 from mlx_gpt.cli.terminal import Terminal
-from mlx_gpt.config import DataConfig, ModelConfig, TrainingConfig
+from mlx_gpt.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
 from mlx_gpt.settings import Setting, settings_of
 
-SECTIONS = {DataConfig: "Text", ModelConfig: "Model", TrainingConfig: "Training"}
+SECTIONS = {DataConfig: "Text", ModelConfig: "Model", LoRAConfig: "Adapters (LoRA)", TrainingConfig: "Training"}
 
 
 class SettingOption(click.Option):

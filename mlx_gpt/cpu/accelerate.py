@@ -85,6 +85,10 @@ class LinearCrossEntropy(nn.Module):
         compute = kernels.linear_cross_entropy if self.training else kernels.cross_entropy_sum
         return compute(x_nc, weight_vc, targets_n, weights_n)
 
+    def loss_and_gradient(self, head: Any, x_nc: mx.array, targets_n: mx.array, weights_n: mx.array) -> Any:
+        compute = kernels.head_loss if x_nc.dtype == mx.float32 else super().loss_and_gradient
+        return compute(head, x_nc, targets_n, weights_n)
+
 
 MLX_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm, nn.RoPE: RoPE}
 BY_NAME: dict[str, type] = {  # for layers that name their twin with `cpu_twin`

@@ -50,6 +50,8 @@ def part_count(model: nn.Module, sequences: int) -> int:
     For one sequence, a product has a single row, and the BLAS itself shares it among the cores.
     """
     _, attention, _, mlp = model.layers[0].stages()
+    if not all(isinstance(module[name], nn.Linear) for module in (attention, mlp) for name in module.split_by_output):
+        return 1  # quantised
     large = sum(weight.size for _, weight in tree_flatten([attention, mlp]) if weight.ndim == 2) >= WORTH_IT
     units = [
         len(module[name].weight) // joined // unit
@@ -85,6 +87,8 @@ class _InParts(nn.Module):
 
     def head(self, x: mx.array) -> mx.array:
         """Logits (..., V) from hidden states (..., C)."""
+        if self.parts == 1:
+            return super().head(x)
         weight_vc = self.head_weight
         share = -(-len(weight_vc) // self.parts)
         weights = [weight_vc[i * share : (i + 1) * share] for i in range(self.parts)]

@@ -10,7 +10,7 @@ All arrays are float32. Shapes as in `models/base.py`.
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -113,6 +113,17 @@ def cross_entropy_sum(x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, 
         x, targets = mx.depends([x_nc[part], targets_n[part]], [total])
         total = total + (_losses(x @ weight_vc.T, targets)[0] * weights_n[part]).sum()
     return total
+
+
+def head_loss(
+    head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The same sum of the logits `head(x)`, and its gradient for `x`. The head itself gets none."""
+    losses, exps, sums = _losses(head(x_nc), targets_n)
+    dlogits = exps * (weights_n[:, None] / sums)
+    dlogits = dlogits.at[mx.arange(len(x_nc)), targets_n].add(-weights_n)
+    _, (dx,) = mx.vjp(head, [x_nc], [dlogits])
+    return (losses * weights_n).sum(), dx
 
 
 def _polynomial(coefficients: Sequence[float], x: mx.array, square: mx.array) -> mx.array:

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 
 from mlx_gpt.config import ModelConfig
 from mlx_gpt.errors import UserError, shown
+from mlx_gpt.models import quantized
 from mlx_gpt.models.initial import init_weights as init_weights
 from mlx_gpt.packages import install
 
@@ -64,8 +65,19 @@ def architecture(config: Mapping[str, Any]) -> ModuleType:
 
 
 def n_params(model: nn.Module) -> int:
-    """Return the number of parameters; a tied head counts once."""
-    return sum(weight.size for _, weight in tree_flatten(model.parameters()))
+    """Return the number of parameters; a tied head counts once, and a packed weight as if it were not packed."""
+    packed = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, quantized.LAYERS)}
+    extra = sum(layer.scales.size + layer.biases.size for layer in packed.values())
+    sizes = (
+        weight.size * 32 // packed[id(weight)].bits if id(weight) in packed else weight.size
+        for _, weight in tree_flatten(model.parameters())
+    )
+    return sum(sizes) - extra
+
+
+def n_trained(model: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(weight.size for _, weight in tree_flatten(model.trainable_parameters()))
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:
@@ -105,6 +117,11 @@ def describe(model: nn.Module) -> str:
         (getattr(args, "n_embd", None) or getattr(args, "hidden_size", None), "wide"),
     ]
     return ", ".join(f"{size} {name}" for size, name in sizes if size)
+
+
+def trains_head(model: nn.Module) -> bool:
+    """Return whether the head of a network of ours is trained."""
+    return any(weight is model.head_weight for _, weight in tree_flatten(model.trainable_parameters()))
 
 
 def hidden(model: nn.Module, inputs_bt: mx.array, cache: Sequence[Any] | None = None) -> mx.array:

@@ -174,9 +174,13 @@ def set_precision(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def cast_parameters(model: nn.Module, parameters: dict, dtype: mx.Dtype) -> dict:
-    """Cast all parameters to the dtype to compute in, except the tables of `Float32Embedding`s."""
+    """Cast all parameters to the dtype to compute in, except the tables of `Float32Embedding`s and packed weights."""
     kept = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Float32Embedding)}
-    return tree_map_with_path(lambda name, p: p if name in kept else p.astype(dtype), parameters)
+
+    def cast(name: str, p: mx.array) -> mx.array:
+        return p if name in kept or not mx.issubdtype(p.dtype, mx.floating) else p.astype(dtype)
+
+    return tree_map_with_path(cast, parameters)
 
 
 class LinearCrossEntropy(nn.Module):
@@ -205,6 +209,44 @@ class LinearCrossEntropy(nn.Module):
             x, targets = mx.depends([x_nc[part], targets_n[part]], [total])  # one chunk after the other
             total = total + (mx.fast.cross_entropy(x @ weight.T, targets) * weights_n[part]).sum()
         return total
+
+    def frozen(
+        self, head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
+    ) -> mx.array:
+        """Return the same sum for a `head` that is not trained, and may be quantised: only `x_nc` has a gradient.
+
+        Args:
+            head: turns hidden states (..., C) into logits (..., V).
+        """
+        vocab_size = head(x_nc[:1]).shape[-1]
+
+        @mx.custom_function
+        def total_and_dx(x_nc: mx.array) -> tuple[mx.array, mx.array]:
+            dx: list[mx.array] = []
+            total = mx.array(0.0)
+            for part in chunks(len(x_nc), vocab_size, CHUNK):
+                waits_for = [total, *(dx[-1:] if self.training else [])]
+                x, targets = mx.depends([x_nc[part], targets_n[part]], waits_for)
+                loss, gradient = self.loss_and_gradient(head, x, targets, weights_n[part])
+                total = total + loss
+                dx.append(gradient)
+            return total, mx.concatenate(dx)
+
+        @total_and_dx.vjp
+        def backward(x_nc: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> mx.array:
+            return (cotangents[0] * outputs[1]).astype(x_nc.dtype)
+
+        return total_and_dx(x_nc)[0]
+
+    def loss_and_gradient(
+        self, head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Return the sum of some rows, and its gradient for `x_nc`."""
+
+        def loss(x_nc: mx.array) -> mx.array:
+            return (mx.fast.cross_entropy(head(x_nc), targets_n) * weights_n).sum()
+
+        return mx.value_and_grad(loss)(x_nc)
 
 
 def chunks(rows: int, vocab_size: int, logits: int) -> list[slice]:
@@ -282,7 +324,8 @@ def _recomputed(layer: nn.Module, call: Callable[[mx.array], mx.array]) -> Calla
     @forward.vjp
     def backward(primals: tuple[dict, mx.array], cotangent: mx.array, output: mx.array) -> tuple[dict, mx.array]:
         parameters, x = primals
-        names, arrays = zip(*tree_flatten(parameters), strict=True)
+        flat = dict(tree_flatten(parameters))  # empty if the layer is frozen
+        names, arrays = list(flat), list(flat.values())
 
         def again(x: mx.array, *arrays: mx.array) -> mx.array:
             layer.update(tree_unflatten(list(zip(names, arrays, strict=True))))

@@ -5,7 +5,6 @@ orientation that transformers uses, and the tokenizer's files.
 """
 
 import dataclasses
-import errno
 import inspect
 import json
 import math
@@ -23,25 +22,37 @@ from mlx_gpt import models
 from mlx_gpt.chat_template import read_chat
 from mlx_gpt.device import GIB, device
 from mlx_gpt.errors import UserError, shown
-from mlx_gpt.files import check_free_space, write_text_whole, write_whole
-from mlx_gpt.models import gpt2
+from mlx_gpt.files import write_text_whole, write_whole
+from mlx_gpt.models import adapters, gpt2, lora, quantized
+from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.tokenizer_training import END_OF_TURN
 
 # Decoding on a CPU reads some of the outputs of these weights at a time, so those should be contiguous.
 SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
 PREFIX = "transformer."  # which transformers writes before the names of a GPT-2's tensors
-# Causal masks that old files store as if they were weights.
-MASKS = (".attn.bias", ".attn.masked_bias")
-FLOATS = ("F32", "F16", "BF16")
+MLX_LM = gpt2.Model.mlx_lm_prefix  # which mlx-lm writes there, with the matrices as nn.Linear has them
 TRAINED_WITH = "tokenizer"  # the metadata that has the fingerprint of the tokenizer that weights were trained with
-# GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. In memory, both take many times that.
-MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapping[str, str] | None = None) -> None:
-    """Write a model directory, each file whole or not at all, the weights last, with `facts` in the weights' header."""
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    facts: Mapping[str, str] | None = None,
+    by_reference: bool = False,
+) -> None:
+    """Write a model directory, each file whole or not at all, the weights last.
+
+    A model with adapters is written with the adapters added to its weights, and `adapters/` beside them.
+
+    Args:
+        facts: for the header of the weights.
+        by_reference: write only the adapters of a model that has some, which name the directory of their base.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    adapted = bool(lora.adapters(model))
+    by_reference = by_reference and adapted
     end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     if tokenizer.chat:
@@ -56,10 +67,16 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
             "clean_up_tokenization_spaces": False,
         },
     }
+    if by_reference:
+        del files["config.json"]
     for name, content in files.items():
         write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
-    weights = model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
+    if adapted:
+        adapters.write(folder if by_reference else folder / "adapters", model, model.base, by_reference)
+    if by_reference:
+        return
+    weights = _weights_in_file(lora.fused(model) if adapted else model)
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
@@ -76,88 +93,94 @@ def _ends_of_answers(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"eos_token_id": ids if len(ids) > 1 else ids[0]} | ({} if bos is None else {"bos_token_id": bos})
 
 
+def _weights_in_file(model: nn.Module) -> dict[str, mx.array]:
+    return model.to_file() if hasattr(model, "to_file") else dict(tree_flatten(model.parameters()))
+
+
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """Return the `config.json` of a model: that of its directory, or made from its `args`."""
+    """Return the `config.json` of a model with plain weights: that of its directory, or made from its `args`."""
     own: Mapping[str, Any] | None = getattr(model, "config", None)
-    return dict(own) if own is not None else model.args.to_config()
+    config = dict(own) if own is not None else model.args.to_config()
+    return {name: value for name, value in config.items() if name not in quantized.KEYS}
 
 
-def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file.
-
-    Raises:
-        OSError: not all of it could be written.
-    """
-    mx.eval(arrays)  # what fails in here is not the disk
-    check_free_space(path.parent, sum(array.nbytes for array in arrays.values()))
-    try:
-        mx.save_safetensors(str(path), arrays, metadata=metadata or {})
-        with safe_open(path, framework="np"):
-            pass  # checks that the file is as long as its header says: MLX's writer does not report a full disk
-    except (RuntimeError, SafetensorError, OSError) as error:
-        with path.open("ab") as file:  # MLX does not say why it failed: if the disk is full, this does
-            file.write(bytes(2**20))
-        raise OSError(errno.EIO, f"the disk did not store it: {error}") from None
-
-
-def load_model(folder: str | Path, dtype: mx.Dtype = mx.float32) -> nn.Module:
+def load_model(folder: str | Path, dtype: mx.Dtype | None = mx.float32) -> nn.Module:
     """Read the network of a model directory: a GPT-2, a Qwen3 or, with mlx-lm installed, one of its architectures.
 
+    Quantised weights stay packed. A directory of adapters gives its base with the adapters (`adapters.read`).
+
     Args:
-        dtype: of the parameters.
+        dtype: of the parameters; None keeps that of each tensor in the file.
 
     Raises:
         UserError: a file is missing, damaged or of another architecture; the sentence names the tensor and the shapes.
     """
     folder = Path(folder)
+    if adapters.are_in(folder):
+        found = adapters.read(folder)
+        return adapters.apply(load_model(found.base, dtype), found)
     config = read_config(folder)
     model = _load_gpt2(folder, config, dtype) if config["model_type"] == "gpt2" else _load_other(folder, config, dtype)
     mx.eval(model.parameters())  # the reader is lazy: read everything while the file exists
     return model
 
 
-def _load_gpt2(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
+def _load_gpt2(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> nn.Module:
     args, path = gpt2_args(folder / "config.json", config), folder / "model.safetensors"
-    stored = _header(path)
-    _check_dimensions(path, args, stored)
+    packed = quantized.is_described(folder, config)
+    stored = read_header(path, PREFIX, packed)
+    written_by_mlx_lm = all(name.startswith(MLX_LM) for name in stored)
+    if written_by_mlx_lm:
+        stored = {name.removeprefix(MLX_LM): shape for name, shape in stored.items()}
     _check_memory(path, stored, dtype)
-    expected = _shapes(args)
-    _check_shapes(path, stored, expected)
-    if surplus := sorted(stored.keys() - expected.keys() - {"lm_head.weight"}):
+    schemes = quantized.schemes(path, config, stored, MLX_LM) if packed else {}
+    plain = quantized.unpacked(path, stored, schemes)
+    _check_dimensions(path, args, plain)
+    expected = _shapes(args, in_file=not written_by_mlx_lm)
+    _check_shapes(path, plain, expected)
+    if surplus := sorted(plain.keys() - expected.keys() - {"lm_head.weight"}):
         raise UserError(
             f"{path} has a tensor {shown(surplus[0])}, which no GPT-2 has: it belongs to another architecture."
         )
-    arrays, model = _arrays(path), gpt2.Model(args)
+    arrays, model = read_arrays(path, MLX_LM if written_by_mlx_lm else PREFIX), gpt2.Model(args)
     if "lm_head.weight" in arrays and not mx.array_equal(arrays["lm_head.weight"], arrays["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight, but GPT-2's head is its embedding.")
-    weights = model.sanitize(arrays)
-    model.update(tree_unflatten([(name, _laid_out(name, weights[name]).astype(dtype)) for name in expected]))
+    weights = arrays if written_by_mlx_lm else model.sanitize(arrays)
+    quantized.quantize(model, schemes)
+    names = dict(tree_flatten(model.parameters()))
+    model.update(tree_unflatten([(name, _as(_laid_out(name, weights[name]), dtype)) for name in names]))
     return model
 
 
-def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Module:
+def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> nn.Module:
     """Read our Qwen3 or a network of mlx-lm. The directory contributes only numbers, never code."""
     architecture = models.architecture(config)
     paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise UserError(f"{folder} has no model.safetensors: mlx-gpt reads weights from safetensors only.")
+    packed = quantized.is_described(folder, config)
     stored: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        stored |= _header(path, prefix="")
-    _check_sizes(folder / "config.json", config, stored)
+        stored |= read_header(path, packed=packed)
+    schemes = quantized.schemes(folder, config, stored) if packed else {}
+    plain = quantized.unpacked(folder, stored, schemes)
+    _check_sizes(folder / "config.json", config, plain)
     _check_memory(folder, stored, dtype)
     arrays: dict[str, mx.array] = {}
     for path in paths:
-        arrays |= _arrays(path, prefix="")
+        arrays |= read_arrays(path)
     try:
         args = architecture.ModelArgs.from_dict(_known_keys(folder, config, architecture.ModelArgs, stored))
         model: nn.Module = architecture.Model(args)
         weights = model.sanitize(arrays) if hasattr(model, "sanitize") else arrays
+        if packed:  # `sanitize` may have renamed the tensors
+            shapes = {name: tuple(array.shape) for name, array in weights.items()}
+            quantized.quantize(model, quantized.schemes(folder, config, shapes))
         expected = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
         _check_shapes(folder, {name: tuple(array.shape) for name, array in weights.items()}, expected)
         if surplus := sorted(weights.keys() - expected.keys()):
             raise UserError(f"{folder} has a tensor {shown(surplus[0])}, which config.json has no place for.")
-        model.load_weights([(name, array.astype(dtype)) for name, array in weights.items()])
+        model.load_weights([(name, _as(array, dtype)) for name, array in weights.items()])
         models.context_length(model), models.hidden(model, mx.array([[0]]))  # computes nothing yet, but checks shapes
     except UserError:
         raise
@@ -166,6 +189,11 @@ def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype) -> nn.Mod
         raise UserError(f"{folder} can't be read as {shown(config['model_type'])}: {why}.") from None
     model.config = MappingProxyType(config)
     return model
+
+
+def _as(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """Return numbers in a dtype; packed ones as they are."""
+    return array.astype(dtype) if dtype and mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _known_keys(
@@ -214,9 +242,11 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: there is none, or the weights say that they were trained with another.
     """
     folder = Path(folder)
-    named = [_read_json(folder / "config.json").get("eos_token_id")]
+    base = adapters.base_of(folder) if adapters.are_in(folder) else folder
+    folder = folder if (folder / "tokenizer.json").exists() else base
+    named = [read_json(base / "config.json").get("eos_token_id")]
     if (folder / "generation_config.json").is_file():
-        named.append(_read_json(folder / "generation_config.json").get("eos_token_id"))
+        named.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
     tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1])
     end_of_turn = tokenizer.backend.token_to_id(END_OF_TURN)
@@ -249,13 +279,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: it is missing, is not JSON, or asks for its own code to be run.
     """
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} describes {shown(config.get('model_type', 'no model'))}: it needs a `model_type`.")
     if "model_file" in config or "auto_map" in config:
         raise UserError(f"{path} brings code of its own, which mlx-gpt never runs: use another model.")
-    if "quantization" in config or "quantization_config" in config:
-        raise UserError(f"{path} describes quantised weights, which mlx-gpt does not read: use unquantised ones.")
     return config
 
 
@@ -300,54 +328,14 @@ def gpt2_args(path: Path, config: Mapping[str, Any]) -> gpt2.ModelArgs:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON or not path.is_file():
-            raise ValueError
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not a model directory: it has no {path.name}.") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not valid JSON: fetch the directory again.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object: fetch the directory again.")
-    return config
+def _shapes(args: gpt2.ModelArgs, in_file: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of such a GPT-2 by name, or of each tensor of its file.
 
-
-def _header(path: Path, prefix: str = PREFIX) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a safetensors file, by name without the prefix. The library checks sizes and overlaps."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        with path.open("rb") as start:
-            size = int.from_bytes(start.read(8), "little")
-        if MAX_HEADER < size < path.stat().st_size:
-            raise UserError(f"{path} has a header of {size:,} bytes, more than any model needs: do not use it.")
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name.endswith(MASKS):
-                    continue
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in FLOATS:
-                    kind = f"{shown(name)} is {tensor.get_dtype()}"
-                    raise UserError(f"{path}: tensor {kind}; weights are one of {FLOATS}.")
-                if name.removeprefix(prefix) in shapes:
-                    raise UserError(f"{path} has tensor {shown(name)} with the prefix and without: fetch it again.")
-                shapes[name.removeprefix(prefix)] = tuple(tensor.get_shape())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: mlx-gpt reads weights from safetensors only.") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or cut short ({shown(error, 200)}): fetch it again.") from None
-    return shapes
-
-
-def _shapes(args: gpt2.ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor in such a GPT-2's file, by name. It makes one block: `n_layer` may be absurd."""
-    one = gpt2.Model(dataclasses.replace(args, n_layer=1)).to_file()
-    shapes = {name: tuple(weight.shape) for name, weight in one.items()}
+    It makes one block, because `n_layer` may be absurd.
+    """
+    one = gpt2.Model(dataclasses.replace(args, n_layer=1))
+    weights = one.to_file() if in_file else dict(tree_flatten(one.parameters()))
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     blocks = {
         name.replace(".0.", f".{i}.", 1): shape
         for i in range(args.n_layer)
@@ -355,14 +343,6 @@ def _shapes(args: gpt2.ModelArgs) -> dict[str, tuple[int, ...]]:
         if name.startswith("h.0.")
     }
     return {name: shape for name, shape in shapes.items() if name not in blocks} | blocks
-
-
-def _arrays(path: Path, prefix: str = PREFIX) -> dict[str, mx.array]:
-    """Return the tensors of a safetensors file by name without the prefix, not read yet."""
-    try:
-        return {name.removeprefix(prefix): array for name, array in mx.load(str(path)).items()}
-    except RuntimeError as error:  # caused by a mask, since only masks may have any dtype
-        raise UserError(f"{path} can't be read ({shown(error, 200)}): fetch it again.") from None
 
 
 def _check_dimensions(path: Path, args: gpt2.ModelArgs, stored: Mapping[str, tuple[int, ...]]) -> None:
@@ -389,9 +369,9 @@ def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tup
             raise UserError(f"{path}: {asked} asks for more than the {len(stored)} tensors there hold.")
 
 
-def _check_memory(path: Path, stored: Mapping[str, tuple[int, ...]], dtype: mx.Dtype) -> None:
+def _check_memory(path: Path, stored: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None) -> None:
     """Refuse weights that would not fit into memory."""
-    needed, here = dtype.size * sum(math.prod(shape) for shape in stored.values()), device()
+    needed, here = (dtype.size if dtype else 2) * sum(math.prod(shape) for shape in stored.values()), device()
     if needed > here.memory:
         sizes = f"{needed / GIB:,.1f} GiB, and {here} can't hold them"
         raise UserError(f"The weights in {path} take {sizes}: take a smaller model.")

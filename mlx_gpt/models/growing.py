@@ -17,7 +17,7 @@ from mlx_gpt.errors import UserError
 NOISE = 0.1  # of each column's deviation
 
 
-def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> None:
+def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[str]:
     """Give the tokens `added` fresh rows in the embedding and in an untied head, and make these longer if necessary.
 
     A head that has rows beyond the tokenizer's ids keeps its size, and the new tokens take these rows. A new row is the
@@ -28,27 +28,30 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> None:
         added: the new tokens, whose ids come after all others.
         seed: decides the noise.
 
+    Returns:
+        The names of the parameters that have fresh rows.
+
     Raises:
         UserError: the network has no table with a row for each entry of its vocabulary.
     """
     before = models.vocab_size(model)
     size = max(before, *(token + 1 for token in added))
     key = mx.random.key(seed)
-    tables = [
-        module
+    tables = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) == before and "wpe" not in name
-    ]
+    }
     if not tables:
         raise UserError("This model's vocabulary can't grow: begin from a model that has <|im_start|> and <|im_end|>.")
-    for table in tables:
-        for name in ("weight", "bias"):
-            if name in table:
-                key, subkey = mx.random.split(key)
-                table[name] = _grown(table[name], size, added, subkey)
+    grown = [(place, name) for place, table in tables.items() for name in ("weight", "bias") if name in table]
+    for place, name in grown:
+        key, subkey = mx.random.split(key)
+        tables[place][name] = _grown(tables[place][name], size, added, subkey)
     model.args = dataclasses.replace(model.args, vocab_size=size)
     if getattr(model, "config", None) is not None:
         model.config = MappingProxyType({**model.config, "vocab_size": size})
+    return [f"{place}.{name}" for place, name in grown]
 
 
 def _grown(rows: mx.array, size: int, added: Sequence[int], key: mx.array) -> mx.array:

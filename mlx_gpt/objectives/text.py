@@ -3,6 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_gpt import models
 from mlx_gpt.data.batches import TextWindows, Windows
 from mlx_gpt.data.corpus import Corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, tokenize
@@ -51,7 +52,10 @@ class Text(nn.Module):
         inputs_bt, targets_n, weights_n = tokens_bt[:, :-1], tokens_bt[:, 1:].flatten(), weights_bt.flatten()
         if hasattr(model, "hidden"):
             x_nc = model.hidden(inputs_bt).flatten(0, 1)
-            loss = self.cross_entropy(x_nc, model.head_weight, targets_n, weights_n)
+            if models.trains_head(model):
+                loss = self.cross_entropy(x_nc, model.head_weight, targets_n, weights_n)
+            else:
+                loss = self.cross_entropy.frozen(model.head, x_nc, targets_n, weights_n)
         else:
             loss = (mx.fast.cross_entropy(model(inputs_bt).flatten(0, 1), targets_n) * weights_n).sum()
         return loss, weights_n.sum()

@@ -1,5 +1,8 @@
 """Checkpoints: model directories that can also be trained on.
 
+A run that trains adapters saves only these; the weights beside them are its base's, in the directory that the adapters
+name.
+
 `step-00001000/` has the files of a model directory, `optimizer.safetensors` and `training.json`. It is written under
 another name and renamed when everything is on the disk, so a folder with that name is always complete. `training.json`
 is written last and has the checksum of every other file.
@@ -26,7 +29,9 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import check_free_space, sync, write_text_whole, write_whole
-from mlx_gpt.models.directory import save_arrays, save_model
+from mlx_gpt.models import lora
+from mlx_gpt.models.directory import save_model
+from mlx_gpt.models.tensors import save_arrays
 from mlx_gpt.tokenizer import Tokenizer
 
 MARKER = "training.json"
@@ -43,6 +48,7 @@ class Progress:
         loss_average: running average of the training loss.
         bad_steps: number of latest steps in a row without a finite loss.
         fingerprint: the fingerprint of the token files.
+        base: the checksum of the frozen weights, which a checkpoint with adapters does not contain; "" without any.
     """
 
     step: int = 0
@@ -50,6 +56,7 @@ class Progress:
     loss_average: float | None = None
     bad_steps: int = 0
     fingerprint: str = ""
+    base: str = ""
 
 
 def save(
@@ -61,13 +68,15 @@ def save(
         OSError: the checkpoint could not be written, for example because the disk is full. Earlier ones are unchanged.
     """
     arrays = dict(tree_flatten(optimizer_state))
-    mx.eval(model.parameters(), arrays)
+    by_reference = bool(lora.adapters(model))
+    saved = model.trainable_parameters() if by_reference else model.parameters()
+    mx.eval(saved, arrays)
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
-    array_bytes = sum(array.nbytes for _, array in tree_flatten((model.parameters(), arrays)))
+    array_bytes = sum(array.nbytes for _, array in tree_flatten((saved, arrays)))
     check_free_space(run, array_bytes + len(tokenizer.to_json().encode()) + SMALL_FILES)
     try:
-        save_model(part, model, tokenizer)
+        save_model(part, model, tokenizer, by_reference=by_reference)
         write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
         checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
         write_text_whole(part / MARKER, _marker(dataclasses.asdict(progress) | {"files": checksums}))

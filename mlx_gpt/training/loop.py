@@ -19,6 +19,7 @@ from mlx_gpt.config import TrainingConfig
 from mlx_gpt.device import Device
 from mlx_gpt.distributed import ALONE, Ranks
 from mlx_gpt.evaluation import Evaluator
+from mlx_gpt.models import lora
 from mlx_gpt.models.base import cast_parameters, has_dropout, recompute_in_backward, seed_dropout, set_precision
 from mlx_gpt.models.directory import save_model
 from mlx_gpt.optim import make_optimizer, make_schedule
@@ -135,9 +136,11 @@ def make_step(
     recompute_in_backward(model.layers, training.grad_checkpoint)
     optimizer.init(model.trainable_parameters())
     drops = has_dropout(model)
+    frozen = lora.frozen(model)
 
     def loss(parameters: dict, key: mx.array | None, *batch: mx.array) -> tuple[mx.array, mx.array]:
         # Cast inside, so that the gradients come back in the parameters' float32.
+        model.update(cast_parameters(model, frozen, dtype))
         model.update(cast_parameters(model, parameters, dtype))
         seed_dropout(model, key)
         return objective(model, *batch)
@@ -174,6 +177,7 @@ def make_step(
         sums = ranks.sum([device.add(sums)] if ranks.size > 1 else sums)
         (parameters, state), result = clip_and_update(parameters, optimizer.state, sums, mx.array(rate))
         del sums, micro_sums
+        model.update(frozen)
         model.update(parameters)
         optimizer.state = state
         mx.async_eval(parameters, state, result)

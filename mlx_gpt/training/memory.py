@@ -22,6 +22,7 @@ from mlx_gpt import models
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.device import Device
 from mlx_gpt.errors import UserError
+from mlx_gpt.models import lora
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Display
 from mlx_gpt.training import checkpoint, run_folder
@@ -172,9 +173,14 @@ def _check_disk(run: Run) -> None:
     saves = math.ceil(steps / training.save_every) + (not run.resumes and training.eval_every < training.save_every)
     if run.resumes:
         saves += len(checkpoint.all_checkpoints(run.folder))
-    weights, _, state = held_bytes(run)
-    model = weights + len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
-    run_folder.check_room_for_run(run.folder, model, model + state, min(saves, training.keep_checkpoints + 1))
+    weights, gradients, state = held_bytes(run)
+    small = len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
+    saved = weights
+    if lora.adapters(run.model):  # the models are whole and in float32, the checkpoints have the adapters alone
+        weights, saved = 4 * models.n_params(run.model), gradients
+    run_folder.check_room_for_run(
+        run.folder, weights + small, saved + state + small, min(saves, training.keep_checkpoints + 1)
+    )
 
 
 def _refuse(problem: str) -> None:
@@ -296,7 +302,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     evaluate.summed_loss(ids, np.ones((windows, training.seq_len), np.float32))
     peak = max(backward_peak, update_peak, _take_peak())
     if run.ranks.size > 1:
-        peak += 8 * models.n_params(run.model)  # gradients joined to be sent, and their sum
+        peak += 8 * models.n_trained(run.model)  # gradients joined to be sent, and their sum
     del optimizer, step, evaluate
     _free()
     return Trial(windows, peak, backward_peak, update_peak, statistics.median(seconds))

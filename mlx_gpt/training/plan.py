@@ -36,6 +36,7 @@ class Plan:
     config: Config
     device: Device
     n_params: int
+    n_trained: int
     sizes: str
     train_tokens: int
     val_tokens: int
@@ -70,6 +71,7 @@ class Plan:
             f"Run          {self.config.out}",
             f"Device       {self.device}",
             f"Model        {self.n_params:,} parameters: {self.sizes}",
+            *self._trained(),
             f"Vocabulary   {self.config.model.vocab_size:,} tokens",
             f"Text         {self.train_tokens:,} tokens to train on, {self.val_tokens:,} to validate",
             *(f"             {fact}" for fact in self.facts),
@@ -91,6 +93,12 @@ class Plan:
                 "smaller steps: --gradient-accumulation-steps 1 and a lower --batch-size."
             )
         return lines
+
+    def _trained(self) -> list[str]:
+        if self.n_trained == self.n_params:
+            return []
+        share = f"{100 * self.n_trained / self.n_params:.2g} % of all parameters"
+        return [f"Trained      {self.n_trained:,} parameters ({share}), adapters of rank {self.config.lora.lora_rank}"]
 
     def _memory(self, each: str) -> str:
         usable = f"of {in_words(self.device.usable)} usable"
@@ -137,6 +145,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         config=run.config,
         device=run.device,
         n_params=models.n_params(run.model),
+        n_trained=models.n_trained(run.model),
         sizes=models.describe(run.model) + (f", from {run.config.init_from}" if run.config.init_from else ""),
         train_tokens=len(run.tokens.train),
         val_tokens=len(run.tokens.val),

@@ -11,6 +11,7 @@ from mlx_gpt.data import hub
 from mlx_gpt.data.sources import BUILTIN
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.files import free_space, locked, remove, size_in_words
+from mlx_gpt.models import adapters
 from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
 from mlx_gpt.training import checkpoint
 
@@ -355,7 +356,7 @@ def model_directory(path: Path) -> Path:
         raise UserError(f"There is no {path}: name a run or a model directory.")
     candidates: Iterable[Path] = (path, path / "best", path / "final", *reversed(checkpoint.all_checkpoints(path)))
     for candidate in candidates:
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or adapters.are_in(candidate):
             return candidate
     if (path / SETTINGS).is_file():
         raise UserError(f"{path} has no weights yet: its first evaluation or checkpoint writes them.")

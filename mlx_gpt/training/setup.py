@@ -28,14 +28,14 @@ from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
-from mlx_gpt.models.directory import load_model, read_tokenizer
+from mlx_gpt.models.directory import read_tokenizer
 from mlx_gpt.models.growing import grow_vocabulary
 from mlx_gpt.objectives import objective_of
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.tokenizer_training import END_OF_TURN, START_OF_TURN
-from mlx_gpt.training import checkpoint, reporters, run_folder
+from mlx_gpt.training import checkpoint, fine_tuning, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.metrics import Monitor
 from mlx_gpt.training.plan import Plan
@@ -159,6 +159,9 @@ def set_up(
 
         corpus = ranks.in_turns(lambda: open_data(config, display))
         weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
+        base = fine_tuning.base_of(config)
+        known = ranks.broadcast(begun.progress.base)
+        fingerprint = ranks.in_turns(lambda: fine_tuning.fingerprint(base, known))
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
         objective, training = objective_of(corpus.kind), config.training
@@ -172,7 +175,7 @@ def set_up(
         of_rank_0 = ranks.broadcast(tokens.fingerprint)
         ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
 
-        model = make_model(config, weights, tokenizer)
+        model = make_model(config, weights, tokenizer, base, here)
         # The tokenizer may have fewer entries than were asked for; run.toml keeps the number that was asked for.
         shape = dataclasses.replace(config.model, vocab_size=models.vocab_size(model))
         progress = Progress(**ranks.broadcast(dataclasses.asdict(begun.progress)))
@@ -186,7 +189,7 @@ def set_up(
             val_windows=val_windows,
             model=here.accelerate(model),
             objective=here.accelerate(objective()),
-            progress=dataclasses.replace(progress, fingerprint=tokens.fingerprint),
+            progress=dataclasses.replace(progress, fingerprint=tokens.fingerprint, base=fingerprint),
             source=begun.source,
             damaged=begun.damaged,
             resumes=bool(resume),
@@ -217,7 +220,10 @@ def open_run(
             pinned = hub.model(config.init_from, echo=display.line, progress=display.progress("Downloading"))[1]
             config = dataclasses.replace(config, init_from=pinned)
         if config.init_from:
-            run_folder.check_kept(run_folder.model_directory(Path(config.init_from)), Path(config.out))
+            config = fine_tuning.settle(config, in_file | dict(settings))
+            for needed in (run_folder.model_directory(Path(config.init_from)), fine_tuning.base_of(config)):
+                if needed:
+                    run_folder.check_kept(needed, Path(config.out))
         return Resumed(config, None, Progress(), {})
     given = in_file | dict(settings)
     folder, chosen = run_folder.run_to_resume(resume, given)
@@ -326,8 +332,13 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
     return tokenizer
 
 
-def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn.Module:
+def make_model(
+    config: Config, weights: Path | None, tokenizer: Tokenizer, base: Path | None, here: Device
+) -> nn.Module:
     """The network of the model directory `weights`, else a fresh one that the settings describe.
+
+    Args:
+        base: the model directory whose weights stay frozen beside adapters; None to train all weights.
 
     Raises:
         UserError: the directory can't be read, or does not fit the tokenizer or the length of the windows.
@@ -337,9 +348,15 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
         return models.init_weights(
             models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
         )
-    model = load_model(weights)
+    model = fine_tuning.load(config, weights, base)
+    grown: list[str] = []
     if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
-        grow_vocabulary(model, tokenizer.added, config.training.seed)
+        grown = grow_vocabulary(model, tokenizer.added, config.training.seed)
+    # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
+    model.update(tree_map(mx.contiguous, model.parameters()))
+    set_dropout(model, config.model.dropout)
+    if base:
+        fine_tuning.add_adapters(model, config, weights, base, here.dtype(config.training.precision), also=grown)
     if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} entries and the weights in {weights} have "
@@ -350,9 +367,6 @@ def make_model(config: Config, weights: Path | None, tokenizer: Tokenizer) -> nn
             f"`seq_len` {config.training.seq_len} is longer than the context of the model in {weights}: use "
             f"--seq-len {models.context_length(model)} or less."
         )
-    # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
-    model.update(tree_map(mx.contiguous, model.parameters()))
-    set_dropout(model, config.model.dropout)
     return model
 
 

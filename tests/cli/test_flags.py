@@ -90,6 +90,38 @@ def test_train_from(train, base):
     assert by_its_short_name.weights == train("--init-from", base.folder.resolve(), out="two").weights
 
 
+def adapters_of(run):
+    """Return the adapters of a run, and what describes them."""
+    folder = run.folder / "final/adapters"
+    return load_file(folder / "adapters.safetensors"), json.loads((folder / "adapter_config.json").read_text())
+
+
+@pytest.fixture
+def tune(train, base):
+    """Train adapters beside the weights of the other run."""
+    return lambda *flags, out="run": train("--from", base.folder.resolve(), "--lora-rank", "2", *flags, out=out)
+
+
+def test_train_lora_rank(tune):
+    arrays, _ = adapters_of(tune())
+    assert {min(array.shape) for array in arrays.values()} == {2}
+
+
+def test_train_lora_layers(train, tune):
+    train("--n-layer", "2", out="deep")
+    arrays, described = adapters_of(tune("--n-layer", "2", "--from", "deep", "--lora-layers", "1"))
+    assert {name.split(".")[2] for name in arrays} == {"1"}
+    assert described["num_layers"] == 1
+
+
+def test_train_lora_scale(tune):
+    assert adapters_of(tune("--lora-scale", "3"))[1]["lora_parameters"]["scale"] == 3.0
+
+
+def test_train_lora_dropout(tune):
+    assert tune().weights != tune("--lora-dropout", "0.5", out="dropped").weights
+
+
 def test_train_vocab_size(train):
     assert train("--tokenizer", "bpe", "--vocab-size", "290").shape("wte.weight") == (290, 16)
 

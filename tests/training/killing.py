@@ -2,7 +2,7 @@
 
     python -m tests.training.killing --runs 50 [--model-type qwen3 --optimizer muon ...]
 
-Any other flag is one of `mlx-gpt train`, for all runs.
+Any other flag is one of `mlx-gpt train`, for all runs. With `--from=base` they start from a run that is made first.
 
 Each run is killed with SIGKILL several times, inside saves and evaluations too, and resumed. It must end with the same
 bytes of weights and optimizer as an undisturbed run, and with the same metrics except for times and memory.
@@ -80,6 +80,8 @@ def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[st
         (folder / "talks" / f"{split}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     if "MLX_DISABLE_COMPILE" not in os.environ:
         train(folder, "warm", further)  # fills the cache of compiled kernels
+    if "--from=base" in further:
+        train(folder, "base")
     _, duration = train(folder, "straight", further)
     expected = outcome(folder / "straight")
     differing = []

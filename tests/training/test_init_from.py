@@ -12,9 +12,20 @@ import transformers
 
 from mlx_gpt.api import load
 from mlx_gpt.errors import UserError
-from mlx_gpt.training import checkpoint
+from mlx_gpt.training import checkpoint, setup
 
-SMALL = {"seq_len": 16, "batch_size": 4, "max_steps": 6, "eval_every": 3, "save_every": 3, "learning_rate": 1e-3}
+from .conftest import Silent
+
+QWEN3 = {"n_head": 4, "n_positions": 64}  # the sizes of the weights that are not those of the other runs here
+SMALL = {
+    **QWEN3,
+    "seq_len": 16,
+    "batch_size": 4,
+    "max_steps": 6,
+    "eval_every": 3,
+    "save_every": 3,
+    "learning_rate": 1e-3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +65,28 @@ def test_it_begins_where_the_other_run_ended(train, whole):
     assert outcome.finished
 
 
+def test_what_is_not_given_comes_from_the_weights(corpus, whole):
+    with setup.set_up({"data": str(corpus), "init_from": str(whole.folder)}, Silent(), dry_run=True) as run:
+        network, training = run.config.model, run.training
+        sizes = [network.n_layer, network.n_head, network.n_embd, network.n_positions, network.vocab_size]
+        assert sizes == [2, 2, 32, 32, 257]
+        assert training.seq_len == 32
+        assert training.learning_rate == pytest.approx(4e-3)
+        assert run.config.out == f"weights/{whole.folder.name}-{corpus.name}"
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_embd", 64), ("n_positions", 64), ("model_type", "qwen3")])
+def test_a_size_that_is_not_that_of_the_weights_is_refused(train, whole, name, value):
+    with pytest.raises(UserError, match=rf"`{name}` {value} contradicts the weights in .*: omit it"):
+        train("run", init_from=str(whole.folder), **{name: value})
+
+
+def test_another_start_is_refused_on_a_resume(train, whole, qwen3):
+    train("run", init_from=str(whole.folder), stop_after=1)
+    with pytest.raises(UserError, match=r"`init_from` was .* when run began and can't become"):
+        train("run", init_from=str(qwen3), resume="run")
+
+
 def test_another_architecture_trains_resumes_and_opens_elsewhere(train, qwen3):
     train("whole", init_from=str(qwen3), **SMALL)
     assert val_losses("whole")[-1] < val_losses("whole")[0] - 0.1
@@ -83,7 +116,7 @@ def test_the_dropout_is_the_run_s(train, whole):
     ("settings", "words"),
     [
         ({"init_from": "nowhere"}, "There is no nowhere"),
-        ({"init_from": "qwen3", "seq_len": 65, "n_positions": 65}, "use --seq-len 64 or less"),
+        ({"init_from": "qwen3", "seq_len": 65}, "use --seq-len 64 or less"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_is_written(train, qwen3, settings, words):

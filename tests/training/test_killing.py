@@ -4,14 +4,15 @@ import pytest
 
 from .killing import compare
 
-FURTHER = {
+RUNS = {
     "": (),
     "qwen3 with muon": ("--model-type=qwen3", "--optimizer=muon"),
     "conversations": ("--data=talks", "--n-positions=96", "--seq-len=96"),
+    "adapters with dropout": ("--from=base", "--lora-rank=4", "--lora-dropout=0.1"),
 }
 
 
-@pytest.mark.parametrize("further", FURTHER.values(), ids=FURTHER)
+@pytest.mark.parametrize("further", RUNS.values(), ids=RUNS)
 def test_a_killed_run_ends_as_the_straight_one(tmp_path, monkeypatch, further):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     assert compare(tmp_path, runs=1, kills=3, seed=1, further=further) == []

@@ -22,7 +22,7 @@ import pytest
 from mlx_gpt import cli, models
 from mlx_gpt.api import load
 from mlx_gpt.errors import RunError, UserError
-from mlx_gpt.models.directory import save_arrays
+from mlx_gpt.models.tensors import save_arrays
 from mlx_gpt.signals import StopSignals
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import checkpoint, run_folder, setup
@@ -183,10 +183,10 @@ def test_a_best_model_that_could_not_be_saved_does_not_count(train, monkeypatch)
     """Or nothing would be saved until the loss is below one whose weights are lost."""
     save, failures = checkpoint.save_model, [OSError(errno.ENOSPC, "No space left on device")]
 
-    def save_when_there_is_room(folder, *rest):
+    def save_when_there_is_room(folder, *rest, **options):
         if folder.name == "best" and failures:
             raise failures.pop()
-        save(folder, *rest)
+        save(folder, *rest, **options)
 
     monkeypatch.setattr(checkpoint, "save_model", save_when_there_is_room)
     # A rate that ruins the weights: the first evaluation, whose model is not saved, has the lowest loss.
@@ -292,10 +292,10 @@ def test_a_disk_that_keeps_what_is_deleted_loses_one_checkpoint_at_most(train, f
 def test_an_error_that_room_does_not_mend_costs_one_checkpoint_at_most(train, monkeypatch):
     save_model = checkpoint.save_model
 
-    def save(folder, *rest):
+    def save(folder, *rest, **options):
         if "step-00000004" in folder.name:
             raise OSError(errno.EDQUOT, "Disk quota exceeded")
-        save_model(folder, *rest)
+        save_model(folder, *rest, **options)
 
     monkeypatch.setattr(checkpoint, "save_model", save)
     assert train("run", **EACH_STEP, max_steps=5, keep_checkpoints=9).finished

@@ -1,0 +1,198 @@
+"""Reads and writes adapters in the layout of mlx-lm.
+
+`adapter_config.json` has their rank and scale, and names the directory of the base in `model`. `adapters.safetensors`
+has their matrices. A checkpoint of such a run has `trained.safetensors` as well, with the other parameters that were
+trained, if there are any; mlx-lm's layout has no place for them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
+
+# isort: split
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_gpt.errors import UserError, shown
+from mlx_gpt.files import write_text_whole, write_whole
+from mlx_gpt.models import lora, quantized
+from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays
+
+CONFIG, WEIGHTS, BESIDES = "adapter_config.json", "adapters.safetensors", "trained.safetensors"
+LEAVES = ("lora_a", "lora_b")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters as they are stored.
+
+    Attributes:
+        base: the model directory that they belong to.
+        arrays: their matrices, by the names that mlx-lm gives them.
+        besides: other parameters that were trained, by name.
+    """
+
+    folder: Path
+    base: Path
+    rank: int
+    scale: float
+    dropout: float
+    arrays: Mapping[str, mx.array]
+    besides: Mapping[str, mx.array]
+
+
+def are_in(folder: Path) -> bool:
+    """Return whether a folder has adapters and no model of its own."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def base_of(folder: Path) -> Path:
+    """Return the directory of the model that the adapters in a folder belong to.
+
+    Raises:
+        UserError: they do not name one that is here.
+    """
+    path = folder / CONFIG
+    named = read_json(path).get("model")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{path} does not name the model of these adapters: add its directory as `model`.")
+    for base in (folder / named, Path(named)):
+        if (base / "config.json").is_file():
+            return base
+    raise UserError(
+        f"The adapters in {folder} belong to the model in {shown(named, 300)}, which is not there: write its directory "
+        f"into {path} as `model`."
+    )
+
+
+def read(folder: Path) -> Adapters:
+    """Read the adapters in a folder, which name their base.
+
+    Raises:
+        UserError: as in `read_from`, or the base is not there.
+    """
+    return read_from(folder, base_of(folder))
+
+
+def read_from(folder: Path, base: Path) -> Adapters:
+    """Read the adapters in a folder, for a base wherever it is.
+
+    Raises:
+        UserError: a file is missing or damaged, or they are of another kind.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise UserError(f"{path} describes `fine_tune_type` {shown(repr(kind))}: mlx-gpt reads adapters of type lora.")
+    asked = config.get("lora_parameters")
+    asked = asked if isinstance(asked, dict) else {}
+    rank, scale, dropout = asked.get("rank", 0), asked.get("scale"), asked.get("dropout", 0.0)
+    sound = isinstance(rank, int) and rank > 0 and isinstance(dropout, int | float) and 0 <= dropout < 1
+    if not sound or not isinstance(scale, int | float):
+        raise UserError(f"{path} lacks a sound `rank`, `scale` or `dropout`: fetch the adapters again.")
+    read_header(folder / WEIGHTS)
+    besides = folder / BESIDES
+    if besides.exists():
+        read_header(besides)
+    stored = {name: read_arrays(folder / name) for name in (WEIGHTS, BESIDES) if (folder / name).exists()}
+    return Adapters(folder, base, rank, float(scale), float(dropout), stored[WEIGHTS], stored.get(BESIDES, {}))
+
+
+def attach(model: nn.Module, found: Adapters) -> None:
+    """Freeze a model, and put stored adapters beside its layers.
+
+    Raises:
+        UserError: they belong to another model; the sentence names the tensor.
+    """
+    prefix: str = getattr(model, "mlx_lm_prefix", "")
+    modules = dict(model.named_modules())
+    arrays = {name.removeprefix(prefix): array for name, array in found.arrays.items()}
+    layers: dict[str, nn.Module] = {}
+    for name, array in arrays.items():
+        layer, _, leaf = name.rpartition(".")
+        linear = modules.get(layer)
+        if leaf not in LEAVES or not isinstance(linear, lora.LINEAR):
+            raise UserError(
+                f"The adapters in {found.folder} have a tensor {shown(name)}, for which {found.base} has no layer: "
+                "they belong to another model."
+            )
+        size = quantized.input_dims(linear) if leaf == "lora_a" else len(linear.weight)
+        fitting = (size, found.rank) if leaf == "lora_a" else (found.rank, size)
+        if array.shape != fitting:
+            raise UserError(
+                f"The adapters in {found.folder} have a tensor {shown(name)} of shape {array.shape}, and {found.base} "
+                f"needs {fitting} there: they belong to another model."
+            )
+        layers[layer] = linear
+    if missing := [f"{layer}.{leaf}" for layer in layers for leaf in LEAVES if f"{layer}.{leaf}" not in arrays]:
+        raise UserError(f"The adapters in {found.folder} have no tensor {shown(missing[0])}: fetch them again.")
+    lora.adapt(model, layers, found.rank, found.scale, found.dropout)
+    model.update(tree_unflatten(list(arrays.items())))
+    _restore(model, found)
+
+
+def _restore(model: nn.Module, found: Adapters) -> None:
+    """Take over the other trained parameters. An embedding or a head may have grown by some rows."""
+    modules = dict(model.named_modules())
+    for name, array in found.besides.items():
+        layer, _, leaf = name.rpartition(".")
+        there = modules[layer].get(leaf) if layer in modules else None
+        if there is None or there.shape[1:] != array.shape[1:] or len(there) > len(array):
+            raise UserError(f"{found.folder}/{BESIDES} has a tensor {shown(name)}, which does not fit {found.base}.")
+        modules[layer][leaf] = array
+        if len(array) > len(there):
+            model.args = dataclasses.replace(model.args, vocab_size=len(array))
+    lora.keep_training(model, list(found.besides))
+
+
+def apply(model: nn.Module, found: Adapters) -> nn.Module:
+    """Return a model with stored adapters added to its weights, or beside them where they are quantised."""
+    attach(model, found)
+    model = lora.fuse(model)
+    for layer in lora.adapters(model).values():
+        dtype = layer.linear.scales.dtype
+        layer.lora_a, layer.lora_b = layer.lora_a.astype(dtype), layer.lora_b.astype(dtype)
+    return model
+
+
+def write(folder: Path, model: nn.Module, base: str, whole: bool) -> None:
+    """Write the adapters of a model, each file whole or not at all.
+
+    Args:
+        base: the directory of the model that they belong to.
+        whole: write the other trained parameters as well.
+    """
+    layers = lora.adapters(model)
+    one = next(iter(layers.values()))
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = [names[id(block)] + "." for block in model.layers]
+    adapted = [block for block in blocks if any(name.startswith(block) for name in layers)]
+    config: dict[str, Any] = {
+        "fine_tune_type": "lora",
+        "model": base,
+        "num_layers": len(blocks) - blocks.index(adapted[0]),
+        "lora_parameters": {
+            "rank": one.lora_a.shape[1],
+            "scale": one.scale,
+            "dropout": one.dropout.p,
+            "keys": sorted(
+                {name.removeprefix(block) for block in adapted for name in layers if name.startswith(block)}
+            ),
+        },
+    }
+    prefix = getattr(model, "mlx_lm_prefix", "")
+    arrays = {f"{prefix}{name}.{leaf}": layer[leaf] for name, layer in layers.items() for leaf in LEAVES}
+    besides = lora.trained_besides(model) if whole else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    if besides:
+        write_whole(folder / BESIDES, lambda part: save_arrays(part, besides, {"format": "mlx"}))
+    write_whole(folder / WEIGHTS, lambda part: save_arrays(part, arrays, {"format": "mlx"}))

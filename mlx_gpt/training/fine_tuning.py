@@ -1,0 +1,149 @@
+"""Runs that start from weights: what the weights decide about the settings, and adapters beside frozen weights."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_gpt import models
+from mlx_gpt.config import Config
+from mlx_gpt.errors import UserError
+from mlx_gpt.models import adapters, lora, quantized
+from mlx_gpt.models.directory import load_model, read_config
+from mlx_gpt.models.tensors import checksum
+from mlx_gpt.settings import resolve
+from mlx_gpt.training.run_folder import model_directory
+
+# The keys of `config.json` that are settings here, in the order in which they are looked for.
+SIZES = {
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_kv_head": ("num_key_value_heads",),
+    "n_embd": ("n_embd", "hidden_size"),
+    "n_positions": ("n_positions", "max_position_embeddings"),
+    "vocab_size": ("vocab_size",),
+}
+
+
+def settle(config: Config, given: Mapping[str, Any]) -> Config:
+    """Return the settings of a new run with what its weights decide: the sizes, the context, the kind of adapters.
+
+    Args:
+        config: the settings without that.
+        given: the settings that the user gave, which must not contradict the weights.
+
+    Raises:
+        UserError: a given setting contradicts the weights, or there are none.
+    """
+    folder = model_directory(Path(config.init_from))
+    decided = _sizes(folder)
+    for name, value in decided.items():
+        # A tokenizer's size is no choice here, and `vocab_size` speaks of one that would be trained.
+        if name != "vocab_size" and given.get(name) not in (None, value):
+            raise UserError(f"`{name}` {given[name]} contradicts the weights in {folder}, which have {value}: omit it.")
+    if adapters.are_in(folder):
+        stored = adapters.read(folder)
+        own = {"lora_rank": stored.rank, "lora_scale": stored.scale}
+        for name, value in own.items():
+            if given.get(name) not in (None, value):
+                raise UserError(
+                    f"`{name}` {given[name]} contradicts the adapters in {folder}, which have {value:g}: omit it."
+                )
+        if given.get("lora_layers"):
+            raise UserError(f"`lora_layers` is for new adapters, and those in {folder} are trained further: omit it.")
+        decided |= own | {"lora_dropout": given.get("lora_dropout", stored.dropout)}
+    if "seq_len" not in given and "n_positions" in decided:
+        decided["seq_len"] = min(config.training.seq_len, decided["n_positions"])
+    return resolve({**given, "init_from": config.init_from, "out": config.out, **decided})
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """Return the sizes of the model in a directory, as far as they are settings."""
+    config = read_config(adapters.base_of(folder) if adapters.are_in(folder) else folder)
+    found = {name: next((config[key] for key in keys if key in config), None) for name, keys in SIZES.items()}
+    sizes = {name: size for name, size in found.items() if type(size) is int and size > 0}
+    return sizes | ({"model_type": config["model_type"]} if config["model_type"] in models.OURS else {})
+
+
+def base_of(config: Config) -> Path | None:
+    """Return the directory of the weights that a run with adapters keeps frozen; None for other runs.
+
+    Raises:
+        UserError: it is gone.
+    """
+    if not config.lora.lora_rank:
+        return None
+    try:
+        folder = model_directory(Path(config.init_from))
+        return adapters.base_of(folder) if adapters.are_in(folder) else folder
+    except UserError as error:
+        raise UserError(f"{config.out} has only adapters, and needs the weights that they belong to. {error}") from None
+
+
+def fingerprint(base: Path | None, known: str) -> str:
+    """Return the checksum of the weights in `base`; "" if there is no base.
+
+    Args:
+        known: the checksum that a checkpoint has; "" if it has none.
+
+    Raises:
+        UserError: the weights have changed since the checkpoint.
+    """
+    if base is None:
+        return ""
+    found = checksum(sorted(base.glob("model*.safetensors")))
+    if known and found != known:
+        raise UserError(
+            f"The weights in {base} have changed since the run began, and its adapters belong to the old ones: put "
+            "those back, or start another run with another --out."
+        )
+    return found
+
+
+def load(config: Config, weights: Path, base: Path | None) -> nn.Module:
+    """Read the network that a run trains: all of it, or, with a `base`, the part that it keeps frozen.
+
+    Raises:
+        UserError: it can't be read, or it is quantised and has no adapters.
+    """
+    if base:
+        return load_model(base, dtype=None)
+    model = load_model(weights)
+    if quantized.is_quantized(model):
+        raise UserError(f"The weights in {weights} are quantised, so only adapters can be trained: add --lora-rank 8.")
+    return model
+
+
+def add_adapters(
+    model: nn.Module, config: Config, weights: Path, base: Path, dtype: mx.Dtype, also: Collection[str] = ()
+) -> None:
+    """Freeze a model and give it the adapters in `weights`, else fresh ones.
+
+    Args:
+        weights: what the run starts from: the base, or a directory of adapters, such as a checkpoint.
+        dtype: the type to compute in.
+        also: names of parameters that are trained besides, such as an embedding that has grown.
+
+    Raises:
+        UserError: the adapters do not fit the model.
+    """
+    settings = config.lora
+    assert settings.lora_rank
+    model.base = str(base.resolve())
+    if adapters.are_in(weights):
+        stored = dataclasses.replace(adapters.read_from(weights, base), dropout=settings.lora_dropout)
+        adapters.attach(model, stored)
+    else:
+        lora.adapt_blocks(
+            model,
+            settings.lora_rank,
+            settings.lora_scale,
+            settings.lora_dropout,
+            settings.lora_layers,
+            config.training.seed,
+        )
+    lora.keep_training(model, also)
+    lora.hold(model, dtype)
