@@ -154,7 +154,7 @@ print([name for name in sys.modules if name.split(".")[0] in ("mlx", "numpy", "t
 
 def test_help_says_what_each_flag_is_and_where_it_starts(mlx_gpt):
     page = " ".join(mlx_gpt("train", "--help").out.split())
-    assert "--learning-rate X Highest learning rate, reached after the warm-up. [default: 0.0003]" in page
+    assert "--min-lr X Learning rate at the end. [default: a tenth of --learning-rate]" in page
     assert "--schedule [cosine|linear|constant" in page
     assert page.index("Options:") < page.index("Text:") < page.index("Model:") < page.index("Training")
     assert "--max-tokens, --max-length N" in mlx_gpt("generate", "--help").out

@@ -69,7 +69,7 @@ def test_what_is_not_given_comes_from_the_weights(corpus, whole):
     with setup.set_up({"data": str(corpus), "init_from": str(whole.folder)}, Silent(), dry_run=True) as run:
         network, training = run.config.model, run.training
         sizes = [network.n_layer, network.n_head, network.n_embd, network.n_positions, network.vocab_size]
-        assert sizes == [2, 2, 32, 32, 257]
+        assert sizes == [2, 2, 32, 32, 259]
         assert training.seq_len == 32
         assert training.learning_rate == pytest.approx(4e-3)
         assert run.config.out == f"weights/{whole.folder.name}-{corpus.name}"
