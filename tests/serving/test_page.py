@@ -68,7 +68,7 @@ def texts(page):
 def endless(page):
     """Have every request ask for a text that never ends."""
     page.route("**/v1/completions", lambda route: route.continue_(post_data={
-        **route.request.post_data_json, "max_tokens": 10**6, "logit_bias": {"0": -100}
+        **route.request.post_data_json, "max_tokens": 10**6, "logit_bias": {"0": -100, "2": -100}
     }))  # fmt: skip
 
 

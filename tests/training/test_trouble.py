@@ -208,7 +208,7 @@ def test_a_final_model_that_could_not_be_saved_is_no_success(train):
 def test_room_on_the_disk_is_checked_before_each_save(train, free):
     outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: lambda: free(10_000), 3: lambda: free(10**9)}))
     assert len(warnings(outcome)) == 1
-    assert "it takes 487 KB and the disk has 10.0 KB left" in warnings(outcome)[0]
+    assert "it takes 488 KB and the disk has 10.0 KB left" in warnings(outcome)[0]
     assert steps_saved() == [1, 3, 4]
 
 
@@ -220,7 +220,7 @@ def test_room_on_the_disk_is_checked_before_the_run(train, free):
     needed = 20 * models.n_params(model) + counts + small
     free(needed - 10_000)
     with pytest.raises(
-        UserError, match=r"takes 906 KB \(a checkpoint, .* run/deep has 896 KB left: make room or"
+        UserError, match=r"takes 908 KB \(a checkpoint, .* run/deep has 898 KB left: make room or"
     ) as caught:
         train("run/deep", max_steps=1)
     assert "\n" not in str(caught.value)
@@ -235,7 +235,7 @@ def test_room_for_all_checkpoints_that_are_there_at_a_time_is_checked_before_the
     settings = EACH_STEP | {"max_steps": 9, "keep_checkpoints": 3}
     free(2 * 10**6)
     with pytest.raises(
-        UserError, match=r"takes 2\.37 MB \(up to 4 checkpoints .* make room, .* \(--keep-checkpoints 1: 1\.39 MB\) or"
+        UserError, match=r"takes 2\.37 MB \(up to 4 checkpoints .* make room, .* \(--keep-checkpoints 1: 1\.40 MB\) or"
     ):
         train("run", **settings)
     assert not Path("run").exists()
@@ -268,12 +268,12 @@ def test_when_the_disk_is_full_the_oldest_checkpoint_makes_room(train, monkeypat
 
 
 def test_checkpoints_that_would_not_make_enough_room_stay(train, free):
-    """One of them has 430 KB, and the next one needs 487 KB."""
+    """One of them has 430 KB, and the next one needs 488 KB."""
     train("run", **EACH_STEP, max_steps=2, keep_checkpoints=2)
     fill_and_clear = after({1: lambda: free(10_000), 2: lambda: free(10**9)})
     outcome = train("run", resume="run", **(EACH_STEP | {"max_steps": 4}), tick=fill_and_clear)
     (warning,) = warnings(outcome)
-    assert warning.startswith("WARNING: the checkpoint of step 3 could not be saved (it takes 487 KB")
+    assert warning.startswith("WARNING: the checkpoint of step 3 could not be saved (it takes 488 KB")
     assert steps_saved() == [2, 4]
 
 
