@@ -66,10 +66,13 @@ class ModelConfig:
     n_positions: int = setting(1024, "Longest context that the model can see, in tokens.", at_least=1)
     dropout: float = setting(
         0.0,
-        "Fraction of embeddings and residuals to drop in training; attention weights are never dropped.",
+        "Fraction of embeddings and residuals to drop in training, never of attention weights; `auto` drops 0.2 if the "
+        "text is read more than ten times.",
         at_least=0,
         below=1,
+        auto="auto_dropout",
     )
+    auto_dropout: bool = False  # true until the plan knows how often the text is read
 
 
 @dataclass(frozen=True)

@@ -50,5 +50,5 @@ def fine_tuning(kind: str, width: int) -> dict[str, Any]:
 
 RECIPES: dict[str, dict[str, Any]] = {
     # It learned more in a few minutes than GPT-2 with AdamW (benchmarks/NOTES.md).
-    "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0},
+    "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0, "dropout": "auto"},
 }

@@ -21,18 +21,22 @@ class SettingOption(click.Option):
 
 
 class NumberOrAuto(click.ParamType):
-    """A whole number, or the word "auto"."""
+    """A number, or the word "auto"."""
 
     name = "number or auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         """Return the number, or "auto"."""
         if value == "auto":
             return value
         try:
-            return int(value)
+            return self._kind(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a whole number nor auto.", param, ctx)
+            number = "whole number" if self._kind is int else "number"
+            self.fail(f"{value!r} is neither a {number} nor auto.", param, ctx)
 
 
 class ModelPath(click.ParamType):
@@ -95,7 +99,7 @@ def _option(setting: Setting) -> Callable[[Callable], Callable]:
     if setting.kind is bool:
         flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
     repeated, or_auto = setting.kind is tuple, bool(setting.metadata["auto"])
-    kind = str if repeated else NumberOrAuto() if or_auto else setting.kind
+    kind = str if repeated else NumberOrAuto(setting.kind) if or_auto else setting.kind
     metavar = {int: "N", float: "X"}.get(setting.kind, "TEXT") + ("|auto" if or_auto else "")
     return click.option(
         *flags,

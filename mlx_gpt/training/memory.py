@@ -23,10 +23,11 @@ from mlx_gpt.config import TrainingConfig
 from mlx_gpt.device import Device
 from mlx_gpt.errors import UserError
 from mlx_gpt.models import lora
+from mlx_gpt.models.base import set_dropout
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Display
 from mlx_gpt.training import checkpoint, run_folder
-from mlx_gpt.training.plan import HEADROOM, in_words, make_plan
+from mlx_gpt.training.plan import DROPOUT, HEADROOM, choose_dropout, in_words, make_plan
 from mlx_gpt.training.setup import Run
 
 SHORTEST = 128  # windows that a suggestion cuts no shorter
@@ -119,6 +120,8 @@ def plan_run(run: Run, make_step: Callable[..., Any], display: Display, *, show:
         UserError: it does not fit, or the disk has no room, or the run is over; the sentence says what to change.
     """
     lines: dict[tuple[int, bool, int], Line | None] = {}
+    if run.config.model.auto_dropout and not run.config.lora.lora_rank:
+        set_dropout(run.model, DROPOUT)  # it takes memory and time, and the time may decide whether it is needed
 
     def estimate(training: TrainingConfig) -> Estimate | None:
         key = training.seq_len, training.grad_checkpoint, min(2, training.micro_steps)
@@ -148,6 +151,8 @@ def plan_run(run: Run, make_step: Callable[..., Any], display: Display, *, show:
     # Ranks may measure different times, but must have one schedule.
     step_seconds = run.ranks.broadcast(found.step_seconds if found else None)
     run.plan = make_plan(run, found.peak if found else None, step_seconds)
+    if run.config.model.auto_dropout:
+        choose_dropout(run)
     if show:
         for line in run.plan.lines():
             display.line(line)

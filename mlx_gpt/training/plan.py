@@ -1,5 +1,6 @@
 """The plan of a run, made before the run starts."""
 
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from typing import Any
 from mlx_gpt import models
 from mlx_gpt.config import Config
 from mlx_gpt.device import GIB, Device
+from mlx_gpt.models.base import set_dropout
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 EPOCHS = 10  # that a run has without any limit
+OFTEN, DROPOUT = 10, 0.2  # more epochs than this make `--dropout auto` drop this fraction
 FEW_STEPS = 300
 LONG_HOURS = 24
 
@@ -64,7 +67,7 @@ class Plan:
         each = " on each rank" if training.ranks > 1 else ""
         by_time = self.scheduled_steps < self.total_steps
         steps = f"{'about ' if by_time else ''}{self.scheduled_steps:,}, each of {self.tokens(1):,} tokens"
-        steps += f" ({self.scheduled_steps / self.steps_per_epoch:.1f} epochs)"
+        steps += f" ({self.epochs:.1f} epochs)"
         if training.max_minutes:
             steps += f"{', in' if by_time else ', or'} {training.max_minutes:g} minutes"
         lines = [
@@ -85,6 +88,8 @@ class Plan:
         ]
         if self.peak is None or self.peak > HEADROOM * self.device.usable:
             lines.append("WARNING      That is more than can safely be spared.")
+        if self.config.model.dropout:
+            lines.append(f"Dropout      {self.config.model.dropout:g}")
         if self.step_seconds:
             lines.append(f"Time         {self._time()}")
         if self.scheduled_steps < FEW_STEPS and not training.max_steps:
@@ -128,6 +133,11 @@ class Plan:
         """Steps in one pass over the text."""
         return self.windows_per_epoch / self.windows_per_step
 
+    @property
+    def epochs(self) -> float:
+        """Passes over the text that the schedule is made for."""
+        return self.scheduled_steps / self.steps_per_epoch
+
 
 def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
     """Work out the size of a `setup.Run`."""
@@ -159,6 +169,20 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         ranks_here=run.ranks.here,
         facts=tuple(run.windows.facts),
     )
+
+
+def choose_dropout(run: Any) -> None:
+    """Drop activations if the text is read so often that the model would learn it by heart (benchmarks/NOTES.md).
+
+    Adapters have a dropout of their own, so this leaves a run that trains them as it is.
+    """
+    often = round(run.plan.epochs) > OFTEN and not run.config.lora.lora_rank
+    chosen = {"dropout": DROPOUT if often else 0.0, "auto_dropout": False}
+    run.config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **chosen))
+    run.settings = dataclasses.replace(run.settings, model=dataclasses.replace(run.settings.model, **chosen))
+    run.plan = dataclasses.replace(run.plan, config=run.config)
+    if not run.config.lora.lora_rank:
+        set_dropout(run.model, run.config.model.dropout)
 
 
 def in_words(count: float) -> str:

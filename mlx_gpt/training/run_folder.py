@@ -311,6 +311,8 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
     saved = read_settings(run)
     if given.get("batch_size") == "auto":  # the batch that was chosen then stays, if a step has as many windows
         given = _chosen(saved, given)
+    if given.get("dropout") == "auto":
+        given = {name: value for name, value in given.items() if name != "dropout"}
     config = resolve(saved | dict(given) | {"out": str(run)})
     resolved = flat(config)
 
