@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from mlx_gpt.cli.chat import Session
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError, os_errors_explained, shown
-from mlx_gpt.files import append_line
+from mlx_gpt.files import append_line, expanded
 from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.dialogue import Dialogue
 from mlx_gpt.generation.stop_strings import Piece
@@ -99,7 +98,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
         click.echo(f"The system message is: {system}" if system else "There is no system message.", err=True)
 
     def _save(self, rest: str) -> None:
-        path = Path(rest).expanduser()
+        path = expanded(rest)
         if path.suffix != ".jsonl":
             raise UserError("/save wants the name of a .jsonl file, as in /save talks.jsonl.")
         if not self._dialogue.exchanges:

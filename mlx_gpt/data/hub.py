@@ -19,7 +19,7 @@ from mlx_gpt.data.downloads import complete_files, install, record_of, recover, 
 from mlx_gpt.data.hub_client import AGAIN, HubFile, Repository, fetch, list_files
 from mlx_gpt.data.hub_files import dataset_files, model_files
 from mlx_gpt.errors import UserError, os_errors_explained
-from mlx_gpt.files import locked, size_in_words
+from mlx_gpt.files import expanded, locked, size_in_words
 from mlx_gpt.packages import install as install_command
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
@@ -146,7 +146,7 @@ def model(text: str, *, echo: Echo = ignore_line, progress: ByteProgress = ignor
 
 def cache_folder() -> Path:
     """Return the folder that models from the Hub are kept in."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mlx-gpt" / "models"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-gpt" / "models"
 
 
 def _cached(target: Path, name: HubName) -> tuple[Path, str] | None:

@@ -228,9 +228,10 @@ def test_conversations_are_added_to_a_file_as_rows(converse, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_one_sentence(converse, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
-    answer = converse("Hi", "/save folder.jsonl", "/save none/talk.jsonl", "Hi")
+    answer = converse("Hi", "/save folder.jsonl", "/save none/talk.jsonl", "/save ~nobody-at-all/talk.jsonl", "Hi")
     assert "folder.jsonl is a folder" in answer.err
     assert "There is no file or folder none/talk.jsonl" in answer.err
+    assert "There is no file or folder ~nobody-at-all/talk.jsonl" in answer.err
     assert answer.out == "Quack.\n" * 2
 
 
