@@ -99,7 +99,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
 
     def _save(self, rest: str) -> None:
         path = expanded(rest)
-        if path.suffix != ".jsonl":
+        if path.suffix != ".jsonl" or "\0" in rest:
             raise UserError("/save wants the name of a .jsonl file, as in /save talks.jsonl.")
         if not self._dialogue.exchanges:
             raise UserError("There is nothing to save yet: write a message first.")

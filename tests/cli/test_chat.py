@@ -187,6 +187,7 @@ def test_settings_of_a_conversation_have_their_own_defaults_and_flags_win(conver
         ("/save talks.jsonl", "There is nothing to save yet"),
         ("/save", "wants the name of a .jsonl file"),
         ("/save essay.txt", "wants the name of a .jsonl file"),
+        ("/save es\0say.jsonl", "wants the name of a .jsonl file"),
         ("/sistem x", "did you mean /system?"),
         ("/num-samples 2", "There is no command /num-samples"),
         ("x" * 200, "has 219 tokens, and beside an answer the model's context of 128 holds 96"),

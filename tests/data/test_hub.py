@@ -1,5 +1,6 @@
 """Downloads from a Hub work, continue, and fail in one sentence: the real client against a local server."""
 
+import os
 import shutil
 import signal
 import threading
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_gpt import cli
+from mlx_gpt import files as disk
 from mlx_gpt.api import load
 from mlx_gpt.data import hub, hub_client
 from mlx_gpt.data.hub import download, model
@@ -239,6 +241,22 @@ def test_a_misspelt_name_never_reaches_the_network(name: str, server: FakeHub, f
     assert "hf:owner/name" in refused(lambda: model(name))
     assert server.requests == []
     assert not folder.exists()
+
+
+def test_files_are_on_the_disk_before_they_are_marked_as_complete(
+    server: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave a file of the right size that holds zeros."""
+    flushed: list[str] = []
+
+    def flush(handle: int) -> None:
+        opened = os.fstat(handle)
+        flushed.extend(path.name for path in folder.rglob("*") if os.path.samestat(opened, path.stat()))
+
+    monkeypatch.setattr(disk, "flush", flush)
+    download("hf:owner/name", folder)
+    assert flushed[0] == "train.jsonl"
+    assert flushed[1].startswith("..complete")
 
 
 # ---- connections that break -----------------------------------------------------------------------------------------
