@@ -190,8 +190,8 @@ def test_settings_of_a_conversation_have_their_own_defaults_and_flags_win(conver
         ("/save es\0say.jsonl", "wants the name of a .jsonl file"),
         ("/sistem x", "did you mean /system?"),
         ("/num-samples 2", "There is no command /num-samples"),
-        ("x" * 200, "has 219 tokens, and beside an answer the model's context of 128 holds 96"),
-        ("/system " + "x" * 200, "too long"),
+        ("x" * 200, "has 219 tokens, and the model's context of 128 leaves 96 beside an answer"),
+        ("/system " + "x" * 200, "The system message is too long"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_the_conversation_stays(converse, tmp_path, line, message):
