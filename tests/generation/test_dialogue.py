@@ -112,7 +112,7 @@ def test_the_oldest_exchanges_leave_whole_and_the_system_message_stays(ducks, as
 
 def test_a_message_that_does_not_fit_changes_nothing(ducks):
     text(ducks.ask("A", GenerationConfig()))
-    with pytest.raises(UserError, match=r"it has 119 tokens, and the model's context of 128 leaves 96 beside an answer"):
+    with pytest.raises(UserError, match=r"it has 119 tokens, and the model's context of 128 leaves 96"):
         ducks.ask("x" * 100, GenerationConfig())
     assert text(ducks.ask("x" * 100, GenerationConfig(max_tokens=6))) == "Quack."  # which needs less room
     assert [len(exchange.question) for exchange in ducks.exchanges] == [1, 100]
