@@ -23,7 +23,7 @@ class Conversation(Session):
     greeting = 'Write a message. """ begins and ends one of several lines, /help shows the commands, Ctrl-D quits.'
     help = """\
 Write a message and press Enter: the model answers it, and remembers what was said before.
-/again        answers the newest message anew
+/again        asks for another answer to the newest message
 /undo         takes back the newest message and its answer
 /clear, /new  begins a new conversation; the system message stays
 /system TEXT  says how to answer; /system alone shows it, and /system "" removes it

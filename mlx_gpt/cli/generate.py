@@ -30,7 +30,7 @@ DIVIDER = "-" * 20
 @click.option(
     "--interactive",
     is_flag=True,
-    help="Talk to a model that has a chat template, or ask for beginnings of texts with another one; /help lists the "
+    help="Talk to a model. If it has a chat template, it answers messages, else it continues texts. /help lists the "
     "commands. Defaults in a conversation: "
     + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in CONVERSATION.items())
     + ".",
