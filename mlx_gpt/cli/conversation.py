@@ -50,7 +50,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
         self._print(lambda: self._dialogue.ask(text, self.config), "the message was taken back")
 
     def _again(self, rest: str) -> None:
-        self._print(lambda: self._dialogue.again(self.config), "the earlier one stays")
+        self._print(lambda: self._dialogue.again(self.config), "the earlier answer stays")
 
     def _print(self, begin: Callable[[], Generator[Piece, None, None]], otherwise: str) -> None:
         """Print an answer while it is made, and after it whatever a person should know about it.
@@ -100,7 +100,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
     def _save(self, rest: str) -> None:
         path = expanded(rest)
         if path.suffix != ".jsonl" or "\0" in rest:
-            raise UserError("/save wants the name of a .jsonl file, as in /save talks.jsonl.")
+            raise UserError("/save needs the name of a .jsonl file, as in /save talks.jsonl.")
         if not self._dialogue.exchanges:
             raise UserError("There is nothing to save yet: write a message first.")
         with os_errors_explained(f"write {path}"):

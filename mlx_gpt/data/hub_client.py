@@ -247,7 +247,9 @@ def _file(entry: dict[str, Any]) -> HubFile:
 def _check_names(files: Sequence[HubFile], repository: Repository) -> None:
     for file in files:
         if fault := fault_in_name(file.path):
-            raise UserError(f"{repository.page} is not safe to fetch because {shown(file.path)!r} {fault}: do not use.")
+            raise UserError(
+                f"{repository.page} is not safe to fetch because {shown(file.path)!r} {fault}: use another."
+            )
     if clash := clash_of(file.path for file in files):
         both = f"{shown(clash[0])!r} and {shown(clash[1])!r}"
         raise UserError(f"{repository.page} holds {clash[2]} with one name, {both}: choose one of them with --file.")
