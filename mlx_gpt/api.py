@@ -13,31 +13,38 @@ import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take 
 import mlx.nn as nn
 
 from mlx_gpt.config import GenerationConfig, TrainingConfig
+from mlx_gpt.data import hub
 from mlx_gpt.device import device
 from mlx_gpt.distributed import is_first
 from mlx_gpt.errors import UserError, in_a_sentence, is_utf8
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.generation.stream import stream as stream_pieces
 from mlx_gpt.models.directory import load_model, load_tokenizer
-from mlx_gpt.progress import Lines
+from mlx_gpt.progress import Lines, ignore_line
 from mlx_gpt.settings import build
 from mlx_gpt.signals import StopSignals
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.run_folder import model_directory
 
 
-def load(path: str | Path, precision: str = "auto") -> tuple[nn.Module, Tokenizer]:
-    """Open a model directory, or the best model of a run.
+def load(
+    path: str | Path, precision: str = "auto", *, echo: Callable[[str], None] | None = print
+) -> tuple[nn.Module, Tokenizer]:
+    """Open a model directory, the best model of a run, or a model of the Hugging Face Hub.
 
     Args:
+        path: its path, or `hf:owner/name`, which is fetched if it was not before.
         precision: "float32", "bfloat16", or "auto" for bfloat16 on a GPU and float32 on the CPU.
+        echo: called with each line about a download.
 
     Raises:
-        UserError: there is none, it is damaged, or its architecture or the precision is unknown.
+        UserError: there is none, it is damaged or can't be fetched, or its architecture or the precision is unknown.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise UserError(f'load() opens a path, such as "weights/demo", not {path!r}.')
     build(TrainingConfig, {"precision": precision})  # its error says which precisions there are
+    if hub.is_hub_name(path):
+        path = hub.model(str(path), echo=echo or ignore_line)[0]
     folder = model_directory(Path(path))
     if not is_utf8(str(folder)):
         raise UserError(f"MLX cannot open {folder}, because the name is not UTF-8: rename it.")

@@ -77,15 +77,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Adapters beside frozen weights."""
+    """Adapters (LoRA), which are trained while the weights stay frozen."""
 
     lora_rank: int | None = setting(
-        None, "Train adapters of this rank beside the weights of --from, which may be quantised.", at_least=1
+        None,
+        "Train only adapters of this rank, and keep the weights of --from frozen; these may be quantised.",
+        at_least=1,
     )
     lora_layers: int | None = setting(
-        None, "Blocks that get adapters, counted from the last. [default: all]", at_least=1
+        None, "Number of blocks that get adapters, counted from the last one. [default: all]", at_least=1
     )
-    lora_scale: float = setting(20.0, "What the adapters' product is multiplied by.", above=0)
+    lora_scale: float = setting(20.0, "Factor for what the adapters add.", above=0)
     lora_dropout: float = setting(0.0, "Fraction of the adapters' input to drop in training.", at_least=0, below=1)
 
 
@@ -95,7 +97,8 @@ class DataConfig:
 
     data: str = setting(
         "",
-        f"Folder or file to train on, or `builtin`: a text of Python's. [default: {PREPARED} if there, else builtin]",
+        f"Folder or file to train on, or `builtin`, a text that comes with Python. [default: {PREPARED} if there, else "
+        "builtin]",
     )
     documents: str = setting(
         "auto",
@@ -128,7 +131,7 @@ class TrainingConfig:
     )
     loss_on: str = setting(
         "assistant",
-        "Which tokens of conversations count: those of the assistant's answers, or all; documents count whole.",
+        "Tokens of conversations that count in the loss: the assistant's answers, or all. In documents, all count.",
         choices=("assistant", "all"),
     )
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
@@ -147,7 +150,8 @@ class TrainingConfig:
     )
     learning_rate: float = setting(
         3e-4,
-        "Highest learning rate, reached after the warm-up. With --from: 0.128 / width, or twice that for adapters.",
+        "Highest learning rate, reached after the warm-up. Default with --from: 0.128 / width, or twice that for "
+        "adapters.",
         above=0,
     )
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)

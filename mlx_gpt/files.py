@@ -173,6 +173,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def expanded(path: str) -> Path:
+    """Return a path with its `~` or `~name` replaced by a home; unchanged if there is no such home.
+
+    `Path.expanduser` raises a RuntimeError instead.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def nearest_existing(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

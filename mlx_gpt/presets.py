@@ -36,7 +36,7 @@ FINE_TUNING: dict[str, dict[str, Any]] = {
 
 
 def fine_tuning(kind: str, width: int) -> dict[str, Any]:
-    """Return the rates and intervals to train weights further that are there.
+    """Return the rates and intervals for fine-tuning existing weights: all of them, or only adapters (LoRA).
 
     The rate falls as the width grows (Yang et al. 2022, arXiv:2203.03466).
 

@@ -220,7 +220,7 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
         if config.lora.lora_rank:
             yield (
                 {"lora_rank", "init_from"},
-                "`lora_rank` trains adapters beside weights that are there: name them with `init_from` (--from).",
+                "`lora_rank` trains adapters for existing weights: name these with `init_from` (--from).",
             )
     elif not config.lora.lora_rank and (given := _changed(config.lora)):
         yield {given, "lora_rank"}, f"`{given}` is for adapters: give `lora_rank` as well, such as 8."

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from mlx_gpt.cli.chat import Session
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError, os_errors_explained, shown
-from mlx_gpt.files import append_line
+from mlx_gpt.files import append_line, expanded
 from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.dialogue import Dialogue
 from mlx_gpt.generation.stop_strings import Piece
@@ -24,7 +23,7 @@ class Conversation(Session):
     greeting = 'Write a message. """ begins and ends one of several lines, /help shows the commands, Ctrl-D quits.'
     help = """\
 Write a message and press Enter: the model answers it, and remembers what was said before.
-/again        answers the newest message anew
+/again        asks for another answer to the newest message
 /undo         takes back the newest message and its answer
 /clear, /new  begins a new conversation; the system message stays
 /system TEXT  says how to answer; /system alone shows it, and /system "" removes it
@@ -51,7 +50,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
         self._print(lambda: self._dialogue.ask(text, self.config), "the message was taken back")
 
     def _again(self, rest: str) -> None:
-        self._print(lambda: self._dialogue.again(self.config), "the earlier one stays")
+        self._print(lambda: self._dialogue.again(self.config), "the earlier answer stays")
 
     def _print(self, begin: Callable[[], Generator[Piece, None, None]], otherwise: str) -> None:
         """Print an answer while it is made, and after it whatever a person should know about it.
@@ -99,9 +98,9 @@ Write a message and press Enter: the model answers it, and remembers what was sa
         click.echo(f"The system message is: {system}" if system else "There is no system message.", err=True)
 
     def _save(self, rest: str) -> None:
-        path = Path(rest).expanduser()
-        if path.suffix != ".jsonl":
-            raise UserError("/save wants the name of a .jsonl file, as in /save talks.jsonl.")
+        path = expanded(rest)
+        if path.suffix != ".jsonl" or "\0" in rest:
+            raise UserError("/save needs the name of a .jsonl file, as in /save talks.jsonl.")
         if not self._dialogue.exchanges:
             raise UserError("There is nothing to save yet: write a message first.")
         with os_errors_explained(f"write {path}"):

@@ -16,6 +16,7 @@ import click
 
 from mlx_gpt import mac, packages
 from mlx_gpt.errors import in_a_sentence
+from mlx_gpt.files import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,7 +231,7 @@ def credentials() -> str:
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY"):
         if os.environ.get(name):
             return f"credentials in {name}"
-    folders = [Path.home() / ".kaggle", Path.home() / ".config" / "kaggle"]
+    folders = [expanded("~/.kaggle"), expanded("~/.config/kaggle")]
     if "KAGGLE_CONFIG_DIR" in os.environ:
         folders.insert(0, Path(os.environ["KAGGLE_CONFIG_DIR"]))
     files = [folder / name for folder in folders for name in ("access_token", "kaggle.json", "credentials.json")]

@@ -22,7 +22,8 @@ from mlx_gpt.errors import UserError
     "patterns",
     multiple=True,
     metavar="PATTERN",
-    help="File of an hf: dataset to take instead of its training split, such as 'data/train-*.parquet'; repeatable.",
+    help="Take this file of an hf: dataset instead of its training split, such as 'data/train-*.parquet'; may be given "
+    "several times.",
 )
 @click.option("--from-file", metavar="FILE", help="Zip or CSV that was downloaded by hand, to use instead of Kaggle.")
 @click.option(

@@ -5,10 +5,11 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from mlx_gpt.cli.options import ModelPath, SettingsCommand, given, settings_options
+from mlx_gpt.cli.fetching import fetched
+from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import DataConfig
-from mlx_gpt.errors import UserError
+from mlx_gpt.errors import UserError, os_errors_explained
 from mlx_gpt.settings import build
 
 LONGEST = 1024  # tokens per window by default, for models whose context is far longer
@@ -18,7 +19,6 @@ LONGEST = 1024  # tokens per window by default, for models whose context is far 
 @click.argument("file", required=False)
 @click.option(
     "--model",
-    type=ModelPath(),
     metavar="PATH",
     help="A run (its best model), a model directory or hf:owner/name.  [default: the newest run]",
 )
@@ -35,6 +35,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt import models
     from mlx_gpt.api import load
     from mlx_gpt.data.batches import TextWindows, Windows
+    from mlx_gpt.data.hub import is_hub_name
     from mlx_gpt.data.tokens import encode_file, lost_text
     from mlx_gpt.evaluation import Evaluator
     from mlx_gpt.objectives import objective_of
@@ -42,7 +43,12 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt.training.setup import open_data
 
     display = Terminal()
-    path = Path(model) if model else run_folder.newest_run(Path("weights"), with_model=True)
+    if file:
+        with os_errors_explained(f"read {file}"):
+            Path(file).stat()
+    elif is_hub_name(model):
+        raise UserError(f"{model} is not a run, so it has no validation text: name a FILE.")
+    path = Path(fetched(model)) if model else run_folder.newest_run(Path("weights"), with_model=True)
     network, tokenizer = load(path)
     config = run_folder.config_of(path)
     positions = models.context_length(network)

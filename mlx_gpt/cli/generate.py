@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_gpt.cli.options import ModelPath, SettingsCommand, given, settings_options
+from mlx_gpt.cli.fetching import fetched
+from mlx_gpt.cli.options import SettingsCommand, given, settings_options
 from mlx_gpt.config import CONVERSATION, GenerationConfig
 from mlx_gpt.errors import UserError, as_utf8, os_errors_explained
 from mlx_gpt.settings import build
@@ -21,7 +22,6 @@ DIVIDER = "-" * 20
 @click.command("generate", cls=SettingsCommand)
 @click.option(
     "--model",
-    type=ModelPath(),
     metavar="PATH",
     help="A run (its best model), a model directory or hf:owner/name.  [default: the newest run]",
 )
@@ -30,7 +30,7 @@ DIVIDER = "-" * 20
 @click.option(
     "--interactive",
     is_flag=True,
-    help="Talk to a model that has a chat template, or ask for beginnings of texts with another one; /help lists the "
+    help="Talk to a model. If it has a chat template, it answers messages, else it continues texts. /help lists the "
     "commands. Defaults in a conversation: "
     + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in CONVERSATION.items())
     + ".",
@@ -57,6 +57,7 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
     if model is None:
         model = str(newest_run(Path("weights"), with_model=True))
         click.echo(f"Model: {model}, the newest run.", err=True)
+    model = fetched(model)
     loaded = load(model)
     if interactive:
         from mlx_gpt.cli.chat import Session, chat

@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.config import DataConfig, LoRAConfig, ModelConfig, TrainingConfig
 from mlx_gpt.settings import Setting, settings_of
 
@@ -37,24 +36,6 @@ class NumberOrAuto(click.ParamType):
         except ValueError:
             number = "whole number" if self._kind is int else "number"
             self.fail(f"{value!r} is neither a {number} nor auto.", param, ctx)
-
-
-class ModelPath(click.ParamType):
-    """A path to a model, or `hf:owner/name`, which is fetched and becomes the path to it."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the path."""
-        from mlx_gpt.data import hub
-
-        if not hub.is_hub_name(value):
-            return str(value)
-
-        def echo(line: str) -> None:
-            click.echo(line, err=True)  # stdout is for what the command makes
-
-        return str(hub.model(value, echo=echo, progress=Terminal().progress("Downloading"))[0])
 
 
 class SettingsCommand(click.Command):

@@ -19,7 +19,7 @@ from mlx_gpt.data.downloads import complete_files, install, record_of, recover, 
 from mlx_gpt.data.hub_client import AGAIN, HubFile, Repository, fetch, list_files
 from mlx_gpt.data.hub_files import dataset_files, model_files
 from mlx_gpt.errors import UserError, os_errors_explained
-from mlx_gpt.files import locked, size_in_words
+from mlx_gpt.files import expanded, locked, size_in_words
 from mlx_gpt.packages import install as install_command
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
@@ -132,11 +132,9 @@ def model(text: str, *, echo: Echo = ignore_line, progress: ByteProgress = ignor
             the network or the disk fails.
     """
     name = parse(text, "model")
-    repository = Repository(f"{name.owner}/{name.name}", "model")
-    target = cache_folder() / name.owner / (name.name + (name.revision and f"@{name.revision.replace('/', '+')}"))
-    recover(target)
-    if found := _cached(target, name):
+    if found := found_model(text):
         return found
+    target, repository = _place_of(name), Repository(f"{name.owner}/{name.name}", "model")
     refuse_foreign(target)
     listing = list_files(repository, name.revision)
     files = model_files(listing, repository)
@@ -144,13 +142,15 @@ def model(text: str, *, echo: Echo = ignore_line, progress: ByteProgress = ignor
     return target, f"{PREFIX}{repository.name}@{listing.commit}"
 
 
-def cache_folder() -> Path:
-    """Return the folder that models from the Hub are kept in."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "mlx-gpt" / "models"
+def found_model(text: str) -> tuple[Path, str] | None:
+    """Return what `model` returns if the model was fetched before, else None. This never uses the network.
 
-
-def _cached(target: Path, name: HubName) -> tuple[Path, str] | None:
-    """Return a complete model and its full name, if there is one for this revision."""
+    Raises:
+        UserError: the name is misspelt.
+    """
+    name = parse(text, "model")
+    target = _place_of(name)
+    recover(target)
     others = sorted(target.parent.glob(f"{name.name}@*")) if target.parent.is_dir() else []
     for folder in (target, target.with_name(name.name), *others):
         record = record_of(folder)
@@ -159,6 +159,17 @@ def _cached(target: Path, name: HubName) -> tuple[Path, str] | None:
             if folder == target or commit == name.revision:
                 return folder, f"{record['source']}@{commit}"
     return None
+
+
+def cache_folder() -> Path:
+    """Return the folder that models from the Hub are kept in."""
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-gpt" / "models"
+
+
+def _place_of(name: HubName) -> Path:
+    """Return the folder for a model, whether or not it is there."""
+    revision = name.revision and f"@{name.revision.replace('/', '+')}"
+    return cache_folder() / name.owner / f"{name.name}{revision}"
 
 
 def _bring(

@@ -17,13 +17,14 @@ from typing import Any
 from urllib.parse import quote
 
 from mlx_gpt.data.archive import check_space, clash_of, fault_in_name
-from mlx_gpt.errors import UserError, explain_os_error, shown
+from mlx_gpt.data.hub_errors import explain
+from mlx_gpt.errors import UserError, shown
+from mlx_gpt.files import sync
 from mlx_gpt.progress import ByteProgress
 
 STALL_SECONDS = 30.0  # how long to wait while the server sends nothing
 TRIES = 5  # in a row that bring nothing before a download gives up
 PAUSE_SECONDS = 1.0  # between two of them, times their number
-TOKEN_HELP = "set HF_TOKEN to a token of your account (its settings, Access Tokens) or run `hf auth login`"
 AGAIN = "run the command again to continue, since what has arrived is kept"
 
 
@@ -149,6 +150,7 @@ class _Transfer:
         else:
             self.path.touch()
         if self.file.digest in ("", _digest(self.path, self.file)):
+            sync(self.path)  # or after a power cut a file of the right size could hold zeros
             return
         self.path.unlink()
         if not continued:
@@ -228,62 +230,10 @@ def _client(repository: Repository, revision: str) -> Iterator[tuple[Any, dict[s
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise UserError(_explain(error, repository, revision)) from error
+        host = httpx2.URL(_endpoint()).host
+        raise UserError(explain(error, repository, revision, host, STALL_SECONDS)) from error
     finally:
         constants.HF_HUB_DISABLE_TELEMETRY = telemetry
-
-
-def _explain(error: Exception, repository: Repository, revision: str) -> str:
-    """Return the sentence for an error of the client. It never quotes a request, whose headers hold the token."""
-    import httpx2
-    from huggingface_hub import errors
-
-    host = httpx2.URL(_endpoint()).host
-    match error:
-        case errors.OfflineModeIsEnabled():
-            return f"HF_HUB_OFFLINE forbids fetching {repository}: unset it, then run the command again."
-        case errors.RevisionNotFoundError():
-            return f"{repository.page} has no revision {shown(revision)}: name a branch, a tag or a commit after the @."
-        case errors.RemoteEntryNotFoundError():
-            return f"A file that {repository.page} lists is not there: try again later."
-        case errors.HfHubHTTPError():
-            gated = isinstance(error, errors.GatedRepoError)
-            return _explain_status(error.response.status_code, gated, repository, host)
-        case UnicodeError() | httpx2.LocalProtocolError():
-            return f"The token in HF_TOKEN has characters that a token cannot have: {TOKEN_HELP}."
-        case httpx2.TimeoutException():
-            return f"{host} did not answer for {STALL_SECONDS:g} seconds: try again later."
-        case httpx2.ProxyError():
-            return f"Cannot reach {host} through the proxy: check the variables HTTPS_PROXY and HTTP_PROXY."
-        case httpx2.TransportError() | httpx2.InvalidURL():
-            return f"Cannot reach {host}: check the network connection (and HF_ENDPOINT, if it is set), then try again."
-        case OSError():
-            return explain_os_error(error, f"fetch {repository}")
-        case _:
-            return f"The answer was not from {host}, perhaps this network's login page: log in there, then try again."
-
-
-def _explain_status(status: int, gated: bool, repository: Repository, host: str) -> str:
-    from huggingface_hub import get_token
-
-    what = str(repository)
-    if gated or status == 403:
-        return f"{what[0].upper()}{what[1:]} is gated: accept its licence on {repository.page}, then {TOKEN_HELP}."
-    if status == 401 and get_token():
-        return (
-            f"{host} does not show {what} to the owner of this token (401): check the spelling, accept its licence on "
-            f"{repository.page} if it has one, or {TOKEN_HELP}."
-        )
-    if status == 401:
-        return (
-            f"{host} has no {repository.kind} {repository.name}, or it is private or gated (401): check the spelling; "
-            f"if it is there, accept its licence on {repository.page} and {TOKEN_HELP}."
-        )
-    if status == 404:
-        return f"{host} has no {repository.kind} {repository.name} (404): check the spelling against its page."
-    if status == 429:
-        return f"{host} asks for fewer requests (429): wait a few minutes, then try again."
-    return f"{host} failed ({status}): try again later."
 
 
 def _file(entry: dict[str, Any]) -> HubFile:
@@ -297,7 +247,9 @@ def _file(entry: dict[str, Any]) -> HubFile:
 def _check_names(files: Sequence[HubFile], repository: Repository) -> None:
     for file in files:
         if fault := fault_in_name(file.path):
-            raise UserError(f"{repository.page} is not safe to fetch because {shown(file.path)!r} {fault}: do not use.")
+            raise UserError(
+                f"{repository.page} is not safe to fetch because {shown(file.path)!r} {fault}: use another."
+            )
     if clash := clash_of(file.path for file in files):
         both = f"{shown(clash[0])!r} and {shown(clash[1])!r}"
         raise UserError(f"{repository.page} holds {clash[2]} with one name, {both}: choose one of them with --file.")

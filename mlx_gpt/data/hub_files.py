@@ -13,8 +13,7 @@ from mlx_gpt.progress import Echo
 # What a model is made of. There is no code and no pickle among these.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
-    "chat_template.jinja",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 NEEDED = ("config.json", "tokenizer.json", "model*.safetensors")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt.data.documents import documents_in, read_rows
+from mlx_gpt.data.hub import is_hub_name
 from mlx_gpt.data.kinds import KINDS
 from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sniffing import format_of, refusal
@@ -37,11 +38,15 @@ def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
     and files that are empty, binary or .json (mostly metadata) are skipped. A file that `paths` names is never skipped.
 
     Raises:
-        UserError: a path does not exist, a named file is not text, or a folder has no text file.
+        UserError: a path does not exist, or is a dataset on the Hub that is still to be downloaded; a named file is not
+            text; or a folder has no text file.
     """
     files: list[Path] = []
     skipped: list[Path] = []
     for path in map(Path, paths):
+        if is_hub_name(path) and not path.exists():
+            again = typed("download", "--dataset", path)
+            raise UserError(f"{path} is on the Hugging Face Hub: first run `{again}`, which prepares it, too.")
         with os_errors_explained(f"read {path}"):
             inside = list(_walk(path)) if path.is_dir() else [path]
             for file in inside:

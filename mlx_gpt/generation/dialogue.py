@@ -66,7 +66,7 @@ class Dialogue:
     def system(self, text: str) -> None:
         before, self._system = self._system, text
         try:
-            self._fit([], "?", 1)
+            self._fit([], "?", 1, "system message")
         except UserError:
             self._system = before
             raise
@@ -139,8 +139,12 @@ class Dialogue:
             if answer.strip():
                 self.exchanges = [*before, Exchange(question, answer)]
 
-    def _fit(self, exchanges: Sequence[Exchange], question: str, max_tokens: int) -> tuple[list[int], int]:
+    def _fit(
+        self, exchanges: Sequence[Exchange], question: str, max_tokens: int, new: str = "message"
+    ) -> tuple[list[int], int]:
         """Return the ids of a prompt that fits, and how many of the oldest exchanges it leaves out.
+
+        `new` is what a person has just written, and can shorten.
 
         Raises:
             UserError: it does not fit without any exchange, or the template refuses the messages.
@@ -155,10 +159,10 @@ class Dialogue:
         first = min(self.unseen, len(exchanges))
         unseen = bisect_left(range(len(exchanges)), True, lo=first, key=lambda unseen: len(ids(unseen)) <= room)
         if len(prompt := ids(unseen)) > room:
-            among = " with the system message" if self._system else ""
+            among = "with the system message " if self._system and new == "message" else ""
             raise UserError(
-                f"The message is too long: it has {len(prompt):,} tokens{among}, and beside an answer the model's "
-                f"context of {self.context:,} holds {room:,}. Shorten it."
+                f"The {new} is too long: {among}it has {len(prompt):,} tokens, and the model's context of "
+                f"{self.context:,} leaves {room:,} beside an answer. Shorten it."
             )
         return prompt, unseen
 

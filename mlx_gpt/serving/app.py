@@ -173,13 +173,13 @@ open_to_all, get, post = APIRouter(), APIRouter(), APIRouter(route_class=JSONRou
 async def show_page() -> HTMLResponse:
     """The page for people."""
     headers = {"Content-Security-Policy": page.POLICY, "Referrer-Policy": "no-referrer"}
-    return HTMLResponse(page.FILES["index.html"][0], headers=headers)
+    return HTMLResponse(page.FILES[page.INDEX][0], headers=headers)
 
 
 @open_to_all.get(page.PATH + "{name}", include_in_schema=False)
 async def show_file(name: str) -> Response:
     """A file that the page loads."""
-    if name not in page.FILES:
+    if name not in page.FILES or name == page.INDEX:  # which only `show_page` sends, with its policy
         raise APIError(404, "The page has no such file.")
     content, kind = page.FILES[name]
     return Response(content, media_type=kind)

@@ -37,6 +37,21 @@ def serve(paths: Sequence[Path], config: ServeConfig, say: Callable[[str], None]
         server.run()
 
 
+def check(config: ServeConfig) -> None:
+    """Check what can be checked before the models are loaded, or fetched.
+
+    Raises:
+        UserError: anyone could use the server without a key, or an origin is misspelt.
+    """
+    if not (_is_local(config.host) or config.api_key or config.insecure):
+        raise UserError(
+            f"Other machines can reach {config.host}: set an --api-key, or --insecure if anyone may use the model."
+        )
+    for origin in config.allow_origin:
+        if not re.fullmatch(r"https?://[^/*\s]+", origin):
+            raise UserError(f"--allow-origin {origin} is not an origin: write it like https://a.example.")
+
+
 class Server(uvicorn.Server):
     """Models behind a socket. The first signal lets it finish its answers, the second stops it at once.
 
@@ -49,14 +64,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, paths: Sequence[Path], config: ServeConfig) -> None:
-        local = config.host in ("127.0.0.1", "::1", "localhost")
-        if not (local or config.api_key or config.insecure):
-            raise UserError(
-                f"Other machines can reach {config.host}: set an --api-key, or --insecure if anyone may use the model."
-            )
-        for origin in config.allow_origin:
-            if not re.fullmatch(r"https?://[^/*\s]+", origin):
-                raise UserError(f"--allow-origin {origin} is not an origin: write it like https://a.example.")
+        check(config)
         self._listener = _listen(config.host, config.port)
         metrics = Metrics()
         load = functools.partial(load_models, paths, config.max_batch)
@@ -85,7 +93,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=config.grace,
             )
         )
-        if not local and not config.api_key:
+        if not (_is_local(config.host) or config.api_key):
             log.warning("INSECURE: anyone who reaches %s can use the model, since it needs no key.", self.url)
             log.warning("INSECURE: set an --api-key to prevent that.")
 
@@ -105,6 +113,11 @@ class Server(uvicorn.Server):
         """Stop. At the end, uvicorn's own version would raise the signal again, and the exit code would not be 0."""
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+def _is_local(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on `host`."""
+    return host in ("127.0.0.1", "::1", "localhost")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -346,13 +346,16 @@ def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 def model_directory(path: Path) -> Path:
     """Return the model directory that `path` means: `path` itself, or a run's best, final or newest checkpoint.
 
-    A path such as `hf:owner/name` is a model on the Hugging Face Hub, which is fetched unless it was before.
+    A path such as `hf:owner/name` means a model of the Hugging Face Hub that was fetched before.
 
     Raises:
-        UserError: there is no such folder, or no model in it; or the model cannot be fetched.
+        UserError: there is no such folder, no model in it, or the model was not fetched.
     """
     if hub.is_hub_name(path):
-        return hub.model(str(path))[0]
+        if found := hub.found_model(str(path)):
+            return found[0]
+        again = typed("generate", "--model", path)
+        raise UserError(f"{path} is not on this machine: fetch it from the Hugging Face Hub with `{again}`.")
     refuse_dead_links(path)
     if not path.exists():
         raise UserError(f"There is no {path}: name a run or a model directory.")

@@ -158,6 +158,9 @@ def set_up(
         here.prepare()
 
         corpus = ranks.in_turns(lambda: open_data(config, display))
+        if hub.is_hub_name(config.init_from) and ranks.broadcast(begun.source is None):  # the other hosts lack it
+            downloading = display.progress("Downloading")
+            ranks.in_turns(lambda: hub.model(config.init_from, echo=display.line, progress=downloading))
         weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
         base = fine_tuning.base_of(config)
         known = ranks.broadcast(begun.progress.base)

@@ -104,6 +104,9 @@ MISTAKES = [
     ("prepare latin.csv", ["latin.csv, row 2", "UTF-8"]),
     # A text shorter than one window
     ("train --data short.txt --tokenizer bytes --preset tiny --out weights/new", ["has 16 tokens", "--seq-len 15"]),
+    # A dataset that has not been downloaded yet
+    ("train --data hf:owner/name --out weights/new", ["first run `mlx-gpt download --dataset hf:owner/name`"]),
+    ("prepare hf:owner/name", ["first run `mlx-gpt download --dataset hf:owner/name`"]),
     # A column that does not exist, or that is not clear
     ("train --data two.csv --column text --out weights/new", ["no column 'text'", "question, answer"]),
     ("prepare two.csv --column text", ["no column 'text'", "question, answer"]),

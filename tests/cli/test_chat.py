@@ -185,12 +185,13 @@ def test_settings_of_a_conversation_have_their_own_defaults_and_flags_win(conver
         ("/undo", "There is nothing to take back."),
         ("/again", "There is no answer yet"),
         ("/save talks.jsonl", "There is nothing to save yet"),
-        ("/save", "wants the name of a .jsonl file"),
-        ("/save essay.txt", "wants the name of a .jsonl file"),
+        ("/save", "needs the name of a .jsonl file"),
+        ("/save essay.txt", "needs the name of a .jsonl file"),
+        ("/save es\0say.jsonl", "needs the name of a .jsonl file"),
         ("/sistem x", "did you mean /system?"),
         ("/num-samples 2", "There is no command /num-samples"),
-        ("x" * 200, "has 219 tokens, and beside an answer the model's context of 128 holds 96"),
-        ("/system " + "x" * 200, "too long"),
+        ("x" * 200, "has 219 tokens, and the model's context of 128 leaves 96 beside an answer"),
+        ("/system " + "x" * 200, "The system message is too long"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_the_conversation_stays(converse, tmp_path, line, message):
@@ -228,9 +229,10 @@ def test_conversations_are_added_to_a_file_as_rows(converse, tmp_path):
 
 def test_a_file_that_cannot_be_written_is_one_sentence(converse, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
-    answer = converse("Hi", "/save folder.jsonl", "/save none/talk.jsonl", "Hi")
+    answer = converse("Hi", "/save folder.jsonl", "/save none/talk.jsonl", "/save ~nobody-at-all/talk.jsonl", "Hi")
     assert "folder.jsonl is a folder" in answer.err
     assert "There is no file or folder none/talk.jsonl" in answer.err
+    assert "There is no file or folder ~nobody-at-all/talk.jsonl" in answer.err
     assert answer.out == "Quack.\n" * 2
 
 

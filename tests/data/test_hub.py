@@ -1,5 +1,6 @@
 """Downloads from a Hub work, continue, and fail in one sentence: the real client against a local server."""
 
+import os
 import shutil
 import signal
 import threading
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_gpt import cli
+from mlx_gpt import files as disk
 from mlx_gpt.api import load
 from mlx_gpt.data import hub, hub_client
 from mlx_gpt.data.hub import download, model
@@ -241,6 +243,22 @@ def test_a_misspelt_name_never_reaches_the_network(name: str, server: FakeHub, f
     assert not folder.exists()
 
 
+def test_files_are_on_the_disk_before_they_are_marked_as_complete(
+    server: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power cut could leave a file of the right size that holds zeros."""
+    flushed: list[str] = []
+
+    def flush(handle: int) -> None:
+        opened = os.fstat(handle)
+        flushed.extend(path.name for path in folder.rglob("*") if os.path.samestat(opened, path.stat()))
+
+    monkeypatch.setattr(disk, "flush", flush)
+    download("hf:owner/name", folder)
+    assert flushed[0] == "train.jsonl"
+    assert flushed[1].startswith("..complete")
+
+
 # ---- connections that break -----------------------------------------------------------------------------------------
 
 
@@ -449,7 +467,13 @@ def test_only_safetensors_and_json_of_a_model_are_fetched(server: FakeHub, weigh
     assert sorted(server.fetched()) == sorted(weights)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."} == weights
     assert name == f"hf:owner/name@{COMMIT}"
-    assert load("hf:owner/name")[1].to_json() == load(folder)[1].to_json()
+
+
+def test_load_fetches_a_model_and_says_so(server: FakeHub, weights: dict[str, bytes]) -> None:
+    lines: list[str] = []
+    fetched = load("hf:owner/name", echo=lines.append)
+    assert f"from {server.url}/owner/name" in lines[0]
+    assert fetched[1].to_json() == load(model("hf:owner/name")[0])[1].to_json()
 
 
 @pytest.mark.parametrize("again", ["hf:owner/name", f"hf:owner/name@{COMMIT}"])
@@ -529,4 +553,26 @@ def test_a_run_starts_from_a_model_of_the_hub_and_notes_its_commit(
     assert capfd.readouterr().out.startswith("essay")
     assert server.requests == []
     assert cli.run([*start[:-1], "another"]) == 0
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate --prompt essay --prompt-file essay.txt",
+        "generate --prompt-file missing.txt",
+        "generate --temperature -1",
+        "eval missing.txt",
+        "eval",
+        "serve --host 0.0.0.0",
+        "serve --allow-origin a.example",
+        "train --resume",
+    ],
+)
+def test_a_mistake_is_refused_before_a_model_is_fetched(
+    arguments: str, server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flag = [] if arguments.endswith("--resume") else ["--model"]
+    assert cli.run([*arguments.split(), *flag, "hf:owner/name"]) == 2
     assert server.requests == []

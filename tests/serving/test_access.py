@@ -294,7 +294,12 @@ def test_the_page_loads_only_its_own_files(url):
             f"/page/{name}" for name in re.findall(r'from "\./([^"]*)"', file.text) if f"/page/{name}" not in paths
         ]
     assert paths
-    assert httpx.get(f"{url}/page/__init__.py").status_code == httpx.get(f"{url}/page/..%2fapp.py").status_code == 404
+    for name in ("__init__.py", "..%2fapp.py"):
+        assert httpx.get(f"{url}/page/{name}").status_code == 404
+
+
+def test_the_page_is_never_sent_without_its_policy(url):
+    assert httpx.get(f"{url}/page/index.html").status_code == 404
 
 
 @pytest.mark.parametrize("where", ["step", "add"])

@@ -122,7 +122,7 @@ def test_a_base_that_is_gone_or_changed_is_refused(tune, whole):
     [
         ({"lora_rank": 33}, "`lora_rank` 33 is more than the model is wide"),
         ({"lora_layers": 3}, "`lora_layers` 3 is more than the model has: use 2 or less"),
-        ({"init_from": ""}, "name them with `init_from`"),
+        ({"init_from": ""}, "name these with `init_from`"),
         ({"lora_rank": None}, "`lora_dropout` is for adapters: give `lora_rank` as well"),
         ({"n_layer": 3}, "`n_layer` 3 contradicts the weights in .*, which have 2: omit it"),
     ],

@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 PATH = "/page/"  # of the files that the page itself loads
+INDEX = "index.html"  # the page itself, which `/` sends with the policy
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 FILES = {
     file.name: (file.read_bytes(), kind)
