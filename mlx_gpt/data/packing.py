@@ -11,7 +11,7 @@ import mlx.data as dx
 import numpy as np
 
 from mlx_gpt.data.batches import PREFETCH_BATCHES, WHOLE, Shard, generator_of, spread
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, CUT
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
 
@@ -46,7 +46,7 @@ class PackedWindows:
         cut = 0
         shortest = int((ends - begins).min())
         for i in np.flatnonzero(ends - begins > self._length):
-            place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & CUT)[-1]
+            place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & MAY_END)[-1]
             cut += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
             ends[i] = place
         kept = ends > begins

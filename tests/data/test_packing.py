@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_gpt.data.batches import Shard
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, CUT
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.packing import PackedWindows, best_fit
 from mlx_gpt.errors import UserError
 
@@ -20,7 +20,7 @@ def conversations(lengths, turn=1000):
         row = np.arange(first, first + length, dtype=np.uint32)
         place = np.arange(length) % min(turn, length)
         row |= np.where(place >= min(turn, length) // 2, COUNTS, np.uint32(0))
-        row |= np.where(place == 0, CUT, np.uint32(0))
+        row |= np.where(place == 0, MAY_END, np.uint32(0))
         row[0] |= BEGINS
         rows.append(row)
         first += length
