@@ -30,7 +30,7 @@ from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import read_tokenizer
 from mlx_gpt.models.growing import grow_vocabulary
-from mlx_gpt.objectives import objective_of
+from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
@@ -164,10 +164,11 @@ def set_up(
         fingerprint = ranks.in_turns(lambda: fine_tuning.fingerprint(base, known))
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
-        objective, training = objective_of(corpus.kind), config.training
+        objective, training = OBJECTIVES[corpus.kind], config.training
         encoding = display.progress("Encoding")
-        tokens = ranks.in_turns(lambda: objective.encode(corpus, tokenizer, training.loss_on, encoding, display.line))
-        windows, val_windows = objective.windows(tokens, training.seq_len, training.seed)
+        tokens = ranks.in_turns(lambda: objective.encode(corpus, tokenizer, training, encoding, display.line))
+        context = config.model.n_positions if config.init_from else 0
+        windows, val_windows = objective.windows(tokens, training.seq_len, training.seed, context)
         lost = lost_text([tokens.train, tokens.val], tokenizer)
         for line in [*lost, *windows.warnings, *val_windows.warnings]:
             display.line(line)

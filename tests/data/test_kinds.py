@@ -57,7 +57,7 @@ def test_an_unclear_kind_is_refused_with_an_example_of_each(write, tmp_path):
     chats = write(numbered(5), "chats.jsonl")
     with pytest.raises(UserError) as caught:
         prepare([texts, chats], tmp_path / "out")
-    for words in (f"{chats}, line 1 is a conversation", f"{texts}, line 1 is a document", "5 and 3 of the rows"):
+    for words in (f"5 rows are conversations (first {chats}, line 1)", f"3 are documents (first {texts}, line 1)"):
         assert words in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))
 
