@@ -16,8 +16,6 @@ from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, is_utf8, os_errors_explained
 
-__all__ = ["Dropped", "documents_in", "read_documents", "read_kind", "read_rows"]
-
 HAND_MADE = ("train.txt", "val.txt")  # corpora that people write by hand, one document per line
 
 
