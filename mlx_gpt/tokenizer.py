@@ -4,7 +4,7 @@ import codecs
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +138,19 @@ class Tokenizer:
         """The ids that end a text or an answer: `end_of_text`, `<|im_end|>` and those that a model names."""
         end_of_turn: int | None = self.backend.token_to_id(END_OF_TURN)
         return self._further_ends | {self.end_of_text} | (set() if end_of_turn is None else {end_of_turn})
+
+    def state(self) -> dict[str, Any]:
+        """Return everything about it as JSON can represent it, for `from_state`."""
+        further = {"further_ends": sorted(self._further_ends), "chat": self.chat, "added": self.added}
+        return {"json": self.to_json(), "end_of_text": self.end_of_text} | further
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Tokenizer":
+        """Return the tokenizer whose `state` this is."""
+        tokenizer = cls(HFTokenizer.from_str(state["json"]), state["end_of_text"])
+        tokenizer.end_at(state["further_ends"])
+        tokenizer.chat, tokenizer.added = state["chat"], tuple(state["added"])
+        return tokenizer
 
     def to_json(self) -> str:
         """Return the text of its `tokenizer.json`."""

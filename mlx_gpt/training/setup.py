@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import models
 from mlx_gpt.chat_template import CHATML
@@ -373,17 +372,8 @@ def make_model(
 
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return rank 0's tokenizer on every rank."""
-    decided: Any = None
-    if tokenizer:
-        more = {"chat": tokenizer.chat, "added": tokenizer.added}
-        decided = [tokenizer.to_json(), tokenizer.end_of_text, sorted(tokenizer.ends), more]
-    decided = ranks.broadcast(decided)
-    if tokenizer:
-        return tokenizer
-    received = Tokenizer(HFTokenizer.from_str(decided[0]), decided[1])
-    received.end_at(decided[2])
-    received.chat, received.added = decided[3]["chat"], tuple(decided[3]["added"])
-    return received
+    state: Any = ranks.broadcast(tokenizer.state() if tokenizer else None)
+    return tokenizer or Tokenizer.from_state(state)
 
 
 def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> None:

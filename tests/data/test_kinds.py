@@ -78,7 +78,7 @@ def test_a_last_question_without_an_answer_is_cut_off_and_counted(write, tmp_pat
     path = write([*numbered(60), {"messages": FOUR[:4]}])
     report = prepare([path], tmp_path / "out")
     assert FOUR[:3] in both_sides(tmp_path / "out")
-    assert (report.dropped, report.cut) == ({}, {"last questions without an answer": 1})
+    assert (report.dropped, report.dropped_parts) == ({}, {"last questions without an answer": 1})
     assert f"cut off   1 last questions without an answer  first in {path}, line 61" in report.lines()
 
 
