@@ -26,7 +26,7 @@ from mlx_gpt.tokenizer import Encoded, Tokenizer
 COUNTS = np.uint32(1 << 31)  # the token has a loss
 BEGINS = np.uint32(1 << 30)  # it is the first of a conversation
 MAY_END = np.uint32(1 << 29)  # a conversation that is too long may end before it
-AT_ONCE = 1000  # conversations
+AT_ONCE = 200  # conversations
 REASONS = 10  # a template may write any
 FORMAT_VERSION = 2  # a change of the ids or their marks has to make the files anew
 
