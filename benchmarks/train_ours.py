@@ -47,7 +47,7 @@ class Ours(MLXContender):
         """What the model is trained for."""
         from mlx_gpt.objectives import OBJECTIVES
 
-        return OBJECTIVES["text"]()
+        return OBJECTIVES["documents"]()
 
     def _enlarge_matrices(self) -> None:
         """Raise the deviation of the matrices from 0.02 to 1 / sqrt(n_embd).

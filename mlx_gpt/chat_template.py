@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.errors import UserError, shown
+from mlx_gpt.errors import UserError, os_errors_explained, shown
 from mlx_gpt.tokenizer import Tokenizer
 
 # ChatML (OpenAI 2023): the template of models that are trained on conversations here.
@@ -16,6 +17,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 VARIABLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+UNUSABLE = "The model's chat template can't be used"
 REFUSED = "The model's chat template refuses these messages"
 
 
@@ -31,17 +33,30 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        from jinja2.exceptions import TemplateSyntaxError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.nodes import Node
+        from jinja2.parser import Parser
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        class Generation(Extension):
+            """Ignores the tags with which templates mark, for transformers, what the assistant writes."""
+
+            tags = {"generation"}  # noqa: RUF012 - the base class has it like this
+
+            def parse(self, parser: Parser) -> list[Node]:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+        )
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         try:
             self._template = environment.from_string(source)
-        except TemplateSyntaxError as error:
-            raise UserError(f"The model's chat template can't be used: {shown(error, 200)}.") from None
+        except Exception as error:  # a syntax error, or brackets nested too deeply
+            raise UserError(f"{UNUSABLE}: {shown(error, 200).rstrip('.')}.") from None
         self._variables = dict(variables)
 
     @classmethod
@@ -78,7 +93,7 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # a template is somebody else's program and may fail in any way
-            raise UserError(f"{REFUSED}: {shown(error, 200)}.") from None
+            raise UserError(f"{REFUSED}: {shown(error, 200).rstrip('.')}.") from None
 
     def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
         """Return the ids of that text, with its special tokens. Errors as in `text`."""
@@ -89,17 +104,25 @@ def read_chat(folder: Path) -> dict[str, str]:
     """Return what a model directory says about conversations, as `Tokenizer.chat` has it; {} without a template.
 
     The template is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
+
+    Raises:
+        UserError: `chat_template.jinja` cannot be read, or is not UTF-8.
     """
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = {}
     config = config if isinstance(config, dict) else {}
     source = config.get("chat_template")
     if isinstance(source, list):  # several templates with names
-        source = next((one.get("template") for one in source if one.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        named = [one for one in source if isinstance(one, dict)]
+        source = next((one.get("template") for one in named if one.get("name") == "default"), None)
+    if (file := folder / "chat_template.jinja").is_file():
+        try:
+            with os_errors_explained(f"read {file}"):
+                source = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{UNUSABLE}: {file} is not UTF-8 text: save it as UTF-8.") from None
     if not isinstance(source, str):
         return {}
     chat = {"chat_template": source}
@@ -113,4 +136,4 @@ def read_chat(folder: Path) -> dict[str, str]:
 
 def _refuse(message: str) -> None:
     """Refuse a conversation; templates call this as `raise_exception`."""
-    raise UserError(message)
+    raise UserError(shown(message, 200))

@@ -4,10 +4,10 @@ import codecs
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer as HFTokenizer
@@ -19,6 +19,13 @@ from mlx_gpt.tokenizer_training import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS,
 
 CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
 CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
+
+
+class Encoded(NamedTuple):
+    """A text as ids (tokens,) uint32, with the places (tokens, 2) int64 where each begins and ends, in characters."""
+
+    ids: np.ndarray
+    places: np.ndarray
 
 
 class Tokenizer:
@@ -132,6 +139,19 @@ class Tokenizer:
         end_of_turn: int | None = self.backend.token_to_id(END_OF_TURN)
         return self._further_ends | {self.end_of_text} | (set() if end_of_turn is None else {end_of_turn})
 
+    def state(self) -> dict[str, Any]:
+        """Return everything about it as JSON can represent it, for `from_state`."""
+        further = {"further_ends": sorted(self._further_ends), "chat": self.chat, "added": self.added}
+        return {"json": self.to_json(), "end_of_text": self.end_of_text} | further
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Tokenizer":
+        """Return the tokenizer whose `state` this is."""
+        tokenizer = cls(HFTokenizer.from_str(state["json"]), state["end_of_text"])
+        tokenizer.end_at(state["further_ends"])
+        tokenizer.chat, tokenizer.added = state["chat"], tuple(state["added"])
+        return tokenizer
+
     def to_json(self) -> str:
         """Return the text of its `tokenizer.json`."""
         return self.backend.to_str(pretty=True)
@@ -161,6 +181,16 @@ class Tokenizer:
                 return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
             except (UnicodeEncodeError, TypeError):  # the library raises either for a lone surrogate
                 raise UserError("The text is not valid Unicode (a lone surrogate): pass it as UTF-8.") from None
+
+    def encode_with_places(self, texts: Sequence[str]) -> list["Encoded"]:
+        """Return the ids of several texts with their special tokens, and where they are. Errors as in `encode`."""
+        with failing_as(CANNOT_ENCODE):
+            found = self._with_special.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoded(np.array(one.ids, np.uint32), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in found]
+
+    def dividing_ids(self) -> list[int]:
+        """Return the ids of the special tokens that divide a text: what is before and after is encoded separately."""
+        return [i for i, token in self.backend.get_added_tokens_decoder().items() if not token.normalized]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without the ends of documents.
@@ -244,6 +274,7 @@ class Tokenizer:
         """The same tokenizer, except that it encodes the name of a special token as that token."""
         backend = HFTokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = False
+        backend.post_processor = None  # it would only take spaces out of the places of tokens
         return backend
 
     @functools.cached_property

@@ -275,3 +275,13 @@ def test_ctrl_c_is_not_reported_as_a_damaged_file():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"There is no .*nowhere\.json"):
         Tokenizer.load(tmp_path / "nowhere.json")
+
+
+def test_a_tokenizer_can_be_sent_to_another_process():
+    tokenizer = Tokenizer(HFTokenizer(models.BPE({"a": 0, "b": 1}, merges=[])))
+    tokenizer.end_at([0])
+    tokenizer.converse("{{ messages }}")
+    received = Tokenizer.from_state(json.loads(json.dumps(tokenizer.state())))
+    for name in ("fingerprint", "vocab_size", "end_of_text", "ends", "chat", "added"):
+        assert getattr(received, name) == getattr(tokenizer, name)
+    assert received.encode("<|im_start|>ab", special=True) == [3, 0, 1]

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.cli.chat import Session
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError, os_errors_explained, shown
 from mlx_gpt.files import append_line, expanded
-from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.dialogue import Dialogue
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.tokenizer import Tokenizer

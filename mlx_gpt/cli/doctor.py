@@ -266,7 +266,7 @@ def _training(
         mx.ones((shape[0], shape[1] - 1)),
     )
     optimizer = make_optimizer(training, model)
-    step = make_step(model, optimizer, here.accelerate(OBJECTIVES["text"]()), training, here)
+    step = make_step(model, optimizer, here.accelerate(OBJECTIVES["documents"]()), training, here)
     return step, batch, lambda: (model.parameters(), optimizer.state)
 
 

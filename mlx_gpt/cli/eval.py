@@ -38,7 +38,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt.data.hub import is_hub_name
     from mlx_gpt.data.tokens import encode_file, lost_text
     from mlx_gpt.evaluation import Evaluator
-    from mlx_gpt.objectives import objective_of
+    from mlx_gpt.objectives import OBJECTIVES
     from mlx_gpt.training import run_folder
     from mlx_gpt.training.setup import open_data
 
@@ -64,8 +64,8 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             windows: Windows = TextWindows(tokens, seq_len)
         elif config:
             corpus = open_data(config, display)
-            objective, loss_on = objective_of(corpus.kind), config.training.loss_on
-            both = objective.encode(corpus, tokenizer, loss_on, display.progress("Encoding"), display.line)
+            objective = OBJECTIVES[corpus.kind]
+            both = objective.encode(corpus, tokenizer, config.training, display.progress("Encoding"), display.line)
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
                 raise UserError(f"{path} was not trained on the text that {config.data.data} holds now: name a FILE.")
             tokens, windows = both.val, objective.windows(both, seq_len)[1]

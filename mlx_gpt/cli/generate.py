@@ -60,9 +60,9 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
     model = fetched(model)
     loaded = load(model)
     if interactive:
+        from mlx_gpt.chat_template import ChatTemplate
         from mlx_gpt.cli.chat import Session, chat
         from mlx_gpt.cli.conversation import Conversation
-        from mlx_gpt.generation.chat_template import ChatTemplate
 
         if template := ChatTemplate.load(model_directory(Path(model))):
             chat(Conversation(*loaded, template, build(GenerationConfig, {**CONVERSATION, **given(settings)})))

@@ -54,6 +54,6 @@ def prepare(paths: list[Path], out: str, overwrite: bool, settings: dict[str, st
         display.line(line)
     where = [] if Path(out) == Path(PREPARED) else ["--data", out]
     if report.kind == "preferences":
-        display.line(f"Written to {out}. There is no training on preferences here.")
+        display.line(f"Written to {out}. mlx-gpt does not train on preferences.")
     else:
         display.line(f"Written to {out}. Train on it with: {typed('train', *where)}")

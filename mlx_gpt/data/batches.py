@@ -7,6 +7,7 @@ Windows are numbered across epochs, so any batch can be made again from its numb
 state, and no window is lost at the end of an epoch: its last windows share a batch with the first of the next epoch.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -82,7 +83,7 @@ class TextWindows:
 
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
         self._tokens, self._seq_len = tokens, seq_len
-        self.per_epoch = windows_per_epoch(tokens, seq_len)
+        self.per_epoch = len(tokens) // seq_len
         self.facts: list[str] = []
         self.warnings: list[str] = []
 
@@ -90,61 +91,53 @@ class TextWindows:
         self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield batches in which each target has weight 1."""
+
+        def samples() -> Iterator[dict[str, np.ndarray]]:
+            for number, begin in enumerate(self._beginnings(seed, start), start):
+                if shard.has(number):
+                    places = np.arange(begin, begin + self._seq_len + 1) % len(self._tokens)
+                    yield {"window": self._tokens[places].astype(np.int32)}
+
         weights = np.ones((batch_size, self._seq_len), np.float32)
-        for windows in training_batches(self._tokens, self._seq_len, batch_size, seed, start, shard):
-            yield windows, weights
+        # One prefetch thread keeps the order; several would not.
+        stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
+        for sample in stream:
+            yield sample["window"], weights
 
     def places(self, seed: int, start: int, count: int) -> list[int]:
         """Return where windows begin."""
-        return window_numbers(self._tokens, self._seq_len, seed, start, count)
+        return list(itertools.islice(self._beginnings(seed, start), count))
 
     def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
         """Return the number of validation windows of a shard."""
-        return len(validation_windows(self._tokens, self._seq_len, limit, shard))
+        return len(self._validation_windows(limit, shard))
 
     def validation(
         self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield every token but the first exactly once as a target."""
-        return validation_batches(self._tokens, self._seq_len, batch_size, limit, shard)
+        """Yield every token but the first exactly once as a target; padding after the end of the text has weight 0."""
+        chosen = self._validation_windows(limit, shard)
+        for first in range(0, len(chosen), batch_size):
+            windows = np.zeros((batch_size, self._seq_len + 1), np.int32)
+            weights = np.zeros((batch_size, self._seq_len), np.float32)
+            for row, index in enumerate(chosen[first : first + batch_size]):
+                window = self._tokens[index * self._seq_len : (index + 1) * self._seq_len + 1]
+                windows[row, : len(window)] = window
+                weights[row, : len(window) - 1] = 1
+            yield windows, weights
 
+    def _validation_windows(self, limit: int, shard: Shard) -> np.ndarray:
+        return spread(-(-(len(self._tokens) - 1) // self._seq_len), limit, shard)
 
-def windows_per_epoch(tokens: np.ndarray, seq_len: int) -> int:
-    """Return how many windows of `seq_len` tokens one pass over (tokens,) ids has."""
-    return len(tokens) // seq_len
-
-
-def window_numbers(tokens: np.ndarray, seq_len: int, seed: int, start: int, count: int) -> list[int]:
-    """Return the position in the text, in tokens, of each window from number `start` to `start + count - 1`."""
-    return [begin for begin, _ in zip(_beginnings(len(tokens), seq_len, seed, start), range(count), strict=False)]
-
-
-def training_windows(
-    tokens: np.ndarray, seq_len: int, seed: int, start: int = 0, shard: Shard = WHOLE
-) -> Iterator[np.ndarray]:
-    """Yield windows (seq_len + 1,) int32 of a shard without end, from window number `start` on."""
-    for number, begin in enumerate(_beginnings(len(tokens), seq_len, seed, start), start):
-        if shard.has(number):
-            yield _cut(tokens, begin, begin + seq_len + 1)
-
-
-def training_batches(
-    tokens: np.ndarray, seq_len: int, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
-) -> Iterator[np.ndarray]:
-    """Yield batches (batch_size, seq_len + 1) int32 of a shard without end, prefetched, from window `start` on."""
-    windows = ({"window": window} for window in training_windows(tokens, seq_len, seed, start, shard))
-    # One prefetch thread keeps the order; several would not.
-    stream = dx.stream_python_iterable(lambda: windows).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
-    for sample in stream:
-        yield sample["window"]
-
-
-def validation_windows(tokens: np.ndarray, seq_len: int, limit: int = 0, shard: Shard = WHOLE) -> np.ndarray:
-    """Return the numbers of the validation windows of a shard.
-
-    Rank r takes every n-th window of all, or of the `limit` windows that are spread evenly over the text.
-    """
-    return spread(-(-(len(tokens) - 1) // seq_len), limit, shard)
+    def _beginnings(self, seed: int, start: int) -> Iterator[int]:
+        """Yield the position of each window in the text, from window number `start` on."""
+        epoch, first = divmod(start, self.per_epoch)
+        while True:
+            generator = generator_of(seed, epoch)
+            offset = int(generator.integers(len(self._tokens)))
+            for index in generator.permutation(self.per_epoch)[first:]:
+                yield offset + int(index) * self._seq_len
+            epoch, first = epoch + 1, 0
 
 
 def spread(count: int, limit: int = 0, shard: Shard = WHOLE) -> np.ndarray:
@@ -155,52 +148,7 @@ def spread(count: int, limit: int = 0, shard: Shard = WHOLE) -> np.ndarray:
     return chosen[shard.rank :: shard.ranks]
 
 
-def validation_batches(
-    tokens: np.ndarray, seq_len: int, batch_size: int, limit: int = 0, shard: Shard = WHOLE
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield every token but the first exactly once as a target, in batches of fixed shape.
-
-    Args:
-        tokens: (tokens,) ids.
-        seq_len: targets per window.
-        batch_size: windows per batch.
-        limit: use only this many windows, spread evenly over the text; 0 uses all.
-        shard: use only the windows of this rank.
-
-    Yields:
-        Windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target. Padding
-        after the end of the text has weight 0.
-    """
-    chosen = validation_windows(tokens, seq_len, limit, shard)
-    for first in range(0, len(chosen), batch_size):
-        windows = np.zeros((batch_size, seq_len + 1), np.int32)
-        weights = np.zeros((batch_size, seq_len), np.float32)
-        for row, index in enumerate(chosen[first : first + batch_size]):
-            window = tokens[index * seq_len : (index + 1) * seq_len + 1]
-            windows[row, : len(window)] = window
-            weights[row, : len(window) - 1] = 1
-        yield windows, weights
-
-
-def _beginnings(length: int, seq_len: int, seed: int, start: int) -> Iterator[int]:
-    """Yield the position of each window in a text of `length` tokens, from window number `start` on."""
-    per_epoch = length // seq_len
-    epoch, first = divmod(start, per_epoch)
-    while True:
-        generator = generator_of(seed, epoch)
-        offset = int(generator.integers(length))
-        for index in generator.permutation(per_epoch)[first:]:
-            yield offset + int(index) * seq_len
-        epoch, first = epoch + 1, 0
-
-
 def generator_of(seed: int, epoch: int) -> np.random.Generator:
     """Return a generator of random numbers that depends on the seed and the epoch alone."""
     # Philox is counter-based: its key alone decides what it draws (Salmon et al. 2011).
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
-
-
-def _cut(tokens: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Return `tokens[begin:end]` as int32, continuing at the start of the text where its end is reached."""
-    indices = np.arange(begin, end) % len(tokens)
-    return tokens[indices].astype(np.int32)

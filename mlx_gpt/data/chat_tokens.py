@@ -1,13 +1,13 @@
 """Turns conversations into token ids in memory-mapped files.
 
-The ids are exactly those of a conversation with the model: a prompt up to the place of the answer, then the answer. So
-a conversation is encoded in *exchanges*, each a prompt (the messages before an answer) and the answer.
+The ids are exactly those of a conversation with the model: a prompt up to the place of the answer, encoded as a whole,
+then the answer.
 
 A file is one row of uint32. Its bits `ID` are the token, and the others mark what training needs to know about it.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,24 +18,24 @@ from mlx_gpt.data.conversations import Conversation
 from mlx_gpt.data.corpus import Corpus
 from mlx_gpt.data.rows import Drops
 from mlx_gpt.data.sources import hash_of
-from mlx_gpt.data.tokens import Tokens, make_tokens, write_ids
+from mlx_gpt.data.tokens import ID, Tokens, make_tokens, write_ids
 from mlx_gpt.errors import UserError, printable
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
-from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer import Encoded, Tokenizer
 
 COUNTS = np.uint32(1 << 31)  # the token has a loss
 BEGINS = np.uint32(1 << 30)  # it is the first of a conversation
-CUT = np.uint32(1 << 29)  # a conversation that is too long may end before it
-AT_ONCE = 1000  # conversations
+MAY_END = np.uint32(1 << 29)  # a conversation that is too long may end before it
+AT_ONCE = 200  # conversations
 REASONS = 10  # a template may write any
-FORMAT_VERSION = 1  # a change of the marks has to make the files anew
+FORMAT_VERSION = 2  # a change of the ids or their marks has to make the files anew
 
 
-class Exchange(NamedTuple):
-    """A part of a conversation's text: what comes before an answer, and the answer with its end."""
+class Transcript(NamedTuple):
+    """The text of a conversation as the template writes it, and where each answer with its end is, in characters."""
 
-    prompt: str
-    answer: str
+    text: str
+    answers: list[tuple[int, int]]
 
 
 def tokenize_conversations(
@@ -85,33 +85,31 @@ def _counted(conversations: Iterable[Conversation], advance: Callable[[int], Non
         advance(characters)
 
 
-def exchanges(conversation: Conversation, template: ChatTemplate) -> list[list[Exchange]]:
-    """Return the rows of exchanges that a conversation is trained on.
+def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Transcript]:
+    """Return the texts that a conversation is trained on.
 
-    It is one row if the text of each answer stays the same when the conversation continues. Some templates change
-    earlier turns, for example by removing an earlier answer's reasoning. Their conversations give a row for each
-    answer, which has the text before it as the model will see it then. What follows the last answer has none.
+    It is one text if that of each answer stays the same when the conversation continues. Some templates change earlier
+    turns, for example by removing an earlier answer's reasoning. Their conversations give a text for each answer, which
+    has before it what the model will see then.
 
     Raises:
         UserError: the template refuses the messages, or writes an answer elsewhere than it asks for one.
     """
-    row: list[Exchange] = []
-    rows: list[list[Exchange]] = []
+    separate: list[Transcript] = []
     done, grows = "", True
     for i, message in enumerate(conversation):
         if message["role"] == "assistant":
             before, after = template.text(conversation[:i]), template.text(conversation[: i + 1], answering=False)
             if not after.startswith(before):
                 raise UserError("The model's chat template does not write an answer where it asks for one.")
-            answer = after[len(before) :]
-            rows.append([Exchange(before, answer)])
-            if grows := grows and before.startswith(done):
-                row.append(Exchange(before[len(done) :], answer))
+            separate.append(Transcript(after, [(len(before), len(after))]))
+            grows = grows and before.startswith(done)
             done = after
+    if not grows:
+        return separate
     whole = template.text(conversation, answering=False)
-    if grows and whole.startswith(done) and whole != done:
-        row.append(Exchange(whole[len(done) :], ""))
-    return [row] if grows else rows
+    answers = [span for transcript in separate for span in transcript.answers]
+    return [Transcript(whole if whole.startswith(done) else done, answers)]
 
 
 def _encoded(
@@ -119,45 +117,98 @@ def _encoded(
 ) -> Iterator[np.ndarray]:
     """Yield rows (tokens,) uint32 of marked ids."""
     ends = np.array(sorted(tokenizer.ends), np.uint32)
-    rows = _divided(conversations, template, drops)
-    while batch := list(itertools.islice(rows, AT_ONCE)):
-        texts = [text for row in batch for prompt, answer in row for text in (prompt, prompt + answer, answer)]
-        encoded = iter(tokenizer.encode_batch(texts, special=True))
-        for row in batch:
-            parts: list[np.ndarray] = []
-            for _ in row:
-                prompt, both, answer = next(encoded), next(encoded), next(encoded)
-                if both[: len(prompt)] == prompt:  # or the two would share a token
-                    answer = both[len(prompt) :]
-                parts += _marked(prompt, answer, ends, count_all)
-            end = np.array([tokenizer.end_of_text], np.uint32) | CUT
-            tokens = np.concatenate([*parts, end | COUNTS if count_all else end])
-            tokens[0] = (tokens[0] & ~COUNTS) | BEGINS | CUT
-            if np.any(tokens & COUNTS):
-                yield tokens
-            else:
-                drops.add("the template writes no answer.")
+    dividing = tokenizer.dividing_ids()
+    end_of_text = np.array([tokenizer.end_of_text], np.uint32) | MAY_END
+    written = _written(conversations, template, drops)
+    while batch := list(itertools.islice(written, AT_ONCE)):
+        encoded = tokenizer.encode_with_places([transcript.text for transcript in batch])
+        heads = [_heads(*pair, dividing) for pair in zip(batch, encoded, strict=True)]
+        again = iter(tokenizer.encode_batch([text for found in heads for _, text in found], special=True))
+        for transcript, whole, found in zip(batch, encoded, heads, strict=True):
+            prompts = [np.append(whole.ids[:kept], np.array(next(again), np.uint32)) for kept, _ in found]
+            try:
+                rows = _marked(transcript, whole, prompts, tokenizer, ends)
+            except UserError as error:
+                drops.add(str(error))
+                continue
+            for row in rows:
+                row = np.append(row, end_of_text) | (COUNTS if count_all else np.uint32(0))
+                row[0] = (row[0] & ~COUNTS) | BEGINS | MAY_END
+                yield row
 
 
-def _divided(conversations: Iterable[Conversation], template: ChatTemplate, drops: Drops) -> Iterator[list[Exchange]]:
-    """Yield the rows of exchanges of all conversations that the template does not refuse."""
+def _heads(transcript: Transcript, whole: Encoded, dividing: Sequence[int]) -> list[tuple[int, str]]:
+    """Return, for each answer, how many ids of the whole text surely begin its prompt, and the text of the others.
+
+    Text is encoded separately before and after the tokens `dividing`, so that what comes before the last of them has
+    the same ids in the prompt. The rest may be encoded otherwise than where an answer follows.
+    """
+    divisions = np.flatnonzero(np.isin(whole.ids, dividing))
+    heads = []
+    for begin, _ in transcript.answers:
+        before = divisions[whole.places[divisions, 1] <= begin]
+        kept, start = (int(before[-1]), int(whole.places[before[-1], 0])) if len(before) else (0, 0)
+        heads.append((kept, transcript.text[start:begin]))
+    return heads
+
+
+def _marked(
+    transcript: Transcript, whole: Encoded, prompts: list[np.ndarray], tokenizer: Tokenizer, ends: np.ndarray
+) -> list[np.ndarray]:
+    """Return the rows of a transcript: the whole text, and each answer that does not continue its prompt's ids there.
+
+    Where the whole text has a token that spans the end of a prompt, the model will see the prompt's own ids. So such an
+    answer counts in a row of its own, which begins with these.
+
+    Raises:
+        UserError: no answer counts, or the tokenizer has no ids for one of them alone.
+    """
+    row, rows = whole.ids.copy(), list[np.ndarray]()
+    for prompt, (begin, end) in zip(prompts, transcript.answers, strict=True):
+        stop = int(np.searchsorted(whole.places[:, 0], end))
+        if np.array_equal(whole.ids[: len(prompt)], prompt):
+            _mark_answer(row, len(prompt), stop, ends)
+        else:
+            answer = _continuation(prompt, whole.ids[:stop], transcript.text[begin:end], tokenizer)
+            rows.append(np.append(prompt, answer))
+            _mark_answer(rows[-1], len(prompt), len(rows[-1]), ends)
+    rows = [each for each in [row, *rows] if np.any(each & COUNTS)]
+    if not rows:
+        raise UserError("the template writes no answer.")
+    return rows
+
+
+def _mark_answer(row: np.ndarray, start: int, stop: int, ends: np.ndarray) -> None:
+    """Mark an answer in a row: it counts up to its first end, and with that."""
+    found = np.flatnonzero(np.isin(row[start:stop] & ID, ends))
+    stop = start + int(found[0]) + 1 if len(found) else stop
+    row[start:stop] |= COUNTS
+    row[stop : stop + 1] |= MAY_END
+
+
+def _continuation(prompt: np.ndarray, whole: np.ndarray, answer: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Return ids that continue those of a prompt with an answer.
+
+    A tokenizer may put a space before whatever it encodes by itself. So the answer is encoded after something else, and
+    decoding has to give the same text as the ids of the whole.
+
+    Raises:
+        UserError: there are no such ids.
+    """
+    end_of_text = tokenizer.name_of(tokenizer.end_of_text)
+    for before in (end_of_text, f"{end_of_text}\n"):
+        [encoded] = tokenizer.encode_with_places([before + answer])
+        ids = encoded.ids[encoded.places[:, 0] >= len(before)]
+        if tokenizer.decode([*prompt.tolist(), *ids.tolist()]) == tokenizer.decode(whole.tolist()):
+            return ids
+    raise UserError("the tokenizer joins a prompt and its answer.")
+
+
+def _written(conversations: Iterable[Conversation], template: ChatTemplate, drops: Drops) -> Iterator[Transcript]:
+    """Yield the transcripts of all conversations that the template does not refuse."""
     for conversation in conversations:
         try:
-            yield from exchanges(conversation, template)
+            yield from transcripts(conversation, template)
         except UserError as error:
             reason = str(error)
             drops.add(reason if reason in drops.counts or len(drops.counts) < REASONS else "other reasons.")
-
-
-def _marked(prompt: list[int], answer: list[int], ends: np.ndarray, count_all: bool) -> list[np.ndarray]:
-    """Return the ids of an exchange with their marks: an answer counts up to its first end, and with that."""
-    before, after = np.array(prompt, np.uint32), np.array(answer, np.uint32)
-    found = np.flatnonzero(np.isin(after, ends))
-    end = int(found[0]) + 1 if len(found) else len(after)
-    if count_all:
-        before, after = before | COUNTS, after | COUNTS
-    else:
-        after[:end] |= COUNTS
-    before[:1] |= CUT
-    after[end : end + 1] |= CUT
-    return [before, after]

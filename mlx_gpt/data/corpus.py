@@ -12,7 +12,7 @@ from mlx_gpt.data.conversations import Conversation
 from mlx_gpt.data.documents import read_kind, read_rows
 from mlx_gpt.data.kinds import KINDS, Kinds, one_of
 from mlx_gpt.data.prepare import find_split, fingerprint_of, prepare
-from mlx_gpt.data.rows import Cut, Dropped, Drops, normalise
+from mlx_gpt.data.rows import Dropped, DroppedPart, Drops, normalise
 from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sources import BUILTIN, find_sources, prepared_record, source_fingerprint
 from mlx_gpt.data.split import SPLITS, split_file
@@ -101,15 +101,15 @@ def usable(rows: Iterable[Row], echo: Echo = ignore_line) -> Iterator[Any]:
 
     At the end `echo` is called with a line for each reason why others were dropped.
     """
-    drops, cuts = Drops(), Drops()
+    drops, parts = Drops(), Drops()
     for row in rows:
         if isinstance(row, Dropped):
-            (cuts if isinstance(row, Cut) else drops).add(row.reason, row.place)
+            (parts if isinstance(row, DroppedPart) else drops).add(row.reason, row.place)
         elif not isinstance(row, str):
             yield row
         elif row.strip():
             yield normalise(row)
-    for what, counted in (("rows: ", drops), ("", cuts)):
+    for what, counted in (("rows: ", drops), ("", parts)):
         for reason, count in counted.counts.items():
             first = f" (first in {counted.first[reason]})" if reason in counted.first else ""
             echo(printable(f"WARNING: left out {count:,} {what}{reason}{first}."))

@@ -11,12 +11,10 @@ from mlx_gpt.data.decoding import MAX_DOCUMENT, ignore_bytes, lines, numbered, p
 from mlx_gpt.data.json_rows import read_json
 from mlx_gpt.data.kinds import kind_of, misplaced
 from mlx_gpt.data.parquet_rows import read_parquet
-from mlx_gpt.data.rows import Cut, Dropped
+from mlx_gpt.data.rows import Dropped, DroppedPart
 from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, is_utf8, os_errors_explained
-
-__all__ = ["Dropped", "documents_in", "read_documents", "read_kind", "read_rows"]
 
 HAND_MADE = ("train.txt", "val.txt")  # corpora that people write by hand, one document per line
 
@@ -31,7 +29,7 @@ def read_rows(
     """Yield the rows of one file in order, each with its place, which is the file and the row or line.
 
     A row is a document, a conversation, a preference, or a `Dropped` without its place if it is none of these. Before
-    a conversation whose last question has no answer, there is a `Cut` for that question, which is left out.
+    a conversation whose last question has no answer, there is a `DroppedPart` for that question, which is left out.
 
     The suffix decides the format: .csv, .tsv, .jsonl (also .ndjson and .json: objects and strings, one after another
     or in one array) or .parquet; anything else is plain text. Text is UTF-8 with or without a byte order mark, or
@@ -76,7 +74,7 @@ def read_rows(
             if isinstance(row, str) and not is_utf8(row):
                 yield Dropped("not valid Unicode"), f"{path}, document {number:,}"
             elif isinstance(row, list) and row[-1]["role"] == "user":
-                yield Cut("last questions without an answer"), place
+                yield DroppedPart("last questions without an answer"), place
                 yield row[:-1], place
             else:
                 yield row, place
@@ -105,7 +103,7 @@ def read_kind(
     found, other = False, ""
     for row, place in read_rows(path, column=column, documents=documents, advance=advance):
         if isinstance(row, Dropped):
-            if kind == "conversations" or not isinstance(row, Cut):
+            if kind == "conversations" or not isinstance(row, DroppedPart):
                 yield replace(row, place=place)
         elif kind_of(row) == kind:
             found = True

@@ -72,7 +72,7 @@ class Kinds:
             return kind
         (kind, most), (other, fewer) = self.counts.most_common(2)
         raise UserError(
-            f"It is not clear whether these are {kind} or {other}: {self.first[kind]} is a {one_of(kind)}, and "
-            f"{self.first[other]} is a {one_of(other)}, as are {most:,} and {fewer:,} of the rows. Name files of one "
-            "kind, or read one column of them as documents with --column."
+            f"It is not clear whether these are {kind} or {other}: {most:,} rows are {kind} (first "
+            f"{self.first[kind]}), {fewer:,} are {other} (first {self.first[other]}). Name files of one kind, or read "
+            "one column of them as documents with --column."
         )

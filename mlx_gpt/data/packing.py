@@ -11,7 +11,7 @@ import mlx.data as dx
 import numpy as np
 
 from mlx_gpt.data.batches import PREFETCH_BATCHES, WHOLE, Shard, generator_of, spread
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, CUT
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
 
@@ -34,34 +34,36 @@ class PackedWindows:
         seq_len: targets per window.
         seed: decides which of two conversations of equal length comes first.
         name: of the conversations, for people.
+        context: targets that the model can see at most; 0 if that can be changed.
 
     Raises:
-        UserError: no conversation fits.
+        UserError: no conversation fits; the sentence names a length that suffices.
     """
 
-    def __init__(self, marked: np.ndarray, seq_len: int, seed: int = 0, name: str = "training") -> None:
+    def __init__(
+        self, marked: np.ndarray, seq_len: int, seed: int = 0, name: str = "training", context: int = 0
+    ) -> None:
         self._marked, self._length = marked, seq_len + 1
         begins = marked_places(marked, BEGINS)
         ends = np.append(begins[1:], len(marked))
-        cut = 0
-        shortest = int((ends - begins).min())
+        shortened = 0
         for i in np.flatnonzero(ends - begins > self._length):
-            place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & CUT)[-1]
-            cut += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
+            place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & MAY_END)[-1]
+            shortened += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
             ends[i] = place
         kept = ends > begins
+        if not kept.any():
+            raise UserError(_nothing_fits(marked, begins, name, context))
         count, self.warnings = len(begins), list[str]()
-        beyond = f"of the {count:,} {name} conversations are longer than a window of {seq_len} tokens"
-        if cut:
-            self.warnings.append(f"WARNING: {cut:,} {beyond}: only their first turns are trained on.")
-        if left_out := count - int(kept.sum()):
-            if left_out == count:
-                raise UserError(
-                    f"Each of the {count:,} {name} conversations is longer than a window: use --seq-len "
-                    f"{shortest - 1} or more, or shorten them."
-                )
+        if shortened:
             self.warnings.append(
-                f"WARNING: {left_out:,} {beyond} up to the first answer, and are left out: a longer --seq-len has them."
+                f"WARNING: {shortened:,} of the {count:,} {name} conversations are longer than a window of {seq_len} "
+                "tokens: only their first turns are trained on."
+            )
+        if left_out := count - int(kept.sum()):
+            self.warnings.append(
+                f"WARNING: left out {left_out:,} of {count:,} {name} conversations, whose first answer does not fit "
+                f"into a window of {seq_len} tokens: raise --seq-len."
             )
         self._begins, self._ends = begins[kept], ends[kept]
         lengths = self._ends - self._begins
@@ -150,6 +152,16 @@ def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> l
                 bisect.insort(rooms, left)
             open_windows.setdefault(left, []).append(number)
     return windows
+
+
+def _nothing_fits(marked: np.ndarray, begins: np.ndarray, name: str, context: int) -> str:
+    """Return a sentence for conversations of which none fits up to its first answer."""
+    stops = np.append(marked_places(marked, MAY_END), len(marked))
+    needed = int((stops[np.searchsorted(stops, begins, "right")] - begins).min()) - 1
+    none = f"None of the {len(begins):,} {name} conversations fits into a window up to its first answer: "
+    if context and needed > context:
+        return f"{none}that takes at least {needed} tokens, but the model's context has {context}. Shorten them."
+    return f"{none}use --seq-len {needed} or more, or shorten them."
 
 
 def marked_places(marked: np.ndarray, mark: np.uint32) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Read the rows of a Parquet file."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_gpt.data.conversations import UNREAD
 from mlx_gpt.data.rows import SAMPLE, Dropped, text_column
 from mlx_gpt.data.shapes import COLUMNS, Row, Shape, read_row, shape_in
 from mlx_gpt.errors import UserError
@@ -51,7 +53,11 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
                 }
                 columns = [text_column(path, schema.names, values, column, nested)]
             else:
-                columns = [name for name in schema.names if name.lower() in COLUMNS]
+                columns = [
+                    _lightest_part(file.metadata, name) if name.lower() in UNREAD else name
+                    for name in schema.names
+                    if name.lower() in COLUMNS
+                ]
             size_of_row = path.stat().st_size / max(1, file.metadata.num_rows)
             number = 0
             for batch in file.iter_batches(1024, columns=columns):
@@ -61,6 +67,19 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
                 advance(int(size_of_row * len(batch)))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow raises OSError for damaged content
         raise UserError(f"{path} is damaged or not Parquet ({str(error).splitlines()[0]}): export it again.") from error
+
+
+def _lightest_part(metadata: Any, name: str) -> str:
+    """Return the part of a column, such as an image's path, that takes least to read.
+
+    It shows as well as the whole column which rows have a value there.
+    """
+    sizes = Counter[str]()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for part in map(group.column, range(group.num_columns)):
+            if part.path_in_schema.split(".")[0] == name:
+                sizes[part.path_in_schema] += part.total_compressed_size
+    return min(sizes, key=lambda path: sizes[path], default=name)
 
 
 def _row(row: dict[str, Any], shape: Shape | None) -> Row:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_gpt.data.kinds import to_json
 from mlx_gpt.data.report import Report
-from mlx_gpt.data.rows import Cut, Dropped, Drops, normalise
+from mlx_gpt.data.rows import Dropped, DroppedPart, Drops, normalise
 from mlx_gpt.data.shapes import Row
 from mlx_gpt.data.sources import (
     BUILTIN,
@@ -76,8 +76,8 @@ def prepare(
 
     with os_errors_explained(f"write to {folder}"):
         check()
-    drops, cuts = Drops(), Drops()
-    rows = _distinct(read_sources(sources, column, documents, progress), drops, cuts)
+    drops, parts = Drops(), Drops()
+    rows = _distinct(read_sources(sources, column, documents, progress), drops, parts)
     with os_errors_explained(f"write to {folder}"), temporary_folder(folder) as staged:
         divided = divide(rows, staged, val_fraction, drops)
         if not divided.whole.rows:
@@ -86,7 +86,7 @@ def prepare(
             kind=divided.kind,
             rows=divided.whole.rows + drops.counts.total(),
             dropped=dict(drops.counts),
-            cut=dict(cuts.counts),
+            dropped_parts=dict(parts.counts),
             kept=divided.whole.rows,
             characters=divided.whole.characters,
             turns=divided.whole.turns,
@@ -94,7 +94,7 @@ def prepare(
             val=divided.sizes["val"],
             note=divided.note,
             skipped=tuple(map(str, skipped)),
-            first=drops.first | cuts.first,
+            first=drops.first | parts.first,
         )
         record = asdict(report) | {
             "paths": [BUILTIN if str(path) == BUILTIN else str(Path(path).resolve()) for path in paths],
@@ -137,7 +137,7 @@ def fingerprint_of(folder: Path, column: str, cut: str) -> str:
     return hash_of([(hash_file(path), cut if path.suffix == ".txt" else column or "text") for path in files])
 
 
-def _distinct(rows: Iterable[tuple[Row, str]], drops: Drops, cuts: Drops) -> Iterator[tuple[int, Any, str]]:
+def _distinct(rows: Iterable[tuple[Row, str]], drops: Drops, parts: Drops) -> Iterator[tuple[int, Any, str]]:
     """Yield each row once, normalised, after the number that `divide` goes by. Count the others in `drops`.
 
     Only the hash of each row, 16 bytes, is kept in memory.
@@ -145,7 +145,7 @@ def _distinct(rows: Iterable[tuple[Row, str]], drops: Drops, cuts: Drops) -> Ite
     seen: set[bytes] = set()
     for row, place in rows:
         if isinstance(row, Dropped):
-            (cuts if isinstance(row, Cut) else drops).add(row.reason, place)
+            (parts if isinstance(row, DroppedPart) else drops).add(row.reason, place)
         elif not row or (isinstance(row, str) and not row.strip()):
             drops.add("empty")
         else:

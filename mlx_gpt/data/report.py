@@ -32,7 +32,7 @@ class Report:
         kind: the kind of the rows, one of `KINDS`.
         rows: number of rows read.
         dropped: number of rows dropped, by reason.
-        cut: number of parts of rows dropped, by reason.
+        dropped_parts: number of parts of rows dropped, by reason.
         kept: number of rows kept.
         characters: total length of the rows kept.
         turns: number of turns in the conversations kept.
@@ -45,7 +45,7 @@ class Report:
     kind: str
     rows: int
     dropped: dict[str, int]
-    cut: dict[str, int]
+    dropped_parts: dict[str, int]
     kept: int
     characters: int
     turns: int
@@ -61,7 +61,7 @@ class Report:
         sizes = {"kept": kept, "train": self.train, "val": self.val}
         details = _aligned(list(sizes.values()))
         rows = [("read", self.rows, self.kind if self.kind == "documents" else "rows", "")]
-        for what, counts in (("dropped", self.dropped), ("cut off", self.cut)):
+        for what, counts in (("dropped", self.dropped), ("cut off", self.dropped_parts)):
             for reason, count in sorted(counts.items()):
                 rows.append((what, count, reason, f"first in {self.first[reason]}" if reason in self.first else ""))
         for (what, size), detail in zip(sizes.items(), details, strict=True):

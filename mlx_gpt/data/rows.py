@@ -28,7 +28,7 @@ class Dropped:
     place: str = field(default="", compare=False)
 
 
-class Cut(Dropped):
+class DroppedPart(Dropped):
     """A part of a row that is dropped. The rest of the row comes after it."""
 
 

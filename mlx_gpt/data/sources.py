@@ -143,14 +143,18 @@ def source_fingerprint(sources: list[Source], column: str, documents: str, val_f
 
 
 def prepared_record(folder: Path) -> dict[str, Any]:
-    """Return the report that `prepare` wrote to `folder`, or {} if there is none, or one of another program."""
+    """Return the report that `prepare` wrote to `folder`, or {} if there is none, or one of another program.
+
+    A report without a kind is of documents, because earlier versions prepared nothing else.
+    """
     try:
         record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     match record:
-        case {"source_fingerprint": str(), "fingerprint": str(), "folder": str(), "kind": str(kind), "paths": [*paths]}:
-            return record if kind in KINDS and all(isinstance(path, str) for path in paths) else {}
+        case {"source_fingerprint": str(), "fingerprint": str(), "folder": str(), "paths": [*paths]}:
+            record = {"kind": KINDS[0]} | record
+            return record if record["kind"] in KINDS and all(isinstance(path, str) for path in paths) else {}
     return {}
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from mlx_gpt import models
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Past, Request
 from mlx_gpt.generation.stop_strings import Piece

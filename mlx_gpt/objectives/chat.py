@@ -1,5 +1,6 @@
 """Answer in a conversation: the assistant's tokens are predicted from everything before them."""
 
+from mlx_gpt.config import TrainingConfig
 from mlx_gpt.data.batches import Windows
 from mlx_gpt.data.chat_tokens import tokenize_conversations
 from mlx_gpt.data.corpus import Corpus
@@ -13,24 +14,25 @@ from mlx_gpt.tokenizer import Tokenizer
 class Chat(Text):
     """The same loss on windows of whole conversations, in which only some tokens have a weight."""
 
-    kind = "conversations"
-
     @staticmethod
     def encode(
         corpus: Corpus,
         tokenizer: Tokenizer,
-        loss_on: str = "assistant",
+        training: TrainingConfig,
         progress: ByteProgress = ignore_progress,
         echo: Echo = ignore_line,
     ) -> Tokens:
-        """Return the marked tokens of a corpus; arguments and errors as in `tokenize_conversations`."""
-        return tokenize_conversations(corpus, tokenizer, loss_on, progress, echo)
+        """Return the marked tokens of a corpus; errors as in `tokenize_conversations`."""
+        return tokenize_conversations(corpus, tokenizer, training.loss_on, progress, echo)
 
     @staticmethod
-    def windows(tokens: Tokens, seq_len: int, seed: int = 0) -> tuple[Windows, Windows]:
-        """Return the windows for training and those for validation.
+    def windows(tokens: Tokens, seq_len: int, seed: int = 0, context: int = 0) -> tuple[Windows, Windows]:
+        """Return the windows for training and those for validation; arguments as in `Text`.
 
         Raises:
-            UserError: no conversation is as short as a window.
+            UserError: no conversation fits into a window.
         """
-        return PackedWindows(tokens.train, seq_len, seed), PackedWindows(tokens.val, seq_len, name="validation")
+        return (
+            PackedWindows(tokens.train, seq_len, seed, context=context),
+            PackedWindows(tokens.val, seq_len, name="validation", context=context),
+        )

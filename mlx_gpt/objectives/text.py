@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_gpt import models
+from mlx_gpt.config import TrainingConfig
 from mlx_gpt.data.batches import TextWindows, Windows
 from mlx_gpt.data.corpus import Corpus
 from mlx_gpt.data.tokens import Tokens, check_windows, tokenize
@@ -15,22 +16,26 @@ from mlx_gpt.tokenizer import Tokenizer
 class Text(nn.Module):
     """The cross-entropy of every token of a window except the first."""
 
-    kind = "documents"
-
     @staticmethod
     def encode(
         corpus: Corpus,
         tokenizer: Tokenizer,
-        loss_on: str = "",
+        training: TrainingConfig,
         progress: ByteProgress = ignore_progress,
         echo: Echo = ignore_line,
     ) -> Tokens:
-        """Return the tokens of a corpus; errors as in `tokenize`. Every token counts, whatever `loss_on` is."""
+        """Return the tokens of a corpus; errors as in `tokenize`. `training` has no setting for them."""
         return tokenize(corpus, tokenizer, progress, echo)
 
     @staticmethod
-    def windows(tokens: Tokens, seq_len: int, seed: int = 0) -> tuple[Windows, Windows]:
+    def windows(tokens: Tokens, seq_len: int, seed: int = 0, context: int = 0) -> tuple[Windows, Windows]:
         """Return the windows for training and those for validation.
+
+        Args:
+            tokens: what `encode` returned.
+            seq_len: targets per window.
+            seed: decides about windows that would be equally good.
+            context: targets that the model can see at most; 0 if that can be changed.
 
         Raises:
             UserError: there is too little text for one.

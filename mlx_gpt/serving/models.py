@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.tokenizer import Tokenizer
 

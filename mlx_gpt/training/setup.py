@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import models
 from mlx_gpt.chat_template import CHATML
@@ -30,7 +29,7 @@ from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import read_tokenizer
 from mlx_gpt.models.growing import grow_vocabulary
-from mlx_gpt.objectives import objective_of
+from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
@@ -167,10 +166,11 @@ def set_up(
         fingerprint = ranks.in_turns(lambda: fine_tuning.fingerprint(base, known))
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
-        objective, training = objective_of(corpus.kind), config.training
+        objective, training = OBJECTIVES[corpus.kind], config.training
         encoding = display.progress("Encoding")
-        tokens = ranks.in_turns(lambda: objective.encode(corpus, tokenizer, training.loss_on, encoding, display.line))
-        windows, val_windows = objective.windows(tokens, training.seq_len, training.seed)
+        tokens = ranks.in_turns(lambda: objective.encode(corpus, tokenizer, training, encoding, display.line))
+        context = config.model.n_positions if config.init_from else 0
+        windows, val_windows = objective.windows(tokens, training.seq_len, training.seed, context)
         lost = lost_text([tokens.train, tokens.val], tokenizer)
         for line in [*lost, *windows.warnings, *val_windows.warnings]:
             display.line(line)
@@ -375,17 +375,8 @@ def make_model(
 
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return rank 0's tokenizer on every rank."""
-    decided: Any = None
-    if tokenizer:
-        more = {"chat": tokenizer.chat, "added": tokenizer.added}
-        decided = [tokenizer.to_json(), tokenizer.end_of_text, sorted(tokenizer.ends), more]
-    decided = ranks.broadcast(decided)
-    if tokenizer:
-        return tokenizer
-    received = Tokenizer(HFTokenizer.from_str(decided[0]), decided[1])
-    received.end_at(decided[2])
-    received.chat, received.added = decided[3]["chat"], tuple(decided[3]["added"])
-    return received
+    state: Any = ranks.broadcast(tokenizer.state() if tokenizer else None)
+    return tokenizer or Tokenizer.from_state(state)
 
 
 def check_fingerprint(config: Config, tokens: Tokens, progress: Progress) -> None:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlx_gpt.data.documents import Dropped, read_rows
+from mlx_gpt.data.documents import read_rows
+from mlx_gpt.data.rows import Dropped
 from mlx_gpt.data.shapes import Row
 from mlx_gpt.errors import UserError
 

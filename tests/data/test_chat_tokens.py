@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_gpt.chat_template import CHATML, ChatTemplate
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, exchanges, tokenize_conversations
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, tokenize_conversations, transcripts
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
@@ -38,6 +38,12 @@ NO_SYSTEM = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content != 'secret' %}"
     "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+BYTE_OF_PIECE = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
 @pytest.fixture
@@ -91,6 +97,60 @@ def test_no_space_is_put_before_an_answer_that_the_text_does_not_have(encode):
     assert (row & ID).tolist()[:-1] == tokenizer.encode(template.text(TALKS[0], answering=False), special=True)
 
 
+def sentencepiece(scheme, merges=()):
+    """A tokenizer that puts a space before each text, or each part of it, as those of Llama do."""
+    characters = sorted(set("".join(message["content"] for talk in TALKS for message in talk) + "▁\n<|>userasitn"))
+    pieces = [*characters, *("".join(merge) for merge in merges)]
+    backend = HFTokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
+    if scheme == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(backend, backend.token_to_id("</s>"))
+    tokenizer.converse(ZEPHYR)
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "normalizer"])
+def test_later_turns_have_the_ids_of_the_conversation_where_parts_get_a_space_before_them(encode, scheme):
+    tokenizer = sentencepiece(scheme)
+    template: Any = ChatTemplate.of(tokenizer)
+    (row,) = encode(tokenizer, TALKS[1:2])
+    ids = (row & ID).tolist()
+    assert ids[:-1] == template.ids(TALKS[1], tokenizer)[: len(ids) - 1]
+    prompt = template.ids(TALKS[1][:4], tokenizer)
+    assert ids[: len(prompt)] == prompt
+    end = ids.index(tokenizer.backend.token_to_id("</s>"), len(prompt)) + 1
+    assert np.flatnonzero(row & COUNTS)[-(end - len(prompt)) :].tolist() == list(range(len(prompt), end))
+    assert not (row & COUNTS)[end:].any()
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "normalizer", "bytes"])
+def test_an_answer_continues_the_ids_of_its_prompt_where_a_token_would_span_both(encode, scheme):
+    if scheme == "bytes":
+        backend = HFTokenizer(models.BPE(BYTE_OF_PIECE | {"ĠI": 256, "ĠIn": 257}, [("Ġ", "I"), ("ĠI", "n")]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+        backend.add_special_tokens(["</s>"])
+        tokenizer = Tokenizer(backend, backend.token_to_id("</s>"))
+    else:
+        tokenizer = sentencepiece(scheme, [("▁", "I"), ("▁I", "n")])
+    tokenizer.converse(ZEPHYR.replace("\n", " "))  # it asks for an answer with a space at the end
+    template: Any = ChatTemplate.of(tokenizer)
+    talk = turns("Does the duck swim?", "In a pond.", "the geese?", "look on")
+    rows = encode(tokenizer, [talk])
+    assert len(rows) == 2
+    for row, messages, answer in [(rows[0], talk[:3], "look on"), (rows[1], talk[:1], "In a pond.")]:
+        prompt, ids = template.ids(messages, tokenizer), (row & ID).tolist()
+        assert ids[: len(prompt)] == prompt
+        counting = (row & COUNTS) > 0
+        assert not counting[: len(prompt)].any()
+        assert tokenizer.decode(ids[: int(np.flatnonzero(counting)[-1])]) == tokenizer.decode(prompt) + answer
+
+
 def test_the_answers_and_their_ends_count_and_nothing_else(byte_tokenizer, encode):
     tokenizer = Tokenizer.of_bytes()
     tokenizer.converse(CHATML)
@@ -140,11 +200,12 @@ def test_a_template_that_refuses_all_is_one_sentence(bpe, encode, template, word
         encode(tokenizer, TALKS)
 
 
-def test_exchanges_add_up_to_the_whole_text():
+def test_a_transcript_is_the_whole_text_with_the_places_of_its_answers():
     template = ChatTemplate(CHATML, {})
     talk = [*TALKS[1], {"role": "user", "content": "And?"}]
-    (row,) = exchanges(talk, template)
-    assert "".join(text for exchange in row for text in exchange) == template.text(talk, answering=False)
+    ((text, answers),) = transcripts(talk, template)
+    assert text == template.text(talk, answering=False)
+    assert [text[begin:end] for begin, end in answers] == ["They look on 🦆<|im_end|>\n", "don't they\n<|im_end|>\n"]
 
 
 def test_the_files_are_made_once_for_each_template_and_loss(bpe, encode, tmp_path):

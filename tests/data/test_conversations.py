@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlx_gpt.data.documents import Dropped, read_kind, read_rows
+from mlx_gpt.data.documents import read_kind, read_rows
+from mlx_gpt.data.rows import Dropped
 from mlx_gpt.data.shapes import read_row, shape_of
 from mlx_gpt.errors import UserError
 from tests.data.chats import BIRDS, FOUR, HELLO, assistant, numbered, system, user
@@ -203,3 +204,20 @@ def test_many_conversations_are_read_in_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000 < path.stat().st_size / 3
+
+
+def test_images_in_parquet_are_not_read_to_see_that_they_are_there(tmp_path):
+    """Only which rows have some matters, so even damaged ones are no trouble."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, kind = tmp_path / "a.parquet", pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    images = [[{"bytes": b"PNG" * 1000, "path": None}], [], None]
+    pq.write_table(pa.table({"messages": [HELLO, FOUR, HELLO], "images": pa.array(images, kind)}), path)
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    [damaged] = [column for column in columns if column.path_in_schema.endswith("bytes")]
+    with path.open("r+b") as file:
+        file.seek(min(damaged.dictionary_page_offset or damaged.data_page_offset, damaged.data_page_offset))
+        file.write(bytes(damaged.total_compressed_size))
+    assert rows_of(path) == [Dropped("a column `images`, which is not supported"), FOUR, HELLO]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_gpt.data.documents import Dropped, read_documents
+from mlx_gpt.data.documents import read_documents
+from mlx_gpt.data.rows import Dropped
 from mlx_gpt.data.sniffing import HEAD
 from mlx_gpt.errors import UserError
 

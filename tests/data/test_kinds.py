@@ -57,7 +57,7 @@ def test_an_unclear_kind_is_refused_with_an_example_of_each(write, tmp_path):
     chats = write(numbered(5), "chats.jsonl")
     with pytest.raises(UserError) as caught:
         prepare([texts, chats], tmp_path / "out")
-    for words in (f"{chats}, line 1 is a conversation", f"{texts}, line 1 is a document", "5 and 3 of the rows"):
+    for words in (f"5 rows are conversations (first {chats}, line 1)", f"3 are documents (first {texts}, line 1)"):
         assert words in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -78,7 +78,7 @@ def test_a_last_question_without_an_answer_is_cut_off_and_counted(write, tmp_pat
     path = write([*numbered(60), {"messages": FOUR[:4]}])
     report = prepare([path], tmp_path / "out")
     assert FOUR[:3] in both_sides(tmp_path / "out")
-    assert (report.dropped, report.cut) == ({}, {"last questions without an answer": 1})
+    assert (report.dropped, report.dropped_parts) == ({}, {"last questions without an answer": 1})
     assert f"cut off   1 last questions without an answer  first in {path}, line 61" in report.lines()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_gpt.data.batches import Shard
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, CUT
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.packing import PackedWindows, best_fit
 from mlx_gpt.errors import UserError
 
@@ -20,7 +20,7 @@ def conversations(lengths, turn=1000):
         row = np.arange(first, first + length, dtype=np.uint32)
         place = np.arange(length) % min(turn, length)
         row |= np.where(place >= min(turn, length) // 2, COUNTS, np.uint32(0))
-        row |= np.where(place == 0, CUT, np.uint32(0))
+        row |= np.where(place == 0, MAY_END, np.uint32(0))
         row[0] |= BEGINS
         rows.append(row)
         first += length
@@ -133,12 +133,24 @@ def test_a_conversation_whose_first_answer_does_not_fit_is_left_out_and_counted(
     packed = PackedWindows(conversations([150, 10], turn=100), SEQ_LEN)
     tokens, _ = read([packed.window(0)])
     assert sorted(tokens) == [*range(151, 161)]
-    assert "1 of the 2 training conversations are longer" in packed.warnings[0]
-    assert "left out" in packed.warnings[0]
+    assert packed.warnings == [
+        "WARNING: left out 1 of 2 training conversations, whose first answer does not fit into a window of 63 tokens: "
+        "raise --seq-len."
+    ]
 
 
 def test_if_nothing_fits_the_sentence_names_a_length_that_does():
-    rows = conversations([150, 100], turn=100)
-    with pytest.raises(UserError, match=r"Each of the 2 training conversations .* use --seq-len 99 or more"):
+    rows = conversations([350, 250], turn=100)
+    with pytest.raises(UserError, match=r"None of the 2 training conversations fits .* use --seq-len 99 or more"):
         PackedWindows(rows, SEQ_LEN)
     assert PackedWindows(rows, 99).per_epoch == 2
+    with pytest.raises(UserError, match="None of the 2"):
+        PackedWindows(rows, 98)
+
+
+def test_if_nothing_fits_into_the_context_the_sentence_says_so():
+    rows = conversations([350, 250], turn=100)
+    with pytest.raises(UserError, match=r"takes at least 99 tokens, but the model's context has 98. Shorten them.$"):
+        PackedWindows(rows, SEQ_LEN, context=98)
+    with pytest.raises(UserError, match="use --seq-len 99 or more"):
+        PackedWindows(rows, SEQ_LEN, context=99)

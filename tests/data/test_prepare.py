@@ -162,6 +162,17 @@ def test_prepared_files_that_were_edited_are_kept(source, texts, tmp_path):
     assert splits(tmp_path / "out")[0][-1] == "mine"
 
 
+def test_a_corpus_of_a_version_that_knew_only_documents_is_prepared_again(source, texts, tmp_path):
+    path = source(texts)
+    prepare([path], tmp_path / "out")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    del report["kind"]
+    (tmp_path / "out/report.json").write_text(json.dumps(report))
+    assert open_corpus(tmp_path / "out").kind == "documents"
+    prepare([path], tmp_path / "out")
+    assert json.loads((tmp_path / "out/report.json").read_text())["kind"] == "documents"
+
+
 def test_a_corpus_of_other_files_is_kept(source, texts, tmp_path):
     first, second = source(texts, "first.jsonl"), source(["new", *texts], "second.jsonl")
     prepare([first], tmp_path / "out")

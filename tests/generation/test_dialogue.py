@@ -6,10 +6,10 @@ import itertools
 import pytest
 
 from mlx_gpt import api
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation import engine
-from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.dialogue import Dialogue, Exchange
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request

@@ -253,7 +253,7 @@ def train(
     with place.default():
         model = network(place, kind, dropout)
         optimizer = make_optimizer(training, model)
-        objective = place.device.accelerate(OBJECTIVES["text"]())
+        objective = place.device.accelerate(OBJECTIVES["documents"]())
         step = make_step(model, optimizer, objective, training, place.device)
         for number in range(steps):
             windows = draw.integers(0, SIZES.vocab_size, (training.batch_size, WINDOW + 1)).astype(np.int32)

@@ -44,7 +44,7 @@ def traced(config: Config, device: Device) -> SimpleNamespace:
     ):
         model = models.create(config.model)
         optimizer = make_optimizer(config.training, model)
-        step = make_step(model, optimizer, OBJECTIVES["text"](), config.training, device)
+        step = make_step(model, optimizer, OBJECTIVES["documents"](), config.training, device)
         seq_len = config.training.seq_len
         step(0, 1e-3, [(mx.zeros((WINDOWS, seq_len + 1), mx.int32), mx.ones((WINDOWS, seq_len)))])
     return SimpleNamespace(

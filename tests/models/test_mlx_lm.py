@@ -183,7 +183,7 @@ def trainer(model, **changes):
     """The optimizer and the step for a model."""
     training = dataclasses.replace(TRAINING, **changes)
     optimizer = make_optimizer(training, model)
-    objective = device().accelerate(OBJECTIVES["text"]())
+    objective = device().accelerate(OBJECTIVES["documents"]())
     return optimizer, make_step(model.train(), optimizer, objective, training, device())
 
 

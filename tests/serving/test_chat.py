@@ -6,8 +6,8 @@ import openai
 import pytest
 
 from mlx_gpt import api
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.config import GenerationConfig
-from mlx_gpt.generation.chat_template import ChatTemplate
 from mlx_gpt.generation.dialogue import Dialogue
 
 from .conftest import served

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from mlx_gpt.api import load
 from mlx_gpt.chat_template import CHATML, ChatTemplate
-from mlx_gpt.config import GenerationConfig
+from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.packing import PackedWindows
 from mlx_gpt.device import device
@@ -25,7 +25,7 @@ from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.models.directory import save_model
-from mlx_gpt.objectives import objective_of
+from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.training import checkpoint
 
 from .conftest import refusal
@@ -137,7 +137,7 @@ def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, lea
 
 def marked(talks, tokenizer):
     """The tokens of the validation conversations, with their marks."""
-    return objective_of("conversations").encode(open_corpus(talks), tokenizer).val
+    return OBJECTIVES["conversations"].encode(open_corpus(talks), tokenizer, TrainingConfig()).val
 
 
 def test_a_masked_step_is_that_of_pytorch(make_model, talks, bpe, tmp_path):
@@ -147,7 +147,7 @@ def test_a_masked_step_is_that_of_pytorch(make_model, talks, bpe, tmp_path):
     save_model(tmp_path / "model", model, tokenizer)
     windows, weights = next(PackedWindows(marked(talks, tokenizer), 60).validation(2))
     assert 0 < weights.sum() < weights.size / 2
-    objective = device().accelerate(objective_of("conversations")())
+    objective = device().accelerate(OBJECTIVES["conversations"]())
     (loss, count), gradients = nn.value_and_grad(model, objective)(model, mx.array(windows), mx.array(weights))
     found = {name: gradient / count for name, gradient in tree_flatten(gradients)}
 
@@ -168,6 +168,6 @@ def test_a_masked_step_is_that_of_pytorch(make_model, talks, bpe, tmp_path):
 
 def test_too_short_windows_are_refused_with_a_length_that_works(learn):
     sentence = refusal(lambda: learn("run", seq_len=8, max_steps=1))
-    assert "Each of the 27 training conversations is longer than a window: use --seq-len " in sentence
+    assert "None of the 27 training conversations fits into a window up to its first answer: use --seq-len " in sentence
     needed = int(sentence.split("--seq-len ")[1].split()[0])
     assert learn("run", seq_len=needed, max_steps=1).finished

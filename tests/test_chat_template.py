@@ -1,13 +1,15 @@
 """Conversations become the same text as in transformers."""
 
 import json
+import re
 
 import pytest
 
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.chat_template import ChatTemplate
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+DEEP = "[" * 100_000
 MESSAGES = [{"role": "user", "content": "Are geese <|endoftext|> ducks?"}]
 
 
@@ -37,14 +39,29 @@ def test_a_template_is_found_wherever_transformers_puts_it(model_with, config, f
     assert template.text(MESSAGES) == "user: Are geese <|endoftext|> ducks?</s>\n"
 
 
-@pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": 7}, "[]", "no JSON"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"chat_template": None}, {"chat_template": 7}, {"chat_template": ["x"]}, "[]", "[" * 100_000, "no JSON"],
+)
 def test_a_model_may_have_no_template(model_with, config):
     assert model_with(config) is None
 
 
-def test_a_broken_template_is_refused(model_with):
-    with pytest.raises(UserError, match=r"^The model's chat template can't be used: .*\.$"):
-        model_with({"chat_template": "{% for %}"})
+@pytest.mark.parametrize("template", ["{% for %}", "{% unknown %}", "{{ " + DEEP], ids=["syntax", "unknown", "deep"])
+def test_a_broken_template_is_refused(model_with, template):
+    with pytest.raises(UserError, match=r"^The model's chat template can't be used: .*[^.]\.$"):
+        model_with({"chat_template": template})
+
+
+def test_a_file_that_is_not_utf8_is_named(model_with, tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'Gänse' }}".encode("latin-1"))
+    with pytest.raises(UserError, match=r"can't be used: .*chat_template.jinja is not UTF-8 text: save it as UTF-8\.$"):
+        model_with({})
+
+
+def test_what_templates_for_transformers_may_use_works(model_with):
+    source = "{% generation %}{{ strftime_now('%Y') }} {{ messages[0].role }}{% endgeneration %}!"
+    assert re.fullmatch(r"\d{4} user!", model_with({"chat_template": source}).text(MESSAGES))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +69,7 @@ def test_a_broken_template_is_refused(model_with):
     [
         ("{{ messages[7].content.upper() }}", "refuses these messages"),
         ("{{ raise_exception('no system message') }}", "^no system message$"),
+        (r"{{ raise_exception('\x1b[31mno') }}", r"^'\\x1b\[31mno'$"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses these messages: access to attribute"),
         ("{% for i in range(10**9) %}x{% endfor %}", "refuses these messages: Range too big"),
     ],
