@@ -5,7 +5,6 @@ has their matrices. A checkpoint of such a run has `trained.safetensors` as well
 trained, if there are any; mlx-lm's layout has no place for them.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_gpt import models
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.models import lora, quantized
@@ -149,7 +149,7 @@ def _restore(model: nn.Module, found: Adapters) -> None:
             raise UserError(f"{found.folder}/{BESIDES} has a tensor {shown(name)}, which does not fit {found.base}.")
         modules[layer][leaf] = array
         if len(array) > len(there):
-            model.args = dataclasses.replace(model.args, vocab_size=len(array))
+            models.set_vocab_size(model, len(array))
     lora.keep_training(model, list(found.besides))
 
 

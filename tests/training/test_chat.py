@@ -15,6 +15,7 @@ import transformers
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
+from mlx_gpt import models
 from mlx_gpt.api import load
 from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.config import GenerationConfig
@@ -113,6 +114,22 @@ def test_a_model_without_the_tokens_grows_and_its_run_resumes(learn, make_model,
     assert Path("half", final).read_bytes() == Path("whole", final).read_bytes()
     assert load_file(Path("whole", final))["wte.weight"].shape[0] == foreign.vocab_size + 2
     assert json.loads(Path("whole/final/config.json").read_text())["vocab_size"] == foreign.vocab_size + 2
+
+
+@pytest.mark.parametrize("kind", [{}, {"model_type": "qwen3", "tie_embeddings": False}], ids=["gpt2", "qwen3"])
+def test_adapters_beside_a_vocabulary_that_grew_are_resumed_and_open_everywhere(learn, make_model, foreign, kind):
+    save_model(Path("base"), make_model(vocab_size=foreign.vocab_size, n_positions=96, **kind), foreign)
+    options = {"init_from": "base", "max_steps": 4, "lora_rank": 4}
+    learn("whole", **options)
+    learn("half", stop_after=2, **options)
+    learn("half", resume="half", **options)
+    for folder in ("final", "best"):
+        for name in ("model.safetensors", "config.json"):
+            assert Path("half", folder, name).read_bytes() == Path("whole", folder, name).read_bytes()
+        assert models.vocab_size(load(f"half/{folder}")[0]) == foreign.vocab_size + 2
+    newest = checkpoint.all_checkpoints(Path("half"))[-1]
+    ids = mx.array([[1, 2, foreign.vocab_size]])
+    assert mx.allclose(load(newest)[0](ids), load("half/final")[0](ids), atol=1e-4)
 
 
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
