@@ -72,6 +72,6 @@ def _grown(rows: mx.array, size: int, added: Sequence[int], key: mx.array) -> mx
     mean, deviation = old.mean(axis=0), mx.sqrt(old.var(axis=0))
     fresh = mean + NOISE * deviation * mx.random.normal((len(added), *rows.shape[1:]), key=key)
     grown = mx.concatenate([rows, mx.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-    grown[mx.array(added)] = fresh.astype(rows.dtype)
+    grown[mx.array(list(added))] = fresh.astype(rows.dtype)
     mx.eval(grown)
     return grown
