@@ -119,7 +119,7 @@ def test_a_directory_reads_as_it_was_written(directory):
 
 def test_transformers_and_mlx_lm_make_the_same_prompt_and_end_at_the_same_tokens(directory):
     ours = load_tokenizer(directory, load_model(directory))
-    template: Any = ChatTemplate.load(directory)
+    template: Any = ChatTemplate.of(ours)
     theirs: Any = transformers.AutoTokenizer.from_pretrained(directory)
     expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert template.ids(MESSAGES, ours) == list(expected)

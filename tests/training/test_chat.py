@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.models.directory import save_model
 from mlx_gpt.objectives import objective_of
+from mlx_gpt.serving.models import load_models
 from mlx_gpt.training import checkpoint
 
 from .conftest import refusal
@@ -66,7 +68,7 @@ def learn(train, talks):
 def greedy(folder, bird):
     """What the model answers, by the engine that every command uses, and why the answer ended."""
     model, tokenizer = load(folder)
-    template: Any = ChatTemplate.load(Path(folder))
+    template: Any = ChatTemplate.of(tokenizer)
     prompt = template.ids(ask(bird), tokenizer)
     config = GenerationConfig(temperature=0, repetition_penalty=1.0, max_tokens=12)
     engine = Engine(model, tokenizer)
@@ -116,12 +118,25 @@ def test_a_model_without_the_tokens_grows_and_its_run_resumes(learn, make_model,
     assert json.loads(Path("whole/final/config.json").read_text())["vocab_size"] == foreign.vocab_size + 2
 
 
+def test_adapters_bring_the_template_that_they_were_trained_with(learn, make_model, byte_tokenizer):
+    save_model(Path("base"), make_model(vocab_size=byte_tokenizer.vocab_size, n_positions=96), byte_tokenizer)
+    learn("run", init_from="base", max_steps=1, lora_rank=4)
+    assert ChatTemplate.of(load("base")[1]) is None
+    folder = Path("run/final/adapters")
+    [served] = load_models([folder], max_batch=1).values()
+    assert served.template
+    assert greedy(folder, "swan") == greedy("run/final", "swan")
+
+
 @pytest.mark.parametrize("kind", [{}, {"model_type": "qwen3", "tie_embeddings": False}], ids=["gpt2", "qwen3"])
 def test_adapters_beside_a_vocabulary_that_grew_are_resumed_and_open_everywhere(learn, make_model, foreign, kind):
     save_model(Path("base"), make_model(vocab_size=foreign.vocab_size, n_positions=96, **kind), foreign)
     options = {"init_from": "base", "max_steps": 4, "lora_rank": 4}
     learn("whole", **options)
-    learn("half", stop_after=2, **options)
+    half = learn("half", stop_after=2, **options)
+    assert any(
+        re.search(r"adapters of rank 4 and all of (model\.)?(wte|embed_tokens)\.weight", line) for line in half.lines
+    )
     learn("half", resume="half", **options)
     for folder in ("final", "best"):
         for name in ("model.safetensors", "config.json"):
@@ -135,7 +150,7 @@ def test_adapters_beside_a_vocabulary_that_grew_are_resumed_and_open_everywhere(
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
     run = learn("run", max_steps=1)
     model, tokenizer = load("run/final")
-    template: Any = ChatTemplate.load(Path("run/final"))
+    template: Any = ChatTemplate.of(tokenizer)
     lines = [json.loads(line) for line in (talks / "val.jsonl").read_text().splitlines()]
     evaluation = Evaluator(model, PackedWindows(marked(talks, tokenizer), 40), tokenizer.byte_lengths(), batch_size=2)()
     losses, size = [], 0
