@@ -96,9 +96,9 @@ def read_from(folder: Path, base: Path) -> Adapters:
         raise UserError(f"{path} describes `fine_tune_type` {shown(repr(kind))}: mlx-gpt reads adapters of type lora.")
     asked = config.get("lora_parameters")
     asked = asked if isinstance(asked, dict) else {}
-    rank, scale, dropout = asked.get("rank", 0), asked.get("scale"), asked.get("dropout", 0.0)
-    numbers = [number for number in (scale, dropout) if isinstance(number, int | float) and math.isfinite(number)]
-    if type(rank) is not int or rank < 1 or len(numbers) < 2 or not 0 <= dropout < 1:
+    rank, scale, dropout = asked.get("rank", 0), asked.get("scale", math.nan), asked.get("dropout", 0.0)
+    numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, dropout))
+    if type(rank) is not int or rank < 1 or not numbers or not 0 <= dropout < 1:
         raise UserError(f"{path} lacks a sound `rank`, `scale` or `dropout`: fetch the adapters again.")
     if not read_header(folder / WEIGHTS):
         raise UserError(f"{folder / WEIGHTS} has no tensors: fetch the adapters again.")
