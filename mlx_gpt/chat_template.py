@@ -60,21 +60,13 @@ class ChatTemplate:
         self._variables = dict(variables)
 
     @classmethod
-    def load(cls, folder: Path) -> "ChatTemplate | None":
-        """Return the template of a model directory; None if it has none.
+    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """Return the template that a tokenizer brings along; None if it has none.
 
         Raises:
             UserError: the template cannot be used.
         """
-        return cls._made_of(read_chat(folder))
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate | None":
-        """Return the template that a tokenizer brings along; None if it has none. Errors as in `load`."""
-        return cls._made_of(tokenizer.chat)
-
-    @classmethod
-    def _made_of(cls, chat: Mapping[str, str]) -> "ChatTemplate | None":
+        chat = tokenizer.chat
         if not chat:
             return None
         return cls(chat["chat_template"], {name: chat[name] for name in VARIABLES if name in chat})

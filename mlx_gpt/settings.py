@@ -106,7 +106,7 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
 
 def _name_of_weights(path: str) -> str:
     """Return the name of the run that weights belong to, else that of their directory."""
-    inner = ("best", "final", "adapters", "checkpoints")
+    inner = ("best", "final", "base", "adapters", "checkpoints")
     names = [name for name in Path(path).resolve().parts if name not in inner and not name.startswith("step-")]
     return printable(names[-1])
 
@@ -217,13 +217,11 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
     training = config.training
     if not config.init_from:
         yield from _conflicts_of_sizes(config)
-        if config.lora.lora_rank:
+        if given := changed(config.lora):
             yield (
-                {"lora_rank", "init_from"},
-                "`lora_rank` trains adapters for existing weights: name these with `init_from` (--from).",
+                {given, "init_from"},
+                f"`{given}` is for adapters for existing weights: name these with `init_from` (--from).",
             )
-    elif not config.lora.lora_rank and (given := _changed(config.lora)):
-        yield {given, "lora_rank"}, f"`{given}` is for adapters: give `lora_rank` as well, such as 8."
     if training.min_lr is not None and training.min_lr > training.learning_rate:
         yield (
             {"min_lr", "learning_rate"},
@@ -231,7 +229,7 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
         )
 
 
-def _changed(config: Any) -> str:
+def changed(config: Any) -> str:
     """Return the name of a setting that is not the default; "" if there is none."""
     return next((f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default), "")
 

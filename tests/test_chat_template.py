@@ -7,6 +7,7 @@ import pytest
 
 from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.errors import UserError
+from mlx_gpt.models.directory import read_tokenizer
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
 DEEP = "[" * 100_000
@@ -14,12 +15,16 @@ MESSAGES = [{"role": "user", "content": "Are geese <|endoftext|> ducks?"}]
 
 
 @pytest.fixture
-def model_with(tmp_path):
+def model_with(tmp_path, bpe):
+    """Write a model directory; the template of its tokenizer."""
+
     def write(config, file=None):
         (tmp_path / "tokenizer_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
         if file:
             (tmp_path / "chat_template.jinja").write_text(file)
-        return ChatTemplate.load(tmp_path)
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "tokenizer.json").write_text(bpe.to_json())
+        return ChatTemplate.of(read_tokenizer(tmp_path))
 
     return write
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_gpt import cli, distributed
+from mlx_gpt.models.directory import save_model
 from mlx_gpt.progress import Lines
 from mlx_gpt.training import checkpoint, loop
 from mlx_gpt.training.metrics import read_records
@@ -226,6 +227,36 @@ def test_a_host_that_has_only_the_text_can_take_part_in_a_resume(half):
     assert any(line.startswith("Done: ") for line in lines)
     assert list(losses(Path("host0/run"))[0])[:6] == [1, 2, 3, 4, 5, 6]
     assert not list(Path("host1").iterdir())
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 4}], ids=["whole", "adapters"])
+def test_a_run_whose_vocabulary_has_grown_is_resumed_on_two_ranks(make_model, foreign, lora):
+    """Only rank 0 reads the checkpoint, which has more rows than the weights that the run began from."""
+    save_model(Path("weights"), make_model(vocab_size=foreign.vocab_size), foreign)
+    row = [{"role": "user", "content": "duck?"}, {"role": "assistant", "content": "pond"}]
+    Path("talks").mkdir()
+    for split in ("train", "val"):
+        Path(f"talks/{split}.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    sizes = {"tokenizer", "n_layer", "n_head", "n_embd", "n_positions"}
+    settings = {name: value for name, value in SETTINGS.items() if name not in sizes} | lora
+    settings |= {"data": "talks", "init_from": "weights", "seq_len": 32, "max_epochs": 99}
+    loop.train({**settings, "out": "run", "max_steps": 3}, Lines())
+    (_, first, step, _), (_, second, *_) = train_on(2, "run", resume="run", max_steps=4)
+    assert first == second
+    assert step == 4
+
+
+def test_other_frozen_weights_on_another_host_are_refused_by_name(corpus, make_model, bpe):
+    for rank in range(2):
+        shutil.copytree(corpus, f"host{rank}/text")
+        save_model(Path(f"host{rank}/weights"), make_model(seed=rank), bpe)
+    flags = ["--data=text", "--from=weights", "--lora-rank=4", "--seq-len=16", "--out=run"]
+    lines, errors = Launch(2, "cli", "train", *flags).end()
+    assert not lines
+    assert len(errors) == 1
+    assert errors[0].startswith("Error: Rank 1: The weights in ")
+    assert "on this host are not those of rank 0" in errors[0]
+    assert not Path("host0/run").exists()
 
 
 # ---- the end of one is the end of all -------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
         prompt = read_prompt(prompt_file)
 
     from mlx_gpt.api import load
-    from mlx_gpt.training.run_folder import model_directory, newest_run
+    from mlx_gpt.training.run_folder import newest_run
 
     if model is None:
         model = str(newest_run(Path("weights"), with_model=True))
@@ -64,7 +64,7 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
         from mlx_gpt.cli.chat import Session, chat
         from mlx_gpt.cli.conversation import Conversation
 
-        if template := ChatTemplate.load(model_directory(Path(model))):
+        if template := ChatTemplate.of(loaded[1]):
             chat(Conversation(*loaded, template, build(GenerationConfig, {**CONVERSATION, **given(settings)})))
         else:
             chat(Session(*loaded, config))

@@ -6,11 +6,12 @@ and `to_file` if a file has other names or orientations. The functions here also
 lacks these.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
@@ -106,6 +107,13 @@ def context_length(model: nn.Module) -> int:
 def vocab_size(model: nn.Module) -> int:
     """Return the number of entries of the head."""
     return int(model.args.vocab_size)
+
+
+def set_vocab_size(model: nn.Module, size: int) -> None:
+    """Have a model, and the `config.json` that is written for it, say how many entries its head has now."""
+    model.args = dataclasses.replace(model.args, vocab_size=size)
+    if getattr(model, "config", None) is not None:
+        model.config = MappingProxyType({**model.config, "vocab_size": size})
 
 
 def describe(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ trained, if there are any; mlx-lm's layout has no place for them.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,15 @@ import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take 
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_gpt import models
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_text_whole, write_whole
 from mlx_gpt.models import lora, quantized
 from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays
 
-CONFIG, WEIGHTS, BESIDES = "adapter_config.json", "adapters.safetensors", "trained.safetensors"
+CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapters.safetensors", "trained.safetensors"
 LEAVES = ("lora_a", "lora_b")
 
 
@@ -36,7 +38,7 @@ class Adapters:
     Attributes:
         base: the model directory that they belong to.
         arrays: their matrices, by the names that mlx-lm gives them.
-        besides: other parameters that were trained, by name.
+        extra: other parameters that were trained, by name.
     """
 
     folder: Path
@@ -45,7 +47,7 @@ class Adapters:
     scale: float
     dropout: float
     arrays: Mapping[str, mx.array]
-    besides: Mapping[str, mx.array]
+    extra: Mapping[str, mx.array]
 
 
 def are_in(folder: Path) -> bool:
@@ -65,7 +67,7 @@ def base_of(folder: Path) -> Path:
         raise UserError(f"{path} does not name the model of these adapters: add its directory as `model`.")
     for base in (folder / named, Path(named)):
         if (base / "config.json").is_file():
-            return base
+            return base.resolve()
     raise UserError(
         f"The adapters in {folder} belong to the model in {shown(named, 300)}, which is not there: write its directory "
         f"into {path} as `model`."
@@ -94,16 +96,16 @@ def read_from(folder: Path, base: Path) -> Adapters:
         raise UserError(f"{path} describes `fine_tune_type` {shown(repr(kind))}: mlx-gpt reads adapters of type lora.")
     asked = config.get("lora_parameters")
     asked = asked if isinstance(asked, dict) else {}
-    rank, scale, dropout = asked.get("rank", 0), asked.get("scale"), asked.get("dropout", 0.0)
-    sound = isinstance(rank, int) and rank > 0 and isinstance(dropout, int | float) and 0 <= dropout < 1
-    if not sound or not isinstance(scale, int | float):
+    rank, scale, dropout = asked.get("rank", 0), asked.get("scale", math.nan), asked.get("dropout", 0.0)
+    numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, dropout))
+    if type(rank) is not int or rank < 1 or not numbers or not 0 <= dropout < 1:
         raise UserError(f"{path} lacks a sound `rank`, `scale` or `dropout`: fetch the adapters again.")
-    read_header(folder / WEIGHTS)
-    besides = folder / BESIDES
-    if besides.exists():
-        read_header(besides)
-    stored = {name: read_arrays(folder / name) for name in (WEIGHTS, BESIDES) if (folder / name).exists()}
-    return Adapters(folder, base, rank, float(scale), float(dropout), stored[WEIGHTS], stored.get(BESIDES, {}))
+    if not read_header(folder / WEIGHTS):
+        raise UserError(f"{folder / WEIGHTS} has no tensors: fetch the adapters again.")
+    if (folder / EXTRA).exists():
+        read_header(folder / EXTRA)
+    stored = {name: read_arrays(folder / name) for name in (WEIGHTS, EXTRA) if (folder / name).exists()}
+    return Adapters(folder, base, rank, float(scale), float(dropout), stored[WEIGHTS], stored.get(EXTRA, {}))
 
 
 def attach(model: nn.Module, found: Adapters) -> None:
@@ -142,20 +144,25 @@ def attach(model: nn.Module, found: Adapters) -> None:
 def _restore(model: nn.Module, found: Adapters) -> None:
     """Take over the other trained parameters. An embedding or a head may have grown by some rows."""
     modules = dict(model.named_modules())
-    for name, array in found.besides.items():
+    for name, array in found.extra.items():
         layer, _, leaf = name.rpartition(".")
         there = modules[layer].get(leaf) if layer in modules else None
         if there is None or there.shape[1:] != array.shape[1:] or len(there) > len(array):
-            raise UserError(f"{found.folder}/{BESIDES} has a tensor {shown(name)}, which does not fit {found.base}.")
+            raise UserError(f"{found.folder}/{EXTRA} has a tensor {shown(name)}, which does not fit {found.base}.")
         modules[layer][leaf] = array
         if len(array) > len(there):
-            model.args = dataclasses.replace(model.args, vocab_size=len(array))
-    lora.keep_training(model, list(found.besides))
+            models.set_vocab_size(model, len(array))
+    lora.keep_training(model, list(found.extra))
 
 
 def apply(model: nn.Module, found: Adapters) -> nn.Module:
-    """Return a model with stored adapters added to its weights, or beside them where they are quantised."""
-    attach(model, found)
+    """Return a model with stored adapters added to its weights, or beside them where they are quantised.
+
+    The weights keep their dtypes.
+    """
+    before = dict(tree_flatten(model.parameters()))
+    extra = {name: array.astype(before[name].dtype) for name, array in found.extra.items() if name in before}
+    attach(model, dataclasses.replace(found, extra={**found.extra, **extra}))
     model = lora.fuse(model)
     for layer in lora.adapters(model).values():
         dtype = layer.linear.scales.dtype
@@ -163,12 +170,10 @@ def apply(model: nn.Module, found: Adapters) -> nn.Module:
     return model
 
 
-def write(folder: Path, model: nn.Module, base: str, whole: bool) -> None:
-    """Write the adapters of a model, each file whole or not at all.
+def write(folder: Path, model: nn.Module) -> None:
+    """Write the adapters of a model, and other trained parameters if there are any, each file whole or not at all.
 
-    Args:
-        base: the directory of the model that they belong to.
-        whole: write the other trained parameters as well.
+    They name `model.base` as the directory of the model that they belong to.
     """
     layers = lora.adapters(model)
     one = next(iter(layers.values()))
@@ -177,7 +182,7 @@ def write(folder: Path, model: nn.Module, base: str, whole: bool) -> None:
     adapted = [block for block in blocks if any(name.startswith(block) for name in layers)]
     config: dict[str, Any] = {
         "fine_tune_type": "lora",
-        "model": base,
+        "model": model.base,
         "num_layers": len(blocks) - blocks.index(adapted[0]),
         "lora_parameters": {
             "rank": one.lora_a.shape[1],
@@ -190,9 +195,9 @@ def write(folder: Path, model: nn.Module, base: str, whole: bool) -> None:
     }
     prefix = getattr(model, "mlx_lm_prefix", "")
     arrays = {f"{prefix}{name}.{leaf}": layer[leaf] for name, layer in layers.items() for leaf in LEAVES}
-    besides = lora.trained_besides(model) if whole else {}
+    extra = lora.extra(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    if besides:
-        write_whole(folder / BESIDES, lambda part: save_arrays(part, besides, {"format": "mlx"}))
+    if extra:
+        write_whole(folder / EXTRA, lambda part: save_arrays(part, extra, {"format": "mlx"}))
     write_whole(folder / WEIGHTS, lambda part: save_arrays(part, arrays, {"format": "mlx"}))

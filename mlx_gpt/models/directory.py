@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,51 +35,58 @@ MLX_LM = gpt2.Model.mlx_lm_prefix  # which mlx-lm writes there, with the matrice
 TRAINED_WITH = "tokenizer"  # the metadata that has the fingerprint of the tokenizer that weights were trained with
 
 
-def save_model(
-    folder: Path,
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    facts: Mapping[str, str] | None = None,
-    by_reference: bool = False,
-) -> None:
+def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapping[str, str] | None = None) -> None:
     """Write a model directory, each file whole or not at all, the weights last.
 
-    A model with adapters is written with the adapters added to its weights, and `adapters/` beside them.
+    A model with adapters is written with the adapters added to its weights. Beside them it has `adapters/`, unless
+    other parameters were trained as well, which mlx-lm would not read there.
 
     Args:
         facts: for the header of the weights.
-        by_reference: write only the adapters of a model that has some, which name the directory of their base.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _save_tokenizer(folder, model, tokenizer)
+    _save_json(folder / "config.json", {**config_of(model), **_ends(tokenizer), "dtype": "float32"})
     adapted = bool(lora.adapters(model))
-    by_reference = by_reference and adapted
-    end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
-    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    if tokenizer.chat:
-        ends |= _ends_of_answers(tokenizer)
-    files = {
-        "config.json": {**config_of(model), **ends, "dtype": "float32"},
-        "generation_config.json": ends,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **(tokenizer.chat or dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)),
-            "model_max_length": models.context_length(model),
-            "clean_up_tokenization_spaces": False,
-        },
-    }
-    if by_reference:
-        del files["config.json"]
-    for name, content in files.items():
-        write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
-    write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
-    if adapted:
-        adapters.write(folder if by_reference else folder / "adapters", model, model.base, by_reference)
-    if by_reference:
-        return
+    if adapted and not lora.extra(model):
+        save_adapters(folder / "adapters", model, tokenizer)
     weights = _weights_in_file(lora.fused(model) if adapted else model)
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
+
+
+def save_adapters(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Write what a model with adapters has learnt, each file whole or not at all, and its tokenizer.
+
+    It opens as a model as long as its base is where the adapters say.
+    """
+    _save_tokenizer(folder, model, tokenizer)
+    adapters.write(folder, model)
+
+
+def _save_tokenizer(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Write the files of the tokenizer, with the template of conversations and the ids that end an answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **(tokenizer.chat or dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)),
+        "model_max_length": models.context_length(model),
+        "clean_up_tokenization_spaces": False,
+    }
+    _save_json(folder / "generation_config.json", _ends(tokenizer))
+    _save_json(folder / "tokenizer_config.json", config)
+    write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
+
+
+def _save_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the ids of the tokens around a text, as `generation_config.json` has them."""
+    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    return ends | (_ends_of_answers(tokenizer) if tokenizer.chat else {})
 
 
 def _ends_of_answers(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def _load_gpt2(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) -> 
     written_by_mlx_lm = all(name.startswith(MLX_LM) for name in stored)
     if written_by_mlx_lm:
         stored = {name.removeprefix(MLX_LM): shape for name, shape in stored.items()}
-    _check_memory(path, stored, dtype)
+    _check_memory(path, [path], stored, dtype)
     schemes = quantized.schemes(path, config, stored, MLX_LM) if packed else {}
     plain = quantized.unpacked(path, stored, schemes)
     _check_dimensions(path, args, plain)
@@ -165,7 +172,7 @@ def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) ->
     schemes = quantized.schemes(folder, config, stored) if packed else {}
     plain = quantized.unpacked(folder, stored, schemes)
     _check_sizes(folder / "config.json", config, plain)
-    _check_memory(folder, stored, dtype)
+    _check_memory(folder, paths, stored, dtype)
     arrays: dict[str, mx.array] = {}
     for path in paths:
         arrays |= read_arrays(path)
@@ -242,9 +249,12 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: there is none, or the weights say that they were trained with another.
     """
     folder = Path(folder)
-    base = adapters.base_of(folder) if adapters.are_in(folder) else folder
-    folder = folder if (folder / "tokenizer.json").exists() else base
-    named = [read_json(base / "config.json").get("eos_token_id")]
+    described = [folder]
+    if adapters.are_in(folder):  # ours bring their tokenizer, so that they need no base for it
+        complete = (folder / "tokenizer.json").exists() and (folder / "generation_config.json").exists()
+        described = [] if complete else [adapters.base_of(folder)]
+        folder = folder if (folder / "tokenizer.json").exists() else described[0]
+    named = [read_json(base / "config.json").get("eos_token_id") for base in described]
     if (folder / "generation_config.json").is_file():
         named.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
@@ -369,9 +379,16 @@ def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tup
             raise UserError(f"{path}: {asked} asks for more than the {len(stored)} tensors there hold.")
 
 
-def _check_memory(path: Path, stored: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None) -> None:
-    """Refuse weights that would not fit into memory."""
-    needed, here = (dtype.size if dtype else 2) * sum(math.prod(shape) for shape in stored.values()), device()
+def _check_memory(
+    path: Path, files: Sequence[Path], stored: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None
+) -> None:
+    """Refuse weights that would not fit into memory, as they are in `files` or in `dtype`. Packed ones stay packed."""
+    here = device()
+    if dtype:
+        packed = {f"{name.removesuffix('scales')}weight" for name in stored if name.endswith(".scales")}
+        needed = sum(math.prod(shape) * (4 if name in packed else dtype.size) for name, shape in stored.items())
+    else:
+        needed = sum(file.stat().st_size for file in files)
     if needed > here.memory:
         sizes = f"{needed / GIB:,.1f} GiB, and {here} can't hold them"
         raise UserError(f"The weights in {path} take {sizes}: take a smaller model.")

@@ -1,8 +1,6 @@
 """Gives a trained network rows for new tokens."""
 
-import dataclasses
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take its place
 
@@ -15,6 +13,12 @@ from mlx_gpt import models
 from mlx_gpt.errors import UserError
 
 NOISE = 0.1  # of each column's deviation
+# The names that networks, ours and mlx-lm's, give to the table of their inputs and to a head of its own.
+EMBEDDINGS = (
+    "wte", "embed_tokens", "tok_embeddings", "token_embeddings", "word_embeddings", "embeddings", "embedding", "embed",
+    "embed_in",
+)  # fmt: skip
+HEADS = ("lm_head", "output", "embed_out")
 
 
 def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[str]:
@@ -32,26 +36,34 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[s
         The names of the parameters that have fresh rows.
 
     Raises:
-        UserError: the network has no table with a row for each entry of its vocabulary.
+        UserError: the network has no embedding that can grow, or a head under a name that is not known here.
     """
     before = models.vocab_size(model)
     size = max(before, *(token + 1 for token in added))
     key = mx.random.key(seed)
+    inside = {id(module) for block in model.layers for module in block.modules()}
     tables = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) == before and "wpe" not in name
+        if isinstance(module, nn.Embedding | nn.Linear)
+        and name.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+        and len(module.weight) == before
+        and id(module) not in inside
     }
-    if not tables:
-        raise UserError("This model's vocabulary can't grow: begin from a model that has <|im_start|> and <|im_end|>.")
     grown = [(place, name) for place, table in tables.items() for name in ("weight", "bias") if name in table]
     for place, name in grown:
         key, subkey = mx.random.split(key)
         tables[place][name] = _grown(tables[place][name], size, added, subkey)
-    model.args = dataclasses.replace(model.args, vocab_size=size)
-    if getattr(model, "config", None) is not None:
-        model.config = MappingProxyType({**model.config, "vocab_size": size})
+    models.set_vocab_size(model, size)
+    if not any(isinstance(table, nn.Embedding) for table in tables.values()) or _entries(model) != size:
+        raise UserError("This model's vocabulary can't grow: begin from a model that has <|im_start|> and <|im_end|>.")
     return [f"{place}.{name}" for place, name in grown]
+
+
+def _entries(model: nn.Module) -> int:
+    """Return how many logits a network gives for a token, without computing them."""
+    entries: int = models.head(model, models.hidden(model, mx.array([[0]]))).shape[-1]
+    return entries
 
 
 def _grown(rows: mx.array, size: int, added: Sequence[int], key: mx.array) -> mx.array:
@@ -60,6 +72,6 @@ def _grown(rows: mx.array, size: int, added: Sequence[int], key: mx.array) -> mx
     mean, deviation = old.mean(axis=0), mx.sqrt(old.var(axis=0))
     fresh = mean + NOISE * deviation * mx.random.normal((len(added), *rows.shape[1:]), key=key)
     grown = mx.concatenate([rows, mx.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-    grown[mx.array(added)] = fresh.astype(rows.dtype)
+    grown[mx.array(list(added))] = fresh.astype(rows.dtype)
     mx.eval(grown)
     return grown

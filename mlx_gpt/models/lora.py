@@ -99,7 +99,7 @@ def keep_training(model: nn.Module, names: Collection[str]) -> None:
         modules[layer].unfreeze(recurse=False, keys=leaf)
 
 
-def trained_besides(model: nn.Module) -> dict[str, mx.array]:
+def extra(model: nn.Module) -> dict[str, mx.array]:
     """Return the trained parameters that belong to no adapter, by name."""
     return {
         name: weight

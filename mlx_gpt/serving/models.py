@@ -65,7 +65,7 @@ def load_models(paths: Sequence[Path], max_batch: int) -> Mapping[str, ServedMod
                 "lower --max-batch."
             )
         engine = functools.partial(Engine, model, tokenizer, max_batch)
-        template = ChatTemplate.load(folder)
+        template = ChatTemplate.of(tokenizer)
         served[name] = ServedModel(name, folder, tokenizer, positions, models.n_params(model), template, engine)
     return served
 

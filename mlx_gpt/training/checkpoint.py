@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_gpt.errors import UserError
 from mlx_gpt.files import check_free_space, sync, write_text_whole, write_whole
 from mlx_gpt.models import lora
-from mlx_gpt.models.directory import save_model
+from mlx_gpt.models.directory import save_adapters, save_model
 from mlx_gpt.models.tensors import save_arrays
 from mlx_gpt.tokenizer import Tokenizer
 
@@ -68,15 +68,15 @@ def save(
         OSError: the checkpoint could not be written, for example because the disk is full. Earlier ones are unchanged.
     """
     arrays = dict(tree_flatten(optimizer_state))
-    by_reference = bool(lora.adapters(model))
-    saved = model.trainable_parameters() if by_reference else model.parameters()
+    adapted = bool(lora.adapters(model))
+    saved = model.trainable_parameters() if adapted else model.parameters()
     mx.eval(saved, arrays)
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f".{folder.name}.part")
     array_bytes = sum(array.nbytes for _, array in tree_flatten((saved, arrays)))
     check_free_space(run, array_bytes + len(tokenizer.to_json().encode()) + SMALL_FILES)
     try:
-        save_model(part, model, tokenizer, by_reference=by_reference)
+        (save_adapters if adapted else save_model)(part, model, tokenizer)
         write_whole(part / "optimizer.safetensors", lambda path: save_arrays(path, arrays))
         checksums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
         write_text_whole(part / MARKER, _marker(dataclasses.asdict(progress) | {"files": checksums}))

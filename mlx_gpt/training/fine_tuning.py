@@ -1,21 +1,17 @@
-"""Runs that start from weights: what the weights decide about the settings, and adapters beside frozen weights."""
+"""Runs that start from weights: what the weights decide about the settings, and where the frozen ones are."""
 
-import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_gpt import models
 from mlx_gpt.config import Config
 from mlx_gpt.errors import UserError
-from mlx_gpt.models import adapters, lora, quantized
-from mlx_gpt.models.directory import load_model, read_config
+from mlx_gpt.models import adapters
+from mlx_gpt.models.directory import read_config
 from mlx_gpt.models.tensors import checksum
-from mlx_gpt.settings import resolve
-from mlx_gpt.training.run_folder import model_directory
+from mlx_gpt.settings import changed, resolve
+from mlx_gpt.training import run_folder
 
 # The keys of `config.json` that are settings here, in the order in which they are looked for.
 SIZES = {
@@ -38,7 +34,7 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a given setting contradicts the weights, or there are none.
     """
-    folder = model_directory(Path(config.init_from))
+    folder = run_folder.model_directory(Path(config.init_from))
     decided = _sizes(folder)
     for name, value in decided.items():
         # A tokenizer's size is no choice here, and `vocab_size` speaks of one that would be trained.
@@ -55,6 +51,8 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
         if given.get("lora_layers"):
             raise UserError(f"`lora_layers` is for new adapters, and those in {folder} are trained further: omit it.")
         decided |= own | {"lora_dropout": given.get("lora_dropout", stored.dropout)}
+    elif not config.lora.lora_rank and (setting := changed(config.lora)):
+        raise UserError(f"`{setting}` is for adapters: give `lora_rank` as well, such as 8.")
     if "seq_len" not in given and "n_positions" in decided:
         decided["seq_len"] = min(config.training.seq_len, decided["n_positions"])
     return resolve({**given, "init_from": config.init_from, "out": config.out, **decided})
@@ -68,19 +66,36 @@ def _sizes(folder: Path) -> dict[str, Any]:
     return sizes | ({"model_type": config["model_type"]} if config["model_type"] in models.OURS else {})
 
 
-def base_of(config: Config) -> Path | None:
+def base_of(config: Config, resumes: bool) -> Path | None:
     """Return the directory of the weights that a run with adapters keeps frozen; None for other runs.
+
+    A run that `resumes` keeps it in its own folder, unless that is on another disk.
 
     Raises:
         UserError: it is gone.
     """
     if not config.lora.lora_rank:
         return None
+    kept = Path(config.out) / run_folder.BASE
+    if resumes and (kept / "config.json").is_file():
+        return kept.resolve()
     try:
-        folder = model_directory(Path(config.init_from))
-        return adapters.base_of(folder) if adapters.are_in(folder) else folder
+        folder = run_folder.model_directory(Path(config.init_from))
+        return (adapters.base_of(folder) if adapters.are_in(folder) else folder).resolve()
     except UserError as error:
         raise UserError(f"{config.out} has only adapters, and needs the weights that they belong to. {error}") from None
+
+
+def start_of(config: Config, base: Path | None) -> Path | None:
+    """Return the directory that a run without a checkpoint starts from: `base`, or adapters for it; None if nothing.
+
+    Raises:
+        UserError: it is gone.
+    """
+    if not config.init_from:
+        return None
+    folder = run_folder.model_directory(Path(config.init_from))
+    return folder if base is None or adapters.are_in(folder) else base
 
 
 def fingerprint(base: Path | None, known: str) -> str:
@@ -101,49 +116,3 @@ def fingerprint(base: Path | None, known: str) -> str:
             "those back, or start another run with another --out."
         )
     return found
-
-
-def load(config: Config, weights: Path, base: Path | None) -> nn.Module:
-    """Read the network that a run trains: all of it, or, with a `base`, the part that it keeps frozen.
-
-    Raises:
-        UserError: it can't be read, or it is quantised and has no adapters.
-    """
-    if base:
-        return load_model(base, dtype=None)
-    model = load_model(weights)
-    if quantized.is_quantized(model):
-        raise UserError(f"The weights in {weights} are quantised, so only adapters can be trained: add --lora-rank 8.")
-    return model
-
-
-def add_adapters(
-    model: nn.Module, config: Config, weights: Path, base: Path, dtype: mx.Dtype, also: Collection[str] = ()
-) -> None:
-    """Freeze a model and give it the adapters in `weights`, else fresh ones.
-
-    Args:
-        weights: what the run starts from: the base, or a directory of adapters, such as a checkpoint.
-        dtype: the type to compute in.
-        also: names of parameters that are trained besides, such as an embedding that has grown.
-
-    Raises:
-        UserError: the adapters do not fit the model.
-    """
-    settings = config.lora
-    assert settings.lora_rank
-    model.base = str(base.resolve())
-    if adapters.are_in(weights):
-        stored = dataclasses.replace(adapters.read_from(weights, base), dropout=settings.lora_dropout)
-        adapters.attach(model, stored)
-    else:
-        lora.adapt_blocks(
-            model,
-            settings.lora_rank,
-            settings.lora_scale,
-            settings.lora_dropout,
-            settings.lora_layers,
-            config.training.seed,
-        )
-    lora.keep_training(model, also)
-    lora.hold(model, dtype)

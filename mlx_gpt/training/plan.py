@@ -9,6 +9,7 @@ from typing import Any
 from mlx_gpt import models
 from mlx_gpt.config import Config
 from mlx_gpt.device import GIB, Device
+from mlx_gpt.models import lora
 from mlx_gpt.models.base import set_dropout
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
@@ -34,6 +35,7 @@ class Plan:
         step_seconds: seconds that one step is expected to take.
         ranks_here: number of its ranks that are on this host.
         facts: lines about the windows.
+        extra: names of the parameters that are trained whole beside adapters.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Plan:
     step_seconds: float | None
     ranks_here: int = 1
     facts: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
     def epoch(self, step: int) -> int:
         """Return how many whole passes over the text `step` steps have made."""
@@ -103,7 +106,13 @@ class Plan:
         if self.n_trained == self.n_params:
             return []
         share = f"{100 * self.n_trained / self.n_params:.2g} % of all parameters"
-        return [f"Trained      {self.n_trained:,} parameters ({share}), adapters of rank {self.config.lora.lora_rank}"]
+        words = f"{self.n_trained:,} parameters ({share}), adapters of rank {self.config.lora.lora_rank}"
+        if not self.extra:
+            return [f"Trained      {words}"]
+        return [
+            f"Trained      {words} and all of {', '.join(self.extra)}",
+            "             best and final have no folder adapters, because mlx-lm's files have no place for the latter",
+        ]
 
     def _memory(self, each: str) -> str:
         usable = f"of {in_words(self.device.usable)} usable"
@@ -168,6 +177,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         step_seconds=step_seconds,
         ranks_here=run.ranks.here,
         facts=tuple(run.windows.facts),
+        extra=tuple(lora.extra(run.model)) if run.config.lora.lora_rank else (),
     )
 
 

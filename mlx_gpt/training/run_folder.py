@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ CONTENTS = (
     "final", "best", "checkpoints", "metrics.jsonl", LOG, "curves.png", "tensorboard", "wandb",
     SETTINGS,
 )  # fmt: skip
+BASE = "base"  # the directory of the base of a run's adapters
+FROM_ADAPTERS = f"../../{BASE}"  # its path from best/adapters, final/adapters and the folder of a checkpoint
 # Settings that may change on a resume. Any other would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "muon_learning_rate",
@@ -91,11 +94,35 @@ def check_kept(path: Path, folder: Path) -> None:
         raise UserError(f"{path} would be deleted before the new run has saved anything: choose another --out.")
 
 
-def clear(folder: Path) -> None:
-    """Make `folder` and empty it of an old run."""
+def clear(folder: Path, keep_base: bool) -> None:
+    """Make `folder` and empty it of an old run, except that it may keep the base of its adapters."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CONTENTS:
+    for name in (*(() if keep_base else (BASE,)), *CONTENTS):
         remove(folder / name)
+
+
+def keep_base(run: Path, base: Path) -> str:
+    """Keep the base of a run's adapters in the run, and return the directory that the adapters are to name.
+
+    The files are linked: they take no space, and stay when the run that made them replaces its own. If there can be no
+    link, as to another disk, the adapters name the directory itself.
+    """
+    kept, part = run / BASE, run / f".{BASE}.part"
+    if base == kept.resolve():
+        return FROM_ADAPTERS
+    try:
+        part.mkdir()
+        for file in sorted(base.iterdir()):
+            if file.match("model*.safetensors") or (
+                file.suffix in (".json", ".jinja") and file.name != checkpoint.MARKER
+            ):
+                os.link(file.resolve(), part / file.name)
+        remove(kept)
+        part.rename(kept)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        return str(base)
+    return FROM_ADAPTERS
 
 
 def refuse_dead_links(run: Path) -> None:

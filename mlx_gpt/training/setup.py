@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from mlx_gpt import models
 from mlx_gpt.chat_template import CHATML
@@ -26,9 +25,7 @@ from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
-from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import read_tokenizer
-from mlx_gpt.models.growing import grow_vocabulary
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
@@ -37,6 +34,7 @@ from mlx_gpt.tokenizer_training import END_OF_TURN, START_OF_TURN
 from mlx_gpt.training import checkpoint, fine_tuning, reporters, run_folder
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.metrics import Monitor
+from mlx_gpt.training.network import make_model
 from mlx_gpt.training.plan import Plan
 from mlx_gpt.training.run_folder import Lock
 
@@ -160,10 +158,12 @@ def set_up(
         if hub.is_hub_name(config.init_from) and ranks.broadcast(begun.source is None):  # the other hosts lack it
             downloading = display.progress("Downloading")
             ranks.in_turns(lambda: hub.model(config.init_from, echo=display.line, progress=downloading))
-        weights = begun.source or (run_folder.model_directory(Path(config.init_from)) if config.init_from else None)
-        base = fine_tuning.base_of(config)
+        base = fine_tuning.base_of(config, resumes=bool(resume))
+        weights = begun.source or fine_tuning.start_of(config, base)
         known = ranks.broadcast(begun.progress.base)
         fingerprint = ranks.in_turns(lambda: fine_tuning.fingerprint(base, known))
+        base_of_rank_0 = ranks.broadcast(fingerprint)
+        ranks.in_turns(lambda: check_same_base(base, fingerprint, base_of_rank_0))
         chosen = choose_tokenizer(config, weights, corpus, display) if ranks.first else None
         tokenizer = receive_tokenizer(ranks, chosen)
         objective, training = OBJECTIVES[corpus.kind], config.training
@@ -178,7 +178,7 @@ def set_up(
         of_rank_0 = ranks.broadcast(tokens.fingerprint)
         ranks.in_turns(lambda: check_same_text(config, tokens, of_rank_0))
 
-        model = make_model(config, weights, tokenizer, base, here)
+        model = make_model(config, weights, tokenizer, base, here, ranks)
         # The tokenizer may have fewer entries than were asked for; run.toml keeps the number that was asked for.
         shape = dataclasses.replace(config.model, vocab_size=models.vocab_size(model))
         progress = Progress(**ranks.broadcast(dataclasses.asdict(begun.progress)))
@@ -224,7 +224,7 @@ def open_run(
             config = dataclasses.replace(config, init_from=pinned)
         if config.init_from:
             config = fine_tuning.settle(config, in_file | dict(settings))
-            for needed in (run_folder.model_directory(Path(config.init_from)), fine_tuning.base_of(config)):
+            for needed in (run_folder.model_directory(Path(config.init_from)), fine_tuning.base_of(config, False)):
                 if needed:
                     run_folder.check_kept(needed, Path(config.out))
         return Resumed(config, None, Progress(), {})
@@ -335,44 +335,6 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
     return tokenizer
 
 
-def make_model(
-    config: Config, weights: Path | None, tokenizer: Tokenizer, base: Path | None, here: Device
-) -> nn.Module:
-    """The network of the model directory `weights`, else a fresh one that the settings describe.
-
-    Args:
-        base: the model directory whose weights stay frozen beside adapters; None to train all weights.
-
-    Raises:
-        UserError: the directory can't be read, or does not fit the tokenizer or the length of the windows.
-    """
-    if not weights:
-        shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        return models.init_weights(
-            models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
-        )
-    model = fine_tuning.load(config, weights, base)
-    grown: list[str] = []
-    if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
-        grown = grow_vocabulary(model, tokenizer.added, config.training.seed)
-    # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
-    model.update(tree_map(mx.contiguous, model.parameters()))
-    set_dropout(model, config.model.dropout)
-    if base:
-        fine_tuning.add_adapters(model, config, weights, base, here.dtype(config.training.precision), also=grown)
-    if tokenizer.vocab_size > models.vocab_size(model):
-        raise UserError(
-            f"The tokenizer has {tokenizer.vocab_size:,} entries and the weights in {weights} have "
-            f"{models.vocab_size(model):,}: they don't belong together."
-        )
-    if config.training.seq_len > models.context_length(model):
-        raise UserError(
-            f"`seq_len` {config.training.seq_len} is longer than the context of the model in {weights}: use "
-            f"--seq-len {models.context_length(model)} or less."
-        )
-    return model
-
-
 def receive_tokenizer(ranks: Ranks, tokenizer: Tokenizer | None) -> Tokenizer:
     """Return rank 0's tokenizer on every rank."""
     state: Any = ranks.broadcast(tokenizer.state() if tokenizer else None)
@@ -402,6 +364,16 @@ def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
         raise UserError(f"The text in {config.data.data} on this host is not the one of rank 0: copy its text here.")
 
 
+def check_same_base(base: Path | None, fingerprint: str, of_rank_0: str) -> None:
+    """Make sure that the frozen weights of this rank are those of rank 0, since the ranks share only what is trained.
+
+    Raises:
+        UserError: they are others.
+    """
+    if fingerprint != of_rank_0:
+        raise UserError(f"The weights in {base} on this host are not those of rank 0: copy its weights here.")
+
+
 def take_folder(run: Run, display: Display) -> None:
     """Make the run's folder ready for training and begin its logs. From here on, files change."""
     if run.ranks.first:
@@ -417,7 +389,7 @@ def _clear_and_write(run: Run, display: Display) -> None:
     if run.resumes and not run.source:
         display.line(f"{out} has no checkpoint yet: training starts from the beginning.")
     if not run.source:
-        run_folder.clear(out)
+        run_folder.clear(out, keep_base=run.resumes)
     checkpoint.remove_unfinished(out)
     for folder, why in run.damaged.items():
         aside = checkpoint.set_aside(folder)
@@ -426,6 +398,8 @@ def _clear_and_write(run: Run, display: Display) -> None:
         checkpoint.remove_after(out, step)
     checkpoint.remove_older(out, step, run.training.keep_checkpoints)  # which a kill may have prevented
     run_folder.write_settings(run.settings)
+    if run.config.lora.lora_rank:
+        run.model.base = run_folder.keep_base(out, Path(run.model.base))
     best = checkpoint.best_model(out)
     run.best_loss = best[1] if best else None
 

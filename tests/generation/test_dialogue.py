@@ -24,7 +24,8 @@ def opened():
 
     def opened(folder):
         if folder not in known:
-            known[folder] = (*api.load(folder), ChatTemplate.load(folder))
+            model, tokenizer = api.load(folder)
+            known[folder] = (model, tokenizer, ChatTemplate.of(tokenizer))
         return known[folder]
 
     return opened

@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import transformers
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer as mlx_lm_tokenizer
 
 from mlx_gpt import models
@@ -63,6 +65,34 @@ def test_positions_do_not_grow_with_a_vocabulary_of_their_size(make_model):
     assert models.vocab_size(model) == 34
 
 
+@pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS)
+def test_layers_do_not_grow_with_a_vocabulary_of_their_width(make_model, sizes, ids):
+    model = make_model(vocab_size=128, **sizes)  # as many entries as an MLP has units
+    before = np.array(model(mx.array(ids % 128)))
+    shapes = {name: weight.shape for name, weight in tree_flatten(model.layers)}
+    grown = grow_vocabulary(model, [128, 129], seed=0)
+    assert {name: weight.shape for name, weight in tree_flatten(model.layers)} == shapes
+    assert len(grown) == 1 + (not sizes.get("tie_embeddings", True))
+    assert np.array_equal(np.array(model(mx.array(ids % 128)))[..., :128], before)
+
+
+class Odd(nn.Module):
+    """A network whose head has a name that nobody knows."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.layers = args, []
+        self.wte, self.decoder = nn.Embedding(300, 32), nn.Linear(32, 300)
+
+    def __call__(self, inputs_bt, cache=None):
+        return self.decoder(self.wte(inputs_bt))
+
+
+def test_a_head_under_an_unknown_name_is_refused(make_model):
+    with pytest.raises(UserError, match="vocabulary can't grow"):
+        grow_vocabulary(Odd(make_model().args), [300, 301], seed=0)
+
+
 @pytest.fixture
 def directory(tmp_path, make_model, foreign):
     """A directory of a model whose tokenizer, from elsewhere, was given ChatML."""
@@ -89,7 +119,7 @@ def test_a_directory_reads_as_it_was_written(directory):
 
 def test_transformers_and_mlx_lm_make_the_same_prompt_and_end_at_the_same_tokens(directory):
     ours = load_tokenizer(directory, load_model(directory))
-    template: Any = ChatTemplate.load(directory)
+    template: Any = ChatTemplate.of(ours)
     theirs: Any = transformers.AutoTokenizer.from_pretrained(directory)
     expected = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert template.ids(MESSAGES, ours) == list(expected)

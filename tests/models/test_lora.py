@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from mlx_gpt.config import TrainingConfig
 from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
 from mlx_gpt.models import lora
-from mlx_gpt.models.directory import load_model, save_model
+from mlx_gpt.models.directory import load_model, save_adapters, save_model
 from mlx_gpt.objectives.text import Text
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.training.loop import make_step
@@ -275,11 +276,12 @@ def test_a_further_trained_parameter_is_kept_beside_the_adapters(make_model, bpe
     save_model(tmp_path / "base", make_model(), bpe)
     model = adapted(tmp_path / "base")
     model.wte.weight = mx.concatenate([model.wte.weight, mx.ones((2, 32))])
+    models.set_vocab_size(model, bpe.vocab_size + 2)
     lora.keep_training(model, ["wte.weight"])
     _, step = trainer(model)
     step(0, 0.1, [batch])
     expected = logits_of(model.eval(), ids)
-    save_model(tmp_path / "checkpoint", model, bpe, by_reference=True)
+    save_adapters(tmp_path / "checkpoint", model, bpe)
     assert {path.name for path in (tmp_path / "checkpoint").glob("*.safetensors")} == {
         "adapters.safetensors",
         "trained.safetensors",
@@ -287,6 +289,11 @@ def test_a_further_trained_parameter_is_kept_beside_the_adapters(make_model, bpe
     again = load_model(tmp_path / "checkpoint")
     assert models.vocab_size(again) == bpe.vocab_size + 2
     np.testing.assert_allclose(logits_of(again, ids), expected, atol=2e-5)
+    half = tree_flatten(load_model(tmp_path / "checkpoint", mx.bfloat16).parameters())
+    assert {weight.dtype for _, weight in half} == {mx.bfloat16}
+    save_model(tmp_path / "whole", model, bpe)  # adapters alone would be another model than the one that was trained
+    assert not (tmp_path / "whole/adapters").exists()
+    np.testing.assert_allclose(logits_of(load_model(tmp_path / "whole"), ids), expected, atol=2e-5)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -306,8 +313,9 @@ def test_a_further_trained_parameter_is_kept_beside_the_adapters(make_model, bpe
             lambda t: {n: w for n, w in t.items() if not n.endswith("h.0.mlp.c_fc.lora_b")},
             "no tensor h.0.mlp.c_fc.lora_b",
         ),
+        (lambda t: {}, "adapters.safetensors has no tensors"),
     ],
-    ids=["no such layer", "another kind", "another width", "another rank", "half of one"],
+    ids=["no such layer", "another kind", "another width", "another rank", "half of one", "nothing"],
 )
 def test_adapters_that_do_not_fit_are_refused(make_model, bpe, tmp_path, change, said):
     save_model(tmp_path / "base", make_model(), bpe)
@@ -326,6 +334,7 @@ def test_adapters_that_do_not_fit_are_refused(make_model, bpe, tmp_path, change,
         ({"model": "nowhere"}, "belong to the model in nowhere, which is not there: write its directory into"),
         ({"model": None}, "does not name the model of these adapters"),
         ({"fine_tune_type": "dora"}, "`fine_tune_type` 'dora': mlx-gpt reads adapters of type lora"),
+        ({"lora_parameters": {"rank": 4, "scale": math.nan}}, "lacks a sound `rank`, `scale`"),
         ({"lora_parameters": {"rank": 4}}, "lacks a sound `rank`, `scale` or `dropout`"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """Directories that mlx-lm has quantised open here, generate, and are refused where they make no sense."""
 
+import dataclasses
 import json
 import shutil
 from typing import Any, cast
@@ -15,9 +16,11 @@ from mlx_lm.utils import quantize_model, save
 
 from mlx_gpt import api, models
 from mlx_gpt.config import GenerationConfig
+from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
+from mlx_gpt.models import directory
 from mlx_gpt.models.directory import load_model, save_model
 
 PROMPTS = ("The duck swims", "Geese", "a pond and dives")
@@ -48,6 +51,19 @@ def packed(request, make_model, bpe, tmp_path_factory):
     model, config = quantize_model(model, config, 32, 4, quant_predicate=layers)
     save(folder / "packed", str(folder / "plain"), model, tokenizer, config)
     return folder / "packed"
+
+
+@pytest.mark.parametrize("dtype", [None, mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["packed", "plain"])
+def test_weights_are_refused_if_they_take_more_memory_than_there_is(packed, monkeypatch, name, dtype):
+    folder = packed.parent / name
+    needed = sum(weight.nbytes for _, weight in tree_flatten(load_model(folder, dtype).parameters()))
+    here = device()
+    monkeypatch.setattr(directory, "device", lambda: dataclasses.replace(here, memory=needed + 20_000))
+    load_model(folder, dtype)
+    monkeypatch.setattr(directory, "device", lambda: dataclasses.replace(here, memory=needed - 1))
+    with pytest.raises(UserError, match="can't hold them"):
+        load_model(folder, dtype)
 
 
 def test_the_logits_are_those_of_mlx_lm(packed, ids, eager):

@@ -68,9 +68,10 @@ def test_max_tokens_and_stop_strings_end_an_answer(chat):
 
 
 def test_answers_are_those_of_the_command_line(chat, rambling):
-    template = ChatTemplate.load(rambling)
+    model, tokenizer = api.load(rambling)
+    template = ChatTemplate.of(tokenizer)
     assert template
-    dialogue = Dialogue(*api.load(rambling), template)
+    dialogue = Dialogue(model, tokenizer, template)
     dialogue.system = "Swim."
     messages = [message("system", "Swim.")]
     config = GenerationConfig(max_tokens=9, temperature=0, repetition_penalty=1)

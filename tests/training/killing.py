@@ -20,6 +20,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers.models import BPE
+
+from mlx_gpt.tokenizer import BYTE_OF
+from mlx_gpt.tokenizer_training import byte_level
+
 COMMAND = [
     sys.executable, "-c", "import sys; from mlx_gpt.cli import run; sys.exit(run(sys.argv[1:]))", "train",
 ]  # fmt: skip
@@ -32,8 +37,9 @@ CLOCK = ("seconds", "started", "tokens_per_second", "peak_memory_gb")
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All that has to be the same: the bytes of weights and optimizer, and the metrics but for times and memory."""
+    """All that has to be the same: the bytes of weights, sizes and optimizer, and metrics but for times and memory."""
     files = [run / "final/model.safetensors", run / "best/model.safetensors"]
+    files += [run / "final/config.json", run / "best/config.json"]
     files += sorted((run / "checkpoints").glob("*/*.safetensors"))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {
@@ -80,8 +86,10 @@ def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[st
         (folder / "talks" / f"{split}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     if "MLX_DISABLE_COMPILE" not in os.environ:
         train(folder, "warm", further)  # fills the cache of compiled kernels
-    if "--from=base" in further:
-        train(folder, "base")
+    if "--from=base" in further:  # whose tokenizer lacks the tokens of a conversation
+        byte_level(BPE(vocab=BYTE_OF, merges=[])).save(str(folder / "bytes.json"))
+        sizes = [flag for flag in further if flag.startswith(("--model-type", "--n-positions"))]
+        train(folder, "base", ["--tokenizer=bytes.json", *sizes])
     _, duration = train(folder, "straight", further)
     expected = outcome(folder / "straight")
     differing = []

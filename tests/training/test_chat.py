@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
+from mlx_gpt import models
 from mlx_gpt.api import load
 from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.config import GenerationConfig, TrainingConfig
@@ -26,6 +28,7 @@ from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.models.directory import save_model
 from mlx_gpt.objectives import OBJECTIVES
+from mlx_gpt.serving.models import load_models
 from mlx_gpt.training import checkpoint
 
 from .conftest import refusal
@@ -65,7 +68,7 @@ def learn(train, talks):
 def greedy(folder, bird):
     """What the model answers, by the engine that every command uses, and why the answer ended."""
     model, tokenizer = load(folder)
-    template: Any = ChatTemplate.load(Path(folder))
+    template: Any = ChatTemplate.of(tokenizer)
     prompt = template.ids(ask(bird), tokenizer)
     config = GenerationConfig(temperature=0, repetition_penalty=1.0, max_tokens=12)
     engine = Engine(model, tokenizer)
@@ -115,10 +118,39 @@ def test_a_model_without_the_tokens_grows_and_its_run_resumes(learn, make_model,
     assert json.loads(Path("whole/final/config.json").read_text())["vocab_size"] == foreign.vocab_size + 2
 
 
+def test_adapters_bring_the_template_that_they_were_trained_with(learn, make_model, byte_tokenizer):
+    save_model(Path("base"), make_model(vocab_size=byte_tokenizer.vocab_size, n_positions=96), byte_tokenizer)
+    learn("run", init_from="base", max_steps=1, lora_rank=4)
+    assert ChatTemplate.of(load("base")[1]) is None
+    folder = Path("run/final/adapters")
+    [served] = load_models([folder], max_batch=1).values()
+    assert served.template
+    assert greedy(folder, "swan") == greedy("run/final", "swan")
+
+
+@pytest.mark.parametrize("kind", [{}, {"model_type": "qwen3", "tie_embeddings": False}], ids=["gpt2", "qwen3"])
+def test_adapters_beside_a_vocabulary_that_grew_are_resumed_and_open_everywhere(learn, make_model, foreign, kind):
+    save_model(Path("base"), make_model(vocab_size=foreign.vocab_size, n_positions=96, **kind), foreign)
+    options = {"init_from": "base", "max_steps": 4, "lora_rank": 4}
+    learn("whole", **options)
+    half = learn("half", stop_after=2, **options)
+    assert any(
+        re.search(r"adapters of rank 4 and all of (model\.)?(wte|embed_tokens)\.weight", line) for line in half.lines
+    )
+    learn("half", resume="half", **options)
+    for folder in ("final", "best"):
+        for name in ("model.safetensors", "config.json"):
+            assert Path("half", folder, name).read_bytes() == Path("whole", folder, name).read_bytes()
+        assert models.vocab_size(load(f"half/{folder}")[0]) == foreign.vocab_size + 2
+    newest = checkpoint.all_checkpoints(Path("half"))[-1]
+    ids = mx.array([[1, 2, foreign.vocab_size]])
+    assert mx.allclose(load(newest)[0](ids), load("half/final")[0](ids), atol=1e-4)
+
+
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
     run = learn("run", max_steps=1)
     model, tokenizer = load("run/final")
-    template: Any = ChatTemplate.load(Path("run/final"))
+    template: Any = ChatTemplate.of(tokenizer)
     lines = [json.loads(line) for line in (talks / "val.jsonl").read_text().splitlines()]
     evaluation = Evaluator(model, PackedWindows(marked(talks, tokenizer), 40), tokenizer.byte_lengths(), batch_size=2)()
     losses, size = [], 0

@@ -1,6 +1,8 @@
 """Runs that train adapters beside frozen weights."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -80,7 +82,8 @@ def test_adapters_are_trained_further(tune, train, whole):
     outcome = train("second", init_from="first/final/adapters", max_steps=2, learning_rate=1e-6)
     assert any("adapters of rank 4" in line for line in outcome.lines)
     described = json.loads(Path("second/final/adapters/adapter_config.json").read_text())
-    assert described["model"] == str((whole.folder / "best").resolve())
+    assert Path("second/final/adapters", described["model"]).resolve() == Path("second/base").resolve()
+    assert Path("second/base/model.safetensors").samefile(whole.folder / "best/model.safetensors")
     first, second = (load_file(f"{run}/final/adapters/adapters.safetensors") for run in ("first", "second"))
     assert all(abs(first[name] - second[name]).max() < 1e-4 for name in first | second)
     assert train("second", resume="second", max_steps=3).finished
@@ -100,15 +103,59 @@ def test_a_quantised_base_is_trained_beside_and_written_whole(tune, whole):
     assert tune("run", init_from="packed", resume="run", max_steps=9).finished
 
 
-def test_a_base_that_is_gone_or_changed_is_refused(tune, whole):
-    shutil.copytree(whole.folder / "final", "base")
-    tune("run", init_from="base", stop_after=3)
+def no_link(*paths):
+    """As between two disks."""
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_moved_project_is_resumed(tune, whole, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    Path("project").mkdir()
+    monkeypatch.chdir("project")
+    shutil.copytree(whole.folder / "final", "weights")
+    tune("whole", init_from="weights")
+    tune("half", init_from="weights", stop_after=3)
+    assert Path("half/base").exists() == links
+    Path("../project").rename("../moved")
+    monkeypatch.chdir("../moved")
+    tune("half", resume="half", init_from="weights")
+    halves = weights_in("half")
+    assert {name: data for name, data in weights_in("whole").items() if name in halves} == halves
+    if links:
+        adapted, final = (
+            dict(tree_flatten(load_model(f"half/final{inner}").parameters())) for inner in ("/adapters", "")
+        )
+        assert all(mx.allclose(adapted[name], final[name], atol=1e-6) for name in adapted | final)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3], ids=["before its first checkpoint", "after it"])
+def test_a_base_that_its_own_run_replaces_is_still_there(tune, whole, stop_after):
+    shutil.copytree(whole.folder, "other")
+    tune("whole", init_from="other")
+    tune("half", init_from="other", stop_after=stop_after)
+    if stop_after == 1:
+        shutil.rmtree("half/checkpoints")
+    newer = Path("newer.safetensors")
+    shutil.copy(checkpoint.all_checkpoints(Path("other"))[0] / "model.safetensors", newer)
+    newer.rename("other/best/model.safetensors")  # as every file is written
+    tune("half", init_from="other", resume="half")
+    assert load_model("half/final/adapters").layers
+    halves = weights_in("half")
+    assert {name: data for name, data in weights_in("whole").items() if name in halves} == halves
+
+
+def test_a_base_that_is_gone_or_changed_is_refused(tune, whole, monkeypatch):
+    monkeypatch.setattr(os, "link", no_link)
+    shutil.copytree(whole.folder / "final", "weights")
+    tune("run", init_from="weights", stop_after=3)
     before = contents("run")
-    shutil.copy(whole.folder / "best/model.safetensors", "base")
-    Path("base/model.safetensors").write_bytes(Path("base/model.safetensors").read_bytes() + b"\0")
-    again = {"resume": "run", "init_from": "base"}
+    shutil.copy(whole.folder / "best/model.safetensors", "weights")
+    Path("weights/model.safetensors").write_bytes(Path("weights/model.safetensors").read_bytes() + b"\0")
+    again = {"resume": "run", "init_from": "weights"}
     assert "have changed since the run began" in refusal(lambda: tune("run", **again))
-    Path("base").rename("moved")
+    Path("weights").rename("moved")
     assert "run has only adapters, and needs the weights that they belong to. There is no " in refusal(
         lambda: tune("run", **again)
     )
@@ -117,12 +164,29 @@ def test_a_base_that_is_gone_or_changed_is_refused(tune, whole):
     }
 
 
+def test_another_run_s_adapters_outlive_the_run_of_their_base(tune, train, whole):
+    shutil.copytree(whole.folder, "other")
+    tune("first", init_from="other", max_steps=1)
+    expected = contents("first")
+    train("other", init_from="first/final/adapters", overwrite=True, max_steps=1)
+    assert contents("first") == expected
+    assert load_model("other/final/adapters").layers
+
+
+def test_a_dropout_for_stored_adapters_needs_no_rank(tune, train):
+    tune("first", max_steps=1)
+    train("second", init_from="first/final/adapters", lora_dropout=0.3, max_steps=1)
+    described = json.loads(Path("second/final/adapters/adapter_config.json").read_text())
+    assert described["lora_parameters"]["dropout"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"lora_rank": 33}, "`lora_rank` 33 is more than the model is wide"),
         ({"lora_layers": 3}, "`lora_layers` 3 is more than the model has: use 2 or less"),
-        ({"init_from": ""}, "name these with `init_from`"),
+        ({"init_from": ""}, "`lora_rank` is for adapters for existing weights: name these with `init_from`"),
+        ({"init_from": "", "lora_rank": None}, "`lora_dropout` is for adapters for existing weights"),
         ({"lora_rank": None}, "`lora_dropout` is for adapters: give `lora_rank` as well"),
         ({"n_layer": 3}, "`n_layer` 3 contradicts the weights in .*, which have 2: omit it"),
     ],
@@ -134,13 +198,14 @@ def test_a_mistake_is_refused_before_anything_is_written(tune, settings, said):
     assert not Path("run").exists()
 
 
-def test_a_run_that_would_replace_the_base_of_its_adapters_is_refused(tune, train, whole):
-    shutil.copytree(whole.folder, "base")
-    tune("first", init_from="base", max_steps=1)
-    before = contents("base")
-    with pytest.raises(UserError, match="base/best would be deleted before the new run has saved anything"):
-        train("base", init_from="first/final/adapters", overwrite=True)
-    assert contents("base") == before
+def test_a_run_that_would_replace_the_base_of_its_adapters_is_refused(tune, train, whole, monkeypatch):
+    monkeypatch.setattr(os, "link", no_link)
+    shutil.copytree(whole.folder, "other")
+    tune("first", init_from="other", max_steps=1)
+    before = contents("other")
+    with pytest.raises(UserError, match="other/best would be deleted before the new run has saved anything"):
+        train("other", init_from="first/final/adapters", overwrite=True)
+    assert contents("other") == before
 
 
 def test_a_setting_that_contradicts_stored_adapters_is_refused(tune, train):
