@@ -37,21 +37,30 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[s
     before = models.vocab_size(model)
     size = max(before, *(token + 1 for token in added))
     key = mx.random.key(seed)
-    tables = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.Linear) and len(module.weight) == before and "wpe" not in name
-    }
-    if not tables:
+    grown = tables_of_vocabulary(model)
+    if not grown:
         raise UserError("This model's vocabulary can't grow: begin from a model that has <|im_start|> and <|im_end|>.")
-    grown = [(place, name) for place, table in tables.items() for name in ("weight", "bias") if name in table]
-    for place, name in grown:
+    modules = dict(model.named_modules())
+    for place, _, name in (table.rpartition(".") for table in grown):
         key, subkey = mx.random.split(key)
-        tables[place][name] = _grown(tables[place][name], size, added, subkey)
+        modules[place][name] = _grown(modules[place][name], size, added, subkey)
     model.args = dataclasses.replace(model.args, vocab_size=size)
     if getattr(model, "config", None) is not None:
         model.config = MappingProxyType({**model.config, "vocab_size": size})
-    return [f"{place}.{name}" for place, name in grown]
+    return grown
+
+
+def tables_of_vocabulary(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that have a row for each entry of a model's vocabulary."""
+    return [
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.Linear)
+        and len(module.weight) == models.vocab_size(model)
+        and "wpe" not in place
+        for name in ("weight", "bias")
+        if name in module
+    ]
 
 
 def _grown(rows: mx.array, size: int, added: Sequence[int], key: mx.array) -> mx.array:

@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from tokenizers import Tokenizer as HFTokenizer
 
 from mlx_gpt import models
-from mlx_gpt.chat_template import CHATML
+from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data import hub
 from mlx_gpt.data.batches import Shard, Windows
@@ -29,7 +29,7 @@ from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import read_tokenizer
-from mlx_gpt.models.growing import grow_vocabulary
+from mlx_gpt.models.growing import grow_vocabulary, tables_of_vocabulary
 from mlx_gpt.objectives import objective_of
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
@@ -352,6 +352,8 @@ def make_model(
     grown: list[str] = []
     if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
         grown = grow_vocabulary(model, tokenizer.added, config.training.seed)
+    elif base and tokenizer.chat and not ChatTemplate.load(base):  # its rows of ChatML's tokens have learnt nothing
+        grown = tables_of_vocabulary(model)
     # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
     model.update(tree_map(mx.contiguous, model.parameters()))
     set_dropout(model, config.model.dropout)
