@@ -137,7 +137,8 @@ class TrainingConfig:
     max_steps: int | None = setting(None, "Stop after this many steps.", at_least=1)
     max_epochs: float | None = setting(
         None,
-        "Stop after this many passes over the training text. [default: 10, or no limit with --max-minutes]",
+        "Stop after this many passes over the training text. [default: 10, or no limit with --max-minutes; with --from "
+        "enough for 300 steps]",
         above=0,
     )
     max_minutes: float | None = setting(

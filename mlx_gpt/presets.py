@@ -27,7 +27,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 4e-3},
 }
 
-SHORT_RUN = {"log_every": 10, "eval_every": 100, "save_every": 200}
+# Small steps, because a few hundred conversations are only a few dozen windows.
+SHORT_RUN = {"batch_size": 4, "gradient_accumulation_steps": 1, "log_every": 10, "eval_every": 100, "save_every": 200}
 # A run that starts from weights is short, and has something to forget. The rates suit a network of 128 numbers wide.
 FINE_TUNING: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-3, "muon_learning_rate": 3e-3, **SHORT_RUN},
@@ -36,7 +37,7 @@ FINE_TUNING: dict[str, dict[str, Any]] = {
 
 
 def fine_tuning(kind: str, width: int) -> dict[str, Any]:
-    """Return the rates and intervals for fine-tuning existing weights: all of them, or only adapters (LoRA).
+    """Return the rates, the batch and the intervals for fine-tuning existing weights: all of them, or adapters (LoRA).
 
     The rate falls as the width grows (Yang et al. 2022, arXiv:2203.03466).
 

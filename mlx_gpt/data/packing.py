@@ -1,7 +1,8 @@
 """Packs conversations into training windows, whole and with little padding.
 
 The longest conversation comes first, and each goes where it leaves the least room (best-fit decreasing: Johnson 1973).
-The windows stay the same in each epoch; each epoch visits them in an order of its own.
+The windows hold the same conversations in each epoch. Each epoch visits them in an order of its own, and orders the
+conversations in each of them anew: a question that is asked first in a conversation has to be seen there in training.
 """
 
 import bisect
@@ -14,6 +15,7 @@ from mlx_gpt.data.batches import PREFETCH_BATCHES, WHOLE, Shard, generator_of, s
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
+from mlx_gpt.seeds import seed_from
 
 SCANNED = 2**24  # tokens at a time
 
@@ -76,9 +78,12 @@ class PackedWindows:
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a window (seq_len + 1,) int32, and the weights (seq_len,) float32 of all its tokens but the first."""
+        return self._filled(self._windows[number])
+
+    def _filled(self, conversations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         window, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
         start = 0
-        for i in self._windows[number]:
+        for i in conversations:
             part = self._marked[self._begins[i] : self._ends[i]]
             window[start : start + len(part)] = part & ID
             weights[start : start + len(part)] = (part & COUNTS) > 0
@@ -91,9 +96,9 @@ class PackedWindows:
         """Yield batches of windows with their weights; as `batches.TextWindows`."""
 
         def samples() -> Iterator[dict[str, np.ndarray]]:
-            for number, index in enumerate(self._order(seed, start), start):
+            for number, conversations in enumerate(self._order(seed, start), start):
                 if shard.has(number):
-                    window, weights = self.window(index)
+                    window, weights = self._filled(conversations)
                     yield {"window": window, "weights": weights}
 
         stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
@@ -103,7 +108,7 @@ class PackedWindows:
     def places(self, seed: int, start: int, count: int) -> list[int]:
         """Return the position in the tokens of the first conversation of each window."""
         chosen = zip(self._order(seed, start), range(count), strict=False)
-        return [int(self._begins[self._windows[index][0]]) for index, _ in chosen]
+        return [int(self._begins[conversations[0]]) for conversations, _ in chosen]
 
     def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
         """Return the number of validation windows of a shard."""
@@ -121,10 +126,12 @@ class PackedWindows:
                 windows[row], weights[row] = self.window(number)
             yield windows, weights
 
-    def _order(self, seed: int, start: int) -> Iterator[int]:
+    def _order(self, seed: int, start: int) -> Iterator[list[int]]:
+        """Yield the conversations of each window in order, from window number `start` on."""
         epoch, first = divmod(start, self.per_epoch)
         while True:
-            yield from generator_of(seed, epoch).permutation(self.per_epoch)[first:].tolist()
+            for index in generator_of(seed, epoch).permutation(self.per_epoch)[first:].tolist():
+                yield generator_of(seed_from(seed, epoch), index).permutation(self._windows[index]).tolist()
             epoch, first = epoch + 1, 0
 
 

@@ -38,26 +38,33 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[s
     Raises:
         UserError: the network has no embedding that can grow, or a head under a name that is not known here.
     """
-    before = models.vocab_size(model)
-    size = max(before, *(token + 1 for token in added))
+    size = max(models.vocab_size(model), *(token + 1 for token in added))
     key = mx.random.key(seed)
-    inside = {id(module) for block in model.layers for module in block.modules()}
-    tables = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.Linear)
-        and name.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
-        and len(module.weight) == before
-        and id(module) not in inside
-    }
-    grown = [(place, name) for place, table in tables.items() for name in ("weight", "bias") if name in table]
-    for place, name in grown:
+    grown = tables_of_vocabulary(model)
+    modules = dict(model.named_modules())
+    for place, _, name in (table.rpartition(".") for table in grown):
         key, subkey = mx.random.split(key)
-        tables[place][name] = _grown(tables[place][name], size, added, subkey)
+        modules[place][name] = _grown(modules[place][name], size, added, subkey)
     models.set_vocab_size(model, size)
-    if not any(isinstance(table, nn.Embedding) for table in tables.values()) or _entries(model) != size:
+    embeddings = [place for place, module in modules.items() if isinstance(module, nn.Embedding)]
+    if not any(f"{place}.weight" in grown for place in embeddings) or _entries(model) != size:
         raise UserError("This model's vocabulary can't grow: begin from a model that has <|im_start|> and <|im_end|>.")
-    return [f"{place}.{name}" for place, name in grown]
+    return grown
+
+
+def tables_of_vocabulary(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that have a row for each entry of a model's vocabulary."""
+    inside = {id(module) for block in model.layers for module in block.modules()}
+    return [
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.Linear)
+        and place.rpartition(".")[2] in (*EMBEDDINGS, *HEADS)
+        and len(module.weight) == models.vocab_size(model)
+        and id(module) not in inside
+        for name in ("weight", "bias")
+        if name in module
+    ]
 
 
 def _entries(model: nn.Module) -> int:

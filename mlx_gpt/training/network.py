@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_gpt import models
+from mlx_gpt.chat_template import read_chat
 from mlx_gpt.config import Config
 from mlx_gpt.device import Device
 from mlx_gpt.distributed import Ranks
@@ -15,7 +16,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.models import adapters, lora, quantized
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model
-from mlx_gpt.models.growing import grow_vocabulary
+from mlx_gpt.models.growing import grow_vocabulary, tables_of_vocabulary
 from mlx_gpt.tokenizer import Tokenizer
 
 
@@ -39,13 +40,15 @@ def make_model(
     model = load_model(base, dtype=None) if base else load_model(weights)
     if not base and quantized.is_quantized(model):
         raise UserError(f"The weights in {weights} are quantised, so only adapters can be trained: add --lora-rank 8.")
-    grown: list[str] = []
+    tables: list[str] = []  # to train besides adapters
     if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
-        grown = grow_vocabulary(model, tokenizer.added, config.training.seed)
+        tables = grow_vocabulary(model, tokenizer.added, config.training.seed)
+    elif base and tokenizer.chat and not read_chat(base):  # the rows of its tokens for turns have learned nothing
+        tables = tables_of_vocabulary(model)
     set_dropout(model, config.model.dropout)
     if base:
         _add_adapters(model, config, weights, base)
-        lora.keep_training(model, grown)
+        lora.keep_training(model, tables)
     _follow_rank_0(model, ranks)
     # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
     model.update(tree_map(mx.contiguous, model.parameters()))

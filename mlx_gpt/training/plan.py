@@ -15,7 +15,7 @@ from mlx_gpt.models.base import set_dropout
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 EPOCHS = 10  # that a run has without any limit
 OFTEN, DROPOUT = 10, 0.2  # more epochs than this make `--dropout auto` drop this fraction
-FEW_STEPS = 300
+FEW_STEPS = 300  # a run that starts from weights has at least these, and another one gets a hint if it has fewer
 LONG_HOURS = 24
 
 
@@ -153,11 +153,12 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
     training = run.training
     per_step = training.windows_per_step
     per_epoch = run.windows.per_epoch
-    epochs = training.max_epochs or (math.inf if training.max_minutes else EPOCHS)
+    default_epochs = max(EPOCHS, FEW_STEPS * per_step / per_epoch) if run.config.init_from else EPOCHS
+    epochs = training.max_epochs or (math.inf if training.max_minutes else default_epochs)
     total_steps = training.max_steps or sys.maxsize
     if epochs < math.inf:
         total_steps = min(total_steps, math.ceil(epochs * per_epoch / per_step))
-    scheduled_steps = min(total_steps, math.ceil((training.max_epochs or EPOCHS) * per_epoch / per_step))
+    scheduled_steps = min(total_steps, math.ceil((training.max_epochs or default_epochs) * per_epoch / per_step))
     if training.max_minutes and step_seconds:
         scheduled_steps = max(1, min(total_steps, round(60 * training.max_minutes / step_seconds)))
     return Plan(

@@ -89,6 +89,14 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own():
     assert epochs(packed, 1, seed=1) != [first]
 
 
+def test_each_conversation_is_the_first_of_its_window_in_some_epoch():
+    """A person begins with any question, so none may be seen only behind others."""
+    packed = PackedWindows(conversations([24, 22, 18, 14, 12, 10]), SEQ_LEN)
+    assert packed.per_epoch == 2
+    first = {window[0] for epoch in epochs(packed, 20) for window in epoch}
+    assert first == {1, 25, 47, 65, 79, 91}
+
+
 @pytest.mark.parametrize("start", [1, 17, 1000, 3333])
 def test_starting_in_the_middle_equals_skipping_what_came_before(packed, start):
     skipped = [batch[0] for batch in islice(packed.training(1, 5), start, start + 20)]
