@@ -279,7 +279,7 @@ class GenerationConfig:
 
 
 # In a conversation these replace the defaults above. An answer ends by itself. The repetition penalty counts the whole
-# prompt, so it would avoid the words of the question and of earlier answers, and the token that ends an answer as well.
+# prompt, so it would avoid the words of the question and of earlier answers.
 CONVERSATION = MappingProxyType({"max_tokens": 1000, "repetition_penalty": 1.0})
 
 
