@@ -2,7 +2,9 @@
 
     python -m tests.training.killing --runs 50 [--model-type qwen3 --optimizer muon ...]
 
-Any other flag is one of `mlx-gpt train`, for all runs. With `--from=base` they start from a run that is made first.
+Any other flag is one of `mlx-gpt train`, for all runs. With `--from=base` they start from a run that is made first, and
+with `--from=foreign` from the same weights with a tokenizer that lacks the tokens of conversations. `--data=talks` are
+conversations.
 
 Each run is killed with SIGKILL several times, inside saves and evaluations too, and resumed. It must end with the same
 bytes of weights and optimizer as an undisturbed run, and with the same metrics except for times and memory.
@@ -20,6 +22,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors.numpy import load_file, save_file
+
+from mlx_gpt.tokenizer_training import END_OF_TEXT
+
 COMMAND = [
     sys.executable, "-c", "import sys; from mlx_gpt.cli import run; sys.exit(run(sys.argv[1:]))", "train",
 ]  # fmt: skip
@@ -28,6 +34,7 @@ SETTINGS = {
     "batch-size": 4, "gradient-accumulation-steps": 2, "dropout": 0.1, "max-steps": 30, "max-minutes": 60,
     "warmup-steps": 5, "log-every": 1, "eval-every": 3, "save-every": 2, "eval-windows": 8,
 }  # fmt: skip
+FOR_BASE = ("--model-type=", "--n-positions=")
 CLOCK = ("seconds", "started", "tokens_per_second", "peak_memory_gb")
 
 
@@ -39,6 +46,22 @@ def outcome(run: Path) -> dict[str, object]:
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {
         "metrics": [{name: value for name, value in record.items() if name not in CLOCK} for record in metrics]
     }
+
+
+def forget_turns(model: Path, folder: Path) -> None:
+    """Write a model directory whose tokenizer and weights lack the tokens of ChatML."""
+    weights = load_file(model / "model.safetensors")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [one for one in tokenizer["added_tokens"] if one["content"] == END_OF_TEXT]
+    [end] = [one["id"] for one in tokenizer["added_tokens"]]
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": end + 1}
+    folder.mkdir()
+    for name, array in weights.items():
+        if len(array) > end + 1 and name.endswith(("wte.weight", "embed_tokens.weight")):
+            weights[name] = array[: end + 1].copy()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def train(folder: Path, run: str, further: Sequence[str] = (), seconds: float | None = None) -> tuple[bool, float]:
@@ -78,10 +101,11 @@ def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[st
         rows = [[("user", draw.choice(words)), ("assistant", "".join(draw.choices(words, k=3)))] for _ in range(count)]
         talks = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
         (folder / "talks" / f"{split}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    if "--from=base" in further or "--from=foreign" in further:
+        train(folder, "base", [flag for flag in further if flag.startswith(FOR_BASE)])
+        forget_turns(folder / "base/final", folder / "foreign")
     if "MLX_DISABLE_COMPILE" not in os.environ:
         train(folder, "warm", further)  # fills the cache of compiled kernels
-    if "--from=base" in further:
-        train(folder, "base")
     _, duration = train(folder, "straight", further)
     expected = outcome(folder / "straight")
     differing = []

@@ -115,6 +115,24 @@ def test_a_model_without_the_tokens_grows_and_its_run_resumes(learn, make_model,
     assert json.loads(Path("whole/final/config.json").read_text())["vocab_size"] == foreign.vocab_size + 2
 
 
+def test_adapters_beside_a_grown_vocabulary_resume_to_the_bit(learn, make_model, foreign):
+    save_model(Path("base"), make_model(vocab_size=foreign.vocab_size, n_positions=96), foreign)
+    tune = {"init_from": "base", "lora_rank": 4, "lora_dropout": 0.1, "max_steps": 4, "save_every": 2}
+    learn("whole", **tune)
+    learn("half", **tune, stop_after=2)
+    assert learn("half", **tune, resume="half").finished
+    last = {run: checkpoint.all_checkpoints(Path(run))[-1] for run in ("half", "whole")}
+    for name in ("adapters.safetensors", "trained.safetensors", "optimizer.safetensors", "tokenizer.json"):
+        assert (last["half"] / name).read_bytes() == (last["whole"] / name).read_bytes()
+    final = "final/model.safetensors"
+    assert Path("half", final).read_bytes() == Path("whole", final).read_bytes()
+    grown, base = (load_file(folder / "model.safetensors") for folder in (Path("whole/final"), Path("base")))
+    assert len(grown["wte.weight"]) == len(base["wte.weight"]) + 2
+    # The embedding is trained as a whole, since its new rows have to be learnt.
+    assert not np.array_equal(grown["wte.weight"][: foreign.vocab_size], base["wte.weight"])
+    assert greedy("whole/final", "duck") == greedy(last["whole"], "duck")
+
+
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
     run = learn("run", max_steps=1)
     model, tokenizer = load("run/final")

@@ -9,6 +9,10 @@ RUNS = {
     "qwen3 with muon": ("--model-type=qwen3", "--optimizer=muon"),
     "conversations": ("--data=talks", "--n-positions=96", "--seq-len=96"),
     "adapters with dropout": ("--from=base", "--lora-rank=4", "--lora-dropout=0.1"),
+    "adapters, conversations and a grown vocabulary": (
+        *("--from=foreign", "--lora-rank=4", "--lora-dropout=0.1", "--model-type=qwen3"),
+        *("--data=talks", "--n-positions=96", "--seq-len=96"),
+    ),
 }
 
 
