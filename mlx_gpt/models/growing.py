@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlx_gpt import models
 from mlx_gpt.errors import UserError
+from mlx_gpt.models import quantized
 
 NOISE = 0.1  # of each column's deviation
 
@@ -32,9 +33,14 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[s
         The names of the parameters that have fresh rows.
 
     Raises:
-        UserError: the network has no table with a row for each entry of its vocabulary.
+        UserError: the network has no table with a row for each entry of its vocabulary, or a quantised one.
     """
     before = models.vocab_size(model)
+    if any(isinstance(module, quantized.LAYERS) and len(module.weight) == before for module in model.modules()):
+        raise UserError(
+            "The weights are quantised, so <|im_start|> and <|im_end|> can't be added to the vocabulary: begin from "
+            "the same model before it was quantised, or from one that has these tokens."
+        )
     size = max(before, *(token + 1 for token in added))
     key = mx.random.key(seed)
     tables = {

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import transformers
@@ -61,6 +62,13 @@ def test_positions_do_not_grow_with_a_vocabulary_of_their_size(make_model):
     grow_vocabulary(model, [32, 33], seed=0)
     assert model.wpe.weight.shape[0] == 32
     assert models.vocab_size(model) == 34
+
+
+def test_a_quantised_embedding_is_refused(make_model):
+    model = make_model(model_type="qwen3", tie_embeddings=False)
+    nn.quantize(model, 32, 4, class_predicate=lambda name, layer: name.endswith("embed_tokens"))
+    with pytest.raises(UserError, match="The weights are quantised, so .* can't be added .* before it was quantised"):
+        grow_vocabulary(model, [300, 301], seed=0)
 
 
 @pytest.fixture
