@@ -1,8 +1,8 @@
 """Reads and writes adapters in the layout of mlx-lm.
 
 `adapter_config.json` has their rank and scale, and names the directory of the base in `model`. `adapters.safetensors`
-has their matrices. A checkpoint of such a run has `trained.safetensors` as well, with the other parameters that were
-trained, if there are any; mlx-lm's layout has no place for them.
+has their matrices. `trained.safetensors` has the other parameters that were trained, if there are any, such as an
+embedding that has grown; mlx-lm's layout has no place for them.
 """
 
 import dataclasses
@@ -163,12 +163,11 @@ def apply(model: nn.Module, found: Adapters) -> nn.Module:
     return model
 
 
-def write(folder: Path, model: nn.Module, base: str, whole: bool) -> None:
-    """Write the adapters of a model, each file whole or not at all.
+def write(folder: Path, model: nn.Module, base: str) -> None:
+    """Write the adapters of a model and the other trained parameters, each file whole or not at all.
 
     Args:
         base: the directory of the model that they belong to.
-        whole: write the other trained parameters as well.
     """
     layers = lora.adapters(model)
     one = next(iter(layers.values()))
@@ -190,7 +189,7 @@ def write(folder: Path, model: nn.Module, base: str, whole: bool) -> None:
     }
     prefix = getattr(model, "mlx_lm_prefix", "")
     arrays = {f"{prefix}{name}.{leaf}": layer[leaf] for name, layer in layers.items() for leaf in LEAVES}
-    besides = lora.trained_besides(model) if whole else {}
+    besides = lora.trained_besides(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if besides:

@@ -44,7 +44,8 @@ def save_model(
 ) -> None:
     """Write a model directory, each file whole or not at all, the weights last.
 
-    A model with adapters is written with the adapters added to its weights, and `adapters/` beside them.
+    A model with adapters is written with the adapters added to its weights, and `adapters/` beside them, which has the
+    tokenizer too, because training may have given it a chat template and new tokens.
 
     Args:
         facts: for the header of the weights.
@@ -57,8 +58,7 @@ def save_model(
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     if tokenizer.chat:
         ends |= _ends_of_answers(tokenizer)
-    files = {
-        "config.json": {**config_of(model), **ends, "dtype": "float32"},
+    config = {
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -67,19 +67,25 @@ def save_model(
             "clean_up_tokenization_spaces": False,
         },
     }
-    if by_reference:
-        del files["config.json"]
-    for name, content in files.items():
-        write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
-    write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
     if adapted:
-        adapters.write(folder if by_reference else folder / "adapters", model, model.base, by_reference)
+        beside = folder if by_reference else folder / "adapters"
+        beside.mkdir(exist_ok=True)
+        _write_texts(beside, config, tokenizer)
+        adapters.write(beside, model, model.base)
     if by_reference:
         return
+    config["config.json"] = {**config_of(model), **ends, "dtype": "float32"}
+    _write_texts(folder, config, tokenizer)
     weights = _weights_in_file(lora.fused(model) if adapted else model)
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
+
+
+def _write_texts(folder: Path, files: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    for name, content in files.items():
+        write_text_whole(folder / name, json.dumps(content, indent=2) + "\n")
+    write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
 
 
 def _ends_of_answers(tokenizer: Tokenizer) -> dict[str, Any]:

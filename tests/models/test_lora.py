@@ -275,6 +275,7 @@ def test_a_further_trained_parameter_is_kept_beside_the_adapters(make_model, bpe
     save_model(tmp_path / "base", make_model(), bpe)
     model = adapted(tmp_path / "base")
     model.wte.weight = mx.concatenate([model.wte.weight, mx.ones((2, 32))])
+    model.args = dataclasses.replace(model.args, vocab_size=bpe.vocab_size + 2)
     lora.keep_training(model, ["wte.weight"])
     _, step = trainer(model)
     step(0, 0.1, [batch])
@@ -284,9 +285,11 @@ def test_a_further_trained_parameter_is_kept_beside_the_adapters(make_model, bpe
         "adapters.safetensors",
         "trained.safetensors",
     }
-    again = load_model(tmp_path / "checkpoint")
-    assert models.vocab_size(again) == bpe.vocab_size + 2
-    np.testing.assert_allclose(logits_of(again, ids), expected, atol=2e-5)
+    save_model(tmp_path / "final", model, bpe)
+    for folder in (tmp_path / "checkpoint", tmp_path / "final/adapters"):
+        again = load_model(folder)
+        assert models.vocab_size(again) == bpe.vocab_size + 2
+        np.testing.assert_allclose(logits_of(again, ids), expected, atol=2e-5)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ def test_adapters_beside_a_grown_vocabulary_resume_to_the_bit(learn, make_model,
     assert len(grown["wte.weight"]) == len(base["wte.weight"]) + 2
     # The embedding is trained as a whole, since its new rows have to be learnt.
     assert not np.array_equal(grown["wte.weight"][: foreign.vocab_size], base["wte.weight"])
-    assert greedy("whole/final", "duck") == greedy(last["whole"], "duck")
+    assert greedy("whole/final", "duck") == greedy(last["whole"], "duck") == greedy("whole/final/adapters", "duck")
+    assert "adapters of rank 4" in "\n".join(learn("further", init_from="whole/final/adapters", max_steps=1).lines)
 
 
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):
