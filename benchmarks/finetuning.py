@@ -85,9 +85,14 @@ def main(
         # Here each conversation is followed by an end of text, which does not count.
         tokens = packed["tokens"] - conversations
         windows = max(1, round(batch_size * packed["windows"] / conversations))
-        here = {"init_from": data["base"], "data": data["data"], "seq_len": seq_len, "batch_size": windows}
+        here: dict[str, Any] = {
+            "init_from": data["base"],
+            "data": data["data"],
+            "seq_len": seq_len,
+            "batch_size": windows,
+        }
         here |= {"gradient_accumulation_steps": 1, "eval_every": NEVER, "save_every": NEVER, "max_epochs": float(NEVER)}
-        adapters = {"lora_rank": rank, "lora_scale": SCALE, "learning_rate": learning_rate}
+        adapters: dict[str, Any] = {"lora_rank": rank, "lora_scale": SCALE, "learning_rate": learning_rate}
         adapters |= {"schedule": "constant", "warmup_steps": 0}  # as in mlx-lm
         there = {**data, "rank": rank, "scale": SCALE, "rate": learning_rate, "batch_size": batch_size}
         tokens_here = (steps - WARM_UP) * windows * tokens / packed["windows"]

@@ -67,7 +67,7 @@ def test_positions_do_not_grow_with_a_vocabulary_of_their_size(make_model):
 def test_a_quantised_embedding_is_refused(make_model):
     model = make_model(model_type="qwen3", tie_embeddings=False)
     nn.quantize(model, 32, 4, class_predicate=lambda name, layer: name.endswith("embed_tokens"))
-    with pytest.raises(UserError, match="The weights are quantised, so .* can't be added .* before it was quantised"):
+    with pytest.raises(UserError, match=r"The weights are quantised, so .* before it was quantised"):
         grow_vocabulary(model, [300, 301], seed=0)
 
 
