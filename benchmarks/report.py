@@ -131,6 +131,15 @@ COLUMNS: dict[str, Sequence[Column]] = {
         ("of GPT-2 with AdamW", "over_adamw", ratio),
         ("minutes to its end", "minutes_to_adamw", number),
     ),
+    "finetuning": (
+        ("program", "program", text),
+        ("tokens/s", "tokens_per_second", number),
+        ("seconds", "seconds", number),
+        ("peak MB", "peak_memory", megabytes),
+        ("resident MB", "resident_memory", megabytes),
+        ("loss", "loss", number),
+        ("mlx-gpt over it", "ours_over_this", ratio),
+    ),
     "startup": (
         ("command", "program", text),
         ("seconds", "seconds", number),

@@ -66,7 +66,7 @@ class ModelConfig:
     n_positions: int = setting(1024, "Longest context that the model can see, in tokens.", at_least=1)
     dropout: float = setting(
         0.0,
-        "Fraction of embeddings and residuals to drop in training, never of attention weights; `auto` drops 0.2 if the "
+        "Fraction of embeddings and residuals to drop in training, never of attention weights; `auto` drops 0.1 if the "
         "text is read more than ten times.",
         at_least=0,
         below=1,
@@ -287,7 +287,7 @@ class GenerationConfig:
 
 
 # In a conversation these replace the defaults above. An answer ends by itself. The repetition penalty counts the whole
-# prompt, so it would avoid the words of the question and of earlier answers, and the token that ends an answer as well.
+# prompt, so it would avoid the words of the question and of earlier answers.
 CONVERSATION = MappingProxyType({"max_tokens": 1000, "repetition_penalty": 1.0})
 
 

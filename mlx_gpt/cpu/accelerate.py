@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_gpt.cpu import kernels
 
+FEW_ROWS = 8  # for which a product with packed weights takes no longer than unpacking them
 FEW = 2**13  # numbers, for which starting a product takes longer than to add them up
 
 
@@ -21,6 +22,25 @@ class Linear(nn.Linear):
         if x.dtype != mx.float32 or not self.training:
             return super().__call__(x)
         return kernels.linear(x, self.weight, self.get("bias"))
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """An `nn.QuantizedLinear` that unpacks its weight for each product with many rows."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32 or x.size < FEW_ROWS * x.shape[-1]:
+            return super().__call__(x)
+        y = kernels.quantized_linear(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
+        return y + self.bias if "bias" in self else y
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """An `nn.QuantizedEmbedding` that does the same as a head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32 or x.size < FEW_ROWS * x.shape[-1]:
+            return super().as_linear(x)
+        return kernels.quantized_linear(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -90,7 +110,14 @@ class LinearCrossEntropy(nn.Module):
         return compute(head, x_nc, targets_n, weights_n)
 
 
-MLX_LAYERS: dict[type, type] = {nn.Linear: Linear, nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm, nn.RoPE: RoPE}
+MLX_LAYERS: dict[type, type] = {
+    nn.Linear: Linear,
+    nn.QuantizedLinear: QuantizedLinear,
+    nn.QuantizedEmbedding: QuantizedEmbedding,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.RoPE: RoPE,
+}
 BY_NAME: dict[str, type] = {  # for layers that name their twin with `cpu_twin`
     "gelu": GELU,
     "swiglu": SwiGLU,

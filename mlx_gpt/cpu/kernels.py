@@ -58,6 +58,30 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return _linear(x, weight) if bias is None else _linear_bias(x, weight, bias)
 
 
+def quantized_linear(
+    x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """`x @ weight.T` for x (..., C) and a weight (D, C) that `mx.quantize` has packed; only `x` has a gradient.
+
+    MLX's CPU back end takes packed weights apart anew for each row. Here they are unpacked once for all rows, and again
+    in the backward pass, so that no layer's plain weight stays in memory.
+    """
+
+    def unpacked(after: mx.array) -> mx.array:
+        (now,) = mx.depends([packed], [after])  # not before it is needed
+        return mx.dequantize(now, scales, biases, group_size=group_size, bits=bits)
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return x @ unpacked(x).T
+
+    @product.vjp
+    def backward(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return cotangent @ unpacked(cotangent)
+
+    return product(x)
+
+
 def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
     """Mean 0 and variance 1 over the last axis, then a gain and a bias (Ba et al. 2016, arXiv:1607.06450)."""
     return _layer_norm(x, weight, bias, mx.array(eps))[0]

@@ -26,7 +26,7 @@ class Request:
         logit_bias: added to the logits of some ids before a token is drawn.
         alternatives: report each token's log-probability, and this many of the likeliest tokens in its place.
         prompt_too: report them for the prompt's tokens as well.
-        ends: whether the tokenizer's `ends` end a text.
+        ends: whether the tokenizer's `ends` end a text. If so, no penalty makes them less likely.
     """
 
     prompt: Sequence[int]
@@ -54,7 +54,12 @@ class Continuation:
         self.dropped = False
         # Equal for texts whose tokens can be drawn together.
         self.sampling = dataclasses.replace(config, max_tokens=1, seed=None, num_samples=1, stop=())
-        self.counts_v = mx.array(np.bincount(request.prompt, minlength=entries)) if penalises(config) else None
+        self.counts_v: mx.array | None = None
+        if penalises(config):
+            counts_v = np.bincount(request.prompt, minlength=entries)
+            if request.ends:  # each turn of a conversation has one, and an answer must be able to end
+                counts_v[[token for token in tokenizer.ends if token < entries]] = 0
+            self.counts_v = mx.array(counts_v)
         self.bias_v: mx.array | None = None
         if request.logit_bias:
             bias_v = np.zeros(entries, np.float32)

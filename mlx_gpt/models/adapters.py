@@ -1,8 +1,8 @@
 """Reads and writes adapters in the layout of mlx-lm.
 
 `adapter_config.json` has their rank and scale, and names the directory of the base in `model`. `adapters.safetensors`
-has their matrices. A checkpoint of such a run has `trained.safetensors` as well, with the other parameters that were
-trained, if there are any; mlx-lm's layout has no place for them.
+has their matrices. `trained.safetensors` has the other parameters that were trained, if there are any, such as an
+embedding that has grown; mlx-lm's layout has no place for them.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlx_gpt import models
 from mlx_gpt.errors import UserError
+from mlx_gpt.models import quantized
 
 NOISE = 0.1  # of each column's deviation
 # The names that networks, ours and mlx-lm's, give to the table of their inputs and to a head of its own.
@@ -36,9 +37,16 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[s
         The names of the parameters that have fresh rows.
 
     Raises:
-        UserError: the network has no embedding that can grow, or a head under a name that is not known here.
+        UserError: the network has no embedding that can grow, a quantised one, or a head under a name that is not known
+            here.
     """
-    size = max(models.vocab_size(model), *(token + 1 for token in added))
+    before = models.vocab_size(model)
+    if any(isinstance(module, quantized.LAYERS) and len(module.weight) == before for module in model.modules()):
+        raise UserError(
+            "The weights are quantised, so <|im_start|> and <|im_end|> can't be added to the vocabulary: begin from "
+            "the same model before it was quantised, or from one that has these tokens."
+        )
+    size = max(before, *(token + 1 for token in added))
     key = mx.random.key(seed)
     grown = tables_of_vocabulary(model)
     modules = dict(model.named_modules())

@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
-        return y + (self.scale * ((self.dropout(x) @ self.lora_a) @ self.lora_b)).astype(y.dtype)
+        return mx.addmm(y, self.dropout(x) @ self.lora_a, (self.scale * self.lora_b).astype(y.dtype))
 
     def draw(self, key: mx.array) -> None:
         """Draw A uniformly from +-1 / sqrt(in)."""

@@ -14,7 +14,7 @@ from mlx_gpt.models.base import set_dropout
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
 EPOCHS = 10  # that a run has without any limit
-OFTEN, DROPOUT = 10, 0.2  # more epochs than this make `--dropout auto` drop this fraction
+OFTEN, DROPOUT = 10, 0.1  # more epochs than this make `--dropout auto` drop this fraction
 FEW_STEPS = 300  # a run that starts from weights has at least these, and another one gets a hint if it has fewer
 LONG_HOURS = 24
 

@@ -74,6 +74,17 @@ def test_learning(benchmark, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_finetuning(benchmark, monkeypatch):
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    sizes = ("--base-steps", "1", "--steps", "12", "--towns", "5", "--batch-size", "2", "--seq-len", "96")
+    done = benchmark("finetuning.py", *sizes, "--trials", "1", "--threads", "1")
+    found = rows(done, "program", "loss", "peak_memory")
+    assert [name for name, _, _ in found] == ["mlx-gpt, adapters", "mlx-gpt, all weights", "mlx-lm, adapters"]
+    before = done.result["shapes"]["qwen3"]["loss_before"]
+    assert all(loss["median"] < before for _, loss, _ in found)
+    assert found[0][2] < found[1][2]
+
+
 def test_the_minutes_to_a_result_lie_between_two_evaluations():
     points = ((0, 4.0), (1, 2.0), (3, 1.0))
     curve = [{"minutes": float(minutes), "bits_per_byte": bits} for minutes, bits in points]

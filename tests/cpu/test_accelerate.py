@@ -65,6 +65,41 @@ def test_a_twin_computes_the_same(make, training):
     np.testing.assert_allclose(twin(x_btc), plain(x_btc), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("bias", [True, False], ids=["with bias", "without"])
+def test_products_with_packed_weights_and_their_gradients_are_the_same(rows, bias):
+    def make():
+        mx.random.seed(0)
+        return nn.QuantizedLinear.from_linear(nn.Linear(64, 48, bias=bias), 32, 4)
+
+    x, cotangent = mx.random.normal((rows, 64), key=mx.random.key(0)), mx.random.normal((rows, 48))
+    (plain, dx), (twin, dx_too) = (mx.vjp(layer, [x], [cotangent]) for layer in two(make))
+    np.testing.assert_allclose(twin[0], plain[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx_too[0], dx[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_packed_embedding_is_the_same_head(rows):
+    table = nn.Embedding(48, 64)
+    plain, twin = two(lambda: nn.QuantizedEmbedding.from_embedding(table, 32, 4))
+    x = mx.random.normal((rows, 64), key=mx.random.key(0))
+    np.testing.assert_allclose(twin.as_linear(x), plain.as_linear(x), rtol=1e-5, atol=1e-5)
+    assert mx.array_equal(twin(mx.arange(9)), plain(mx.arange(9)))
+
+
+def test_training_keeps_no_unpacked_weight():
+    """Only the one that a product needs; a stack of layers would have all of them at once otherwise."""
+    layers = [nn.QuantizedLinear.from_linear(nn.Linear(256, 256, bias=False), 64, 4) for _ in range(12)]
+    network = nn.Sequential(*layers)
+    accelerate.accelerate(network)
+    x = mx.random.normal((8, 256))
+    mx.eval(network.parameters(), x)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.grad(lambda x: network(x).square().sum())(x))
+    assert mx.get_peak_memory() - before < 5 * 256 * 256 * 4
+
+
 def test_the_norm_of_many_rows_is_the_same():
     norm, twin = two(lambda: nn.RMSNorm(32))
     x_btc = mx.random.normal((4, 100, 32), key=mx.random.key(0))

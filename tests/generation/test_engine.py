@@ -68,6 +68,19 @@ class Script(nn.Module):
         return x_btv
 
 
+def test_penalties_let_an_answer_end(byte_tokenizer):
+    end = byte_tokenizer.backend.token_to_id("<|im_end|>")
+    model: Any = Script(byte_tokenizer, [*b"abc", end])
+    engine = Engine(model, byte_tokenizer)
+    config = GenerationConfig(
+        temperature=0, max_tokens=9, repetition_penalty=2.0, presence_penalty=2.0, frequency_penalty=2.0
+    )
+    engine.add(Request([end, end], config))
+    pieces = [piece for _, piece in run(engine)]
+    assert "".join(piece.text for piece in pieces) == "bc"
+    assert pieces[-1].reason == "end"
+
+
 @pytest.fixture
 def say(byte_tokenizer):
     """The pieces of a text that a model says byte by byte after a prompt of one."""

@@ -93,6 +93,13 @@ def test_a_head_under_an_unknown_name_is_refused(make_model):
         grow_vocabulary(Odd(make_model().args), [300, 301], seed=0)
 
 
+def test_a_quantised_embedding_is_refused(make_model):
+    model = make_model(model_type="qwen3", tie_embeddings=False)
+    nn.quantize(model, 32, 4, class_predicate=lambda name, layer: name.endswith("embed_tokens"))
+    with pytest.raises(UserError, match=r"The weights are quantised, so .* before it was quantised"):
+        grow_vocabulary(model, [300, 301], seed=0)
+
+
 @pytest.fixture
 def directory(tmp_path, make_model, foreign):
     """A directory of a model whose tokenizer, from elsewhere, was given ChatML."""
