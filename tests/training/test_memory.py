@@ -235,9 +235,10 @@ def test_an_automatic_batch_is_timed_with_its_own_micro_steps(corpus, tmp_path, 
 
 
 @pytest.mark.parametrize(("epochs", "dropout"), [(10, 0.0), (12, 0.1)])
-def test_a_text_that_is_read_often_is_trained_on_with_dropout(train, epochs, dropout):
+def test_a_text_that_is_read_often_is_trained_on_with_dropout(train, tmp_path, monkeypatch, epochs, dropout):
+    monkeypatch.chdir(tmp_path)
     often = {"dropout": "auto", "max_epochs": epochs, "max_steps": None}
-    started = train("run", **often, stop_after=1, overwrite=True)
+    started = train("run", **often, stop_after=1)
     assert run_folder.read_settings(Path("run"))["dropout"] == dropout
     assert any(line.split() == ["Dropout", "0.1"] for line in started.lines) == (dropout > 0)
     resumed = train("run", resume="run", dropout="auto", stop_after=1)
