@@ -34,9 +34,11 @@ def make_model(
     """
     if not weights:
         shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        return models.init_weights(
+        fresh = models.init_weights(
             models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
         )
+        _follow_rank_0(fresh, ranks)  # which may resume
+        return fresh
     model = load_model(base, dtype=None) if base else load_model(weights)
     if not base and quantized.is_quantized(model):
         raise UserError(f"The weights in {weights} are quantised, so only adapters can be trained: add --lora-rank 8.")

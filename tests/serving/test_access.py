@@ -269,7 +269,7 @@ def test_the_log_has_a_line_per_request_and_no_prompt(folders, caplog):
 
 def test_metrics_count_requests_and_tokens(folders):
     with served(folders / "plain") as url:
-        post(url, BODY | {"logit_bias": {"0": -100}})
+        post(url, BODY | {"logit_bias": {"0": -100, "2": -100}})
         post(url, {"prompt": 1})
         metrics = httpx.get(f"{url}/metrics").text
     assert 'mlx_gpt_requests_total{path="/v1/completions",status="200"} 1.0' in metrics
