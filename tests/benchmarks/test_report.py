@@ -33,6 +33,7 @@ def test_each_benchmark_has_a_section():
         "loop",
         "generation",
         "memory",
+        "finetuning",
         "data",
         "distributed",
         "serving",
