@@ -8,8 +8,9 @@ state, and no window is lost at the end of an epoch: its last windows share a ba
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import mlx.data as dx
 import numpy as np
@@ -36,45 +37,82 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
-class Windows(Protocol):
-    """A split as training and validation read it.
+class Windows(ABC):
+    """A split as training and validation read it, in batches.
+
+    A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target.
+
+    Args:
+        per_epoch: training windows in one pass.
+        count: validation windows.
 
     Attributes:
-        per_epoch: training windows in one pass.
         facts: lines for the plan of a run.
         warnings: lines about what is not read.
     """
 
-    per_epoch: int
-    facts: list[str]
-    warnings: list[str]
+    def __init__(self, per_epoch: int, count: int) -> None:
+        self.per_epoch, self._count = per_epoch, count
+        self.facts: list[str] = []
+        self.warnings: list[str] = []
+
+    @abstractmethod
+    def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return validation window `number` (seq_len + 1,) int32, and the weight (seq_len,) float32 of each target."""
+
+    @abstractmethod
+    def _order(self, seed: int, start: int) -> Iterator[Any]:
+        """Yield what `_drawn` and `_place` need for each training window without end, from window number `start` on."""
+
+    @abstractmethod
+    def _drawn(self, drawn: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return a training window and its weights, as `window` does."""
+
+    @abstractmethod
+    def _place(self, drawn: Any) -> int:
+        """Return the position of a training window in the text, in tokens."""
 
     def training(
         self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield batches of a shard without end, prefetched, from window number `start` on.
+        """Yield batches of a shard without end, prefetched, from window number `start` on."""
 
-        A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target.
-        """
-        ...
+        def samples() -> Iterator[dict[str, np.ndarray]]:
+            for number, drawn in enumerate(self._order(seed, start), start):
+                if shard.has(number):
+                    window, weights = self._drawn(drawn)
+                    yield {"window": window, "weights": weights}
+
+        # One prefetch thread keeps the order; several would not.
+        stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
+        for sample in stream:
+            yield sample["window"], sample["weights"]
 
     def places(self, seed: int, start: int, count: int) -> list[int]:
         """Return the position in the text, in tokens, of each window from number `start` to `start + count - 1`."""
-        ...
+        return [self._place(drawn) for drawn in itertools.islice(self._order(seed, start), count)]
 
     def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
         """Return how many windows of a shard `validation` reads."""
-        ...
+        return len(spread(self._count, limit, shard))
 
     def validation(
         self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield batches as in `training`, each window once, or `limit` windows that are spread evenly; 0 takes all."""
-        ...
+        """Yield each window of a shard once, or `limit` windows that are spread evenly; 0 takes all.
+
+        Empty windows, whose weights are 0, fill the last batch.
+        """
+        chosen = spread(self._count, limit, shard)
+        for first in range(0, len(chosen), batch_size):
+            rows = [self.window(number) for number in chosen[first : first + batch_size]]
+            missing = ((0, batch_size - len(rows)), (0, 0))
+            windows, weights = (np.pad(np.stack(arrays), missing) for arrays in zip(*rows, strict=True))
+            yield windows, weights
 
 
-class TextWindows:
-    """The `Windows` of a text.
+class TextWindows(Windows):
+    """The windows of a text. In validation, every token but the first is a target exactly once.
 
     Args:
         tokens: (tokens,) ids.
@@ -82,55 +120,18 @@ class TextWindows:
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
+        super().__init__(len(tokens) // seq_len, -(-(len(tokens) - 1) // seq_len))
         self._tokens, self._seq_len = tokens, seq_len
-        self.per_epoch = len(tokens) // seq_len
-        self.facts: list[str] = []
-        self.warnings: list[str] = []
 
-    def training(
-        self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield batches in which each target has weight 1."""
+    def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a validation window; padding after the end of the text has weight 0."""
+        window, weights = np.zeros(self._seq_len + 1, np.int32), np.zeros(self._seq_len, np.float32)
+        tokens = self._tokens[number * self._seq_len : (number + 1) * self._seq_len + 1]
+        window[: len(tokens)] = tokens
+        weights[: len(tokens) - 1] = 1
+        return window, weights
 
-        def samples() -> Iterator[dict[str, np.ndarray]]:
-            for number, begin in enumerate(self._beginnings(seed, start), start):
-                if shard.has(number):
-                    places = np.arange(begin, begin + self._seq_len + 1) % len(self._tokens)
-                    yield {"window": self._tokens[places].astype(np.int32)}
-
-        weights = np.ones((batch_size, self._seq_len), np.float32)
-        # One prefetch thread keeps the order; several would not.
-        stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
-        for sample in stream:
-            yield sample["window"], weights
-
-    def places(self, seed: int, start: int, count: int) -> list[int]:
-        """Return where windows begin."""
-        return list(itertools.islice(self._beginnings(seed, start), count))
-
-    def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
-        """Return the number of validation windows of a shard."""
-        return len(self._validation_windows(limit, shard))
-
-    def validation(
-        self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield every token but the first exactly once as a target; padding after the end of the text has weight 0."""
-        chosen = self._validation_windows(limit, shard)
-        for first in range(0, len(chosen), batch_size):
-            windows = np.zeros((batch_size, self._seq_len + 1), np.int32)
-            weights = np.zeros((batch_size, self._seq_len), np.float32)
-            for row, index in enumerate(chosen[first : first + batch_size]):
-                window = self._tokens[index * self._seq_len : (index + 1) * self._seq_len + 1]
-                windows[row, : len(window)] = window
-                weights[row, : len(window) - 1] = 1
-            yield windows, weights
-
-    def _validation_windows(self, limit: int, shard: Shard) -> np.ndarray:
-        return spread(-(-(len(self._tokens) - 1) // self._seq_len), limit, shard)
-
-    def _beginnings(self, seed: int, start: int) -> Iterator[int]:
-        """Yield the position of each window in the text, from window number `start` on."""
+    def _order(self, seed: int, start: int) -> Iterator[int]:
         epoch, first = divmod(start, self.per_epoch)
         while True:
             generator = generator_of(seed, epoch)
@@ -138,6 +139,13 @@ class TextWindows:
             for index in generator.permutation(self.per_epoch)[first:]:
                 yield offset + int(index) * self._seq_len
             epoch, first = epoch + 1, 0
+
+    def _drawn(self, drawn: int) -> tuple[np.ndarray, np.ndarray]:
+        places = np.arange(drawn, drawn + self._seq_len + 1) % len(self._tokens)
+        return self._tokens[places].astype(np.int32), np.ones(self._seq_len, np.float32)
+
+    def _place(self, drawn: int) -> int:
+        return drawn
 
 
 def spread(count: int, limit: int = 0, shard: Shard = WHOLE) -> np.ndarray:

@@ -8,10 +8,9 @@ conversations in each of them anew: a question that is asked first in a conversa
 import bisect
 from collections.abc import Iterator, Sequence
 
-import mlx.data as dx
 import numpy as np
 
-from mlx_gpt.data.batches import PREFETCH_BATCHES, WHOLE, Shard, generator_of, spread
+from mlx_gpt.data.batches import Windows, generator_of
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
@@ -20,16 +19,11 @@ from mlx_gpt.seeds import seed_from
 SCANNED = 2**24  # tokens at a time
 
 
-class PackedWindows:
-    """Windows of whole conversations.
+class PackedWindows(Windows):
+    """Windows of whole conversations, each of which validation reads once.
 
     A conversation that is longer than a window is cut after the last answer that fits, so that its beginning stays. One
     whose first answer does not fit is left out.
-
-    Attributes:
-        per_epoch: the number of windows.
-        facts: a line for the plan of a run.
-        warnings: lines about conversations that were cut or left out.
 
     Args:
         marked: (tokens,) uint32, as `tokenize_conversations` makes them.
@@ -56,7 +50,11 @@ class PackedWindows:
         kept = ends > begins
         if not kept.any():
             raise UserError(_nothing_fits(marked, begins, name, context))
-        count, self.warnings = len(begins), list[str]()
+        self._begins, self._ends = begins[kept], ends[kept]
+        lengths = self._ends - self._begins
+        self._windows = best_fit(lengths, self._length, seed)
+        super().__init__(len(self._windows), len(self._windows))
+        count = len(begins)
         if shortened:
             self.warnings.append(
                 f"WARNING: {shortened:,} of the {count:,} {name} conversations are longer than a window of {seq_len} "
@@ -67,72 +65,35 @@ class PackedWindows:
                 f"WARNING: left out {left_out:,} of {count:,} {name} conversations, whose first answer does not fit "
                 f"into a window of {seq_len} tokens: raise --seq-len."
             )
-        self._begins, self._ends = begins[kept], ends[kept]
-        lengths = self._ends - self._begins
-        self._windows = best_fit(lengths, self._length, seed)
-        self.per_epoch = len(self._windows)
         padding = 1 - lengths.sum() / (self.per_epoch * self._length)
-        self.facts = [
+        self.facts.append(
             f"{len(lengths):,} conversations packed into {self.per_epoch:,} windows, {padding:.1%} of which is padding"
-        ]
+        )
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a window (seq_len + 1,) int32, and the weights (seq_len,) float32 of all its tokens but the first."""
-        return self._filled(self._windows[number])
+        """Return a window; its conversations are in the order in which they were packed."""
+        return self._drawn(self._windows[number])
 
-    def _filled(self, conversations: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _order(self, seed: int, start: int) -> Iterator[list[int]]:
+        """Yield the conversations of each window in order."""
+        epoch, first = divmod(start, self.per_epoch)
+        while True:
+            for index in generator_of(seed, epoch).permutation(self.per_epoch)[first:].tolist():
+                yield generator_of(seed_from(seed, epoch), index).permutation(self._windows[index]).tolist()
+            epoch, first = epoch + 1, 0
+
+    def _drawn(self, drawn: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         window, weights = np.zeros(self._length, np.int32), np.zeros(self._length, np.float32)
         start = 0
-        for i in conversations:
+        for i in drawn:
             part = self._marked[self._begins[i] : self._ends[i]]
             window[start : start + len(part)] = part & ID
             weights[start : start + len(part)] = (part & COUNTS) > 0
             start += len(part)
         return window, weights[1:]
 
-    def training(
-        self, batch_size: int, seed: int, start: int = 0, shard: Shard = WHOLE
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield batches of windows with their weights; as `batches.TextWindows`."""
-
-        def samples() -> Iterator[dict[str, np.ndarray]]:
-            for number, conversations in enumerate(self._order(seed, start), start):
-                if shard.has(number):
-                    window, weights = self._filled(conversations)
-                    yield {"window": window, "weights": weights}
-
-        stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
-        for sample in stream:
-            yield sample["window"], sample["weights"]
-
-    def places(self, seed: int, start: int, count: int) -> list[int]:
-        """Return the position in the tokens of the first conversation of each window."""
-        chosen = zip(self._order(seed, start), range(count), strict=False)
-        return [int(self._begins[conversations[0]]) for conversations, _ in chosen]
-
-    def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
-        """Return the number of validation windows of a shard."""
-        return len(spread(self.per_epoch, limit, shard))
-
-    def validation(
-        self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield every conversation once, or those of `limit` windows; as `batches.TextWindows`."""
-        chosen = spread(self.per_epoch, limit, shard)
-        for first in range(0, len(chosen), batch_size):
-            windows = np.zeros((batch_size, self._length), np.int32)
-            weights = np.zeros((batch_size, self._length - 1), np.float32)
-            for row, number in enumerate(chosen[first : first + batch_size]):
-                windows[row], weights[row] = self.window(number)
-            yield windows, weights
-
-    def _order(self, seed: int, start: int) -> Iterator[list[int]]:
-        """Yield the conversations of each window in order, from window number `start` on."""
-        epoch, first = divmod(start, self.per_epoch)
-        while True:
-            for index in generator_of(seed, epoch).permutation(self.per_epoch)[first:].tolist():
-                yield generator_of(seed_from(seed, epoch), index).permutation(self._windows[index]).tolist()
-            epoch, first = epoch + 1, 0
+    def _place(self, drawn: Sequence[int]) -> int:
+        return int(self._begins[drawn[0]])
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[list[int]]:
