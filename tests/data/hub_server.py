@@ -4,26 +4,27 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+from tests.data.loopback import FakeHandler, FakeServer
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 LARGE = (".parquet", ".safetensors", ".bin", ".jsonl")  # the Hub keeps these on another host, and lists their SHA-256
 
 
 @dataclass
-class FakeHub:
+class FakeHub(FakeServer):
     """A server whose answers a test sets, before a download or between two.
 
     It is two servers: one for the API and small files, and one for large files, to which the first one redirects.
     """
 
+    ports = 2
     files: dict[str, bytes] = field(default_factory=dict)  # of the only repository, owner/name
     commit: str = COMMIT
     card: dict[str, object] = field(default_factory=dict)  # what is at the head of README.md
@@ -38,28 +39,15 @@ class FakeHub:
     sized: bool = True  # whether a body has a Content-Length
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # path and headers of each request
 
-    def __enter__(self) -> "FakeHub":
-        self._released = threading.Event()
-        fake = self
+    @property
+    def url(self) -> str:
+        """The address of the API and of small files."""
+        return self.urls[0]
 
-        class Handler(_Handler):
-            hub = fake
-
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
-        for server in self._servers:
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._released.set()
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
-
-    def wait_until_closed(self) -> None:
-        self._released.wait(30)
+    @property
+    def storage(self) -> str:
+        """The address of large files."""
+        return self.urls[1]
 
     def fetched(self) -> list[str]:
         """The files whose bodies were asked for, each once, in order."""
@@ -67,62 +55,59 @@ class FakeHub:
         return list(dict.fromkeys(map(unquote, names)))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: FakeHub
+class _Handler(FakeHandler):
+    fake: FakeHub
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        hub, path = self.hub, urlsplit(self.path).path
+    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+        hub, path = self.fake, urlsplit(self.path).path
         hub.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
         if hub.hang and path.endswith(hub.hang):
             hub.wait_until_closed()
         elif hub.html and path.endswith(hub.html):
-            self._answer(200, b"<html>Please log in to the hotel's network</html>", {"Content-Type": "text/html"})
+            self.answer_with_web_page()
         elif wrong := next((answer for end, answer in hub.status.items() if path.endswith(end)), None):
-            self._answer(wrong[0], b"{}", {"X-Error-Code": wrong[1]} if wrong[1] else {})
+            self.answer(wrong[0], b"{}", {"X-Error-Code": wrong[1]} if wrong[1] else {})
         elif path.startswith("/storage/"):
             self._send_body(hub.files[unquote(path.removeprefix("/storage/"))])
         elif "/owner/name" not in path:
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif "/tree/" in path:
             self._answer_list()
         elif "/resolve/" in path:
             self._answer_file(unquote(path.partition(f"/resolve/{hub.commit}/")[2]))
         elif "/revision/" in path and not path.endswith(("/main", f"/{hub.commit}")):
-            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         else:
             about = {"id": "owner/name", "sha": hub.commit, "cardData": hub.card, "siblings": []}
-            self._answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+            self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
     def _answer_list(self) -> None:
-        hub, (_, _, path, query, _) = self.hub, urlsplit(self.path)
+        hub, (_, _, path, query, _) = self.fake, urlsplit(self.path)
         entries = [self._entry(name, content) for name, content in hub.files.items()]
         start = int(query.partition("cursor=")[2] or 0)
         headers = {"Content-Type": "application/json"}
         if start + hub.per_page < len(entries):
             following = f"{hub.url}{path}?recursive=true&cursor={start + hub.per_page}"
             headers["Link"] = f'<{following}>; rel="next"'
-        self._answer(200, json.dumps(entries[start : start + hub.per_page]).encode(), headers)
+        self.answer(200, json.dumps(entries[start : start + hub.per_page]).encode(), headers)
 
     def _entry(self, name: str, content: bytes) -> dict[str, object]:
         size = len(content)
         says: dict[str, object] = {"size": size}
         if name.endswith(LARGE):
-            says |= {"oid": hashlib.sha256(content).hexdigest()} | self.hub.listed.get(name, {})
+            says |= {"oid": hashlib.sha256(content).hexdigest()} | self.fake.listed.get(name, {})
             return {"type": "file", "path": name, "size": says["size"], "oid": "0" * 40, "lfs": says}
         says["oid"] = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
-        return {"type": "file", "path": name} | says | self.hub.listed.get(name, {})
+        return {"type": "file", "path": name} | says | self.fake.listed.get(name, {})
 
     def _answer_file(self, name: str) -> None:
         if name.endswith(LARGE):
-            self._answer(302, b"", {"Location": f"{self.hub.storage}/storage/{name}"})
+            self.answer(302, b"", {"Location": f"{self.fake.storage}/storage/{name}"})
         else:
-            self._send_body(self.hub.files[name])
+            self._send_body(self.fake.files[name])
 
     def _send_body(self, body: bytes) -> None:
-        hub = self.hub
+        hub = self.fake
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")) if hub.ranges else 0
         self.send_response(206 if start else 200)
         if hub.sized:
@@ -136,12 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body[start : start + hub.cuts.pop(0)] if hub.cuts else body[start:])
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+
+FakeHub.handler = _Handler
 
 
 @contextlib.contextmanager

@@ -4,14 +4,14 @@ import contextlib
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from tests.data.loopback import FakeHandler, FakeServer
 
 LOGIN = "/api/v1/security.OAuthService/IntrospectToken"
 DOWNLOAD = "/api/v1/datasets.DatasetApiService/DownloadDataset"
@@ -19,7 +19,7 @@ BLOB = "/blob.zip"
 
 
 @dataclass
-class FakeKaggle:
+class FakeKaggle(FakeServer):
     """A server whose answers a test sets, before a download or between two."""
 
     body: bytes = b""
@@ -32,49 +32,30 @@ class FakeKaggle:
     promised: int | None = None  # a Content-Length that is not the body's
     requests: list[tuple[str, dict[str, object]]] = field(default_factory=list)  # path and JSON body of each request
 
-    def __enter__(self) -> "FakeKaggle":
-        self._released = threading.Event()
-        fake = self
-
-        class Handler(_Handler):
-            kaggle = fake
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._released.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-    def wait_until_closed(self) -> None:
-        self._released.wait(30)
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.urls[0]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    kaggle: FakeKaggle
+class _Handler(FakeHandler):
+    fake: FakeKaggle
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 - the name that http.server calls
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self._misbehave(asked):
             return
         if self.path == LOGIN:
-            self._answer_json(200, {"active": self.kaggle.active, "username": "tester"})
+            self._answer_json(200, {"active": self.fake.active, "username": "tester"})
         elif self.path == DOWNLOAD:
-            self._answer(302, b"", {"Location": self.kaggle.url + BLOB})
+            self.answer(302, b"", {"Location": self.fake.url + BLOB})
         else:
             self._answer_json(404, {"code": 404, "message": "no such endpoint"})
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
         if self._misbehave({}):
             return
-        kaggle, body = self.kaggle, self.kaggle.body
+        kaggle, body = self.fake, self.fake.body
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(kaggle.promised or len(body) - start))
@@ -95,12 +76,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start:])
 
     def _misbehave(self, asked: dict[str, object]) -> bool:
-        kaggle = self.kaggle
+        kaggle = self.fake
         kaggle.requests.append((self.path, asked))
         if self.path == kaggle.hang:
             kaggle.wait_until_closed()
         elif self.path == kaggle.html:
-            self._answer(200, b"<html>Please log in to the hotel's network</html>", {"Content-Type": "text/html"})
+            self.answer_with_web_page()
         elif status := kaggle.status.get(self.path):
             self._answer_json(status, {"code": status, "message": "as the test wants it"})
         else:
@@ -108,14 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _answer_json(self, status: int, content: dict[str, object]) -> None:
-        self._answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+
+FakeKaggle.handler = _Handler
 
 
 def forget_client() -> None:

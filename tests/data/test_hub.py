@@ -1,5 +1,6 @@
 """Downloads from a Hub work, continue, and fail in one sentence: the real client against a local server."""
 
+import functools
 import os
 import shutil
 import signal
@@ -35,11 +36,7 @@ OTHER = "f" * 40  # another commit
 Arrange = Callable[[FakeHub, pytest.MonkeyPatch], None]
 
 
-def refused(action: Callable[[], object]) -> str:
-    """Run an action that must raise `UserError`, and return its sentence, which must not have the token in it."""
-    sentence = zips.refused(action)
-    assert SECRET not in sentence
-    return sentence
+refused = functools.partial(zips.refused, secret=SECRET)
 
 
 @pytest.fixture

@@ -49,11 +49,12 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def refused(action: Callable[[], object]) -> str:
-    """Run an action that must raise `UserError`, and return its sentence, which must be one line."""
+def refused(action: Callable[[], object], secret: str = "") -> str:
+    """Run an action that must raise `UserError`, and return its sentence: one line, without the `secret`."""
     with pytest.raises(UserError) as caught:
         action()
     sentence = str(caught.value)
     assert "\n" not in sentence
+    assert not secret or secret not in sentence
     assert sentence.endswith((".", "zip"))
     return sentence
