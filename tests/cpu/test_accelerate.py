@@ -116,6 +116,13 @@ def test_other_precisions_and_masks_are_computed_as_before():
     half = x_btc.astype(mx.bfloat16)
     assert mx.array_equal(twin(half, "causal"), plain(half, "causal"))
 
+    for make in (lambda: nn.QuantizedLinear(32, 48, True, 32, 4), lambda: nn.QuantizedEmbedding(48, 32, 32, 4)):
+        plain, twin = two(make)
+        for layer in (plain, twin):
+            layer.set_dtype(mx.bfloat16)
+        compute, compute_twin = (getattr(layer, "as_linear", layer) for layer in (plain, twin))
+        assert mx.array_equal(compute_twin(half), compute(half))
+
     attention, attention_twin = two(lambda: ScaledDotProductAttention(8))
     q, k, v = mx.random.normal((3, 2, 4, 12, 8), key=mx.random.key(1))
     mask = mx.random.bernoulli(0.5, (2, 1, 12, 12), key=mx.random.key(2)) | (mx.arange(12) == 0)

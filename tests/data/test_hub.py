@@ -254,6 +254,7 @@ def test_files_are_on_the_disk_before_they_are_marked_as_complete(
     download("hf:owner/name", folder)
     assert flushed[0] == "train.jsonl"
     assert flushed[1].startswith("..complete")
+    assert flushed[-1] == "owner"  # the folder that has the new name
 
 
 # ---- connections that break -----------------------------------------------------------------------------------------

@@ -81,6 +81,14 @@ def test_penalties_let_an_answer_end(byte_tokenizer):
     assert pieces[-1].reason == "end"
 
 
+def test_penalties_count_ends_that_end_nothing(byte_tokenizer):
+    end = byte_tokenizer.backend.token_to_id("<|im_end|>")
+    model: Any = Script(byte_tokenizer, [*b"abc", end])
+    said = tokens(model, byte_tokenizer, [end, end], max_tokens=3, presence_penalty=2.0, **GREEDY)
+    assert said[:2] == list(b"bc")
+    assert said[2] != end
+
+
 @pytest.fixture
 def say(byte_tokenizer):
     """The pieces of a text that a model says byte by byte after a prompt of one."""

@@ -100,6 +100,14 @@ def test_a_quantised_embedding_is_refused(make_model):
         grow_vocabulary(model, [300, 301], seed=0)
 
 
+def test_a_plain_embedding_beside_quantised_layers_grows(make_model, ids):
+    model = make_model(model_type="qwen3")
+    nn.quantize(model, 32, 4, class_predicate=lambda name, layer: ".layers." in name and isinstance(layer, nn.Linear))
+    before = np.array(model(mx.array(ids)))
+    grow_vocabulary(model, [300, 301], seed=0)
+    assert np.array_equal(np.array(model(mx.array(ids)))[..., :300], before)
+
+
 @pytest.fixture
 def directory(tmp_path, make_model, foreign):
     """A directory of a model whose tokenizer, from elsewhere, was given ChatML."""

@@ -30,6 +30,7 @@ from mlx_gpt.models.directory import save_model
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.serving.models import load_models
 from mlx_gpt.tokenizer import Tokenizer
+from mlx_gpt.tokenizer_training import END_OF_TURN, START_OF_TURN
 from mlx_gpt.training import checkpoint
 
 from .conftest import refusal
@@ -147,6 +148,23 @@ def test_adapters_beside_a_vocabulary_that_grew_are_resumed_and_open_everywhere(
     newest = checkpoint.all_checkpoints(Path("half"))[-1]
     ids = mx.array([[1, 2, foreign.vocab_size]])
     assert mx.allclose(load(newest)[0](ids), load("half/final")[0](ids), atol=1e-4)
+
+
+def test_tokens_for_turns_that_have_learned_nothing_are_trained_beside_adapters(learn, make_model):
+    """The vocabulary of many a base has them, without a template that uses them."""
+    backend = Tokenizer.of_bytes().backend
+    backend.add_special_tokens([START_OF_TURN, END_OF_TURN])
+    tokenizer = Tokenizer(backend, backend.token_to_id("<|endoftext|>"))
+    save_model(Path("base"), make_model(vocab_size=tokenizer.vocab_size, n_positions=96), tokenizer)
+    options = {"init_from": "base", "max_steps": 4, "lora_rank": 4}
+    learn("whole", **options)
+    learn("half", stop_after=2, **options)
+    learn("half", resume="half", **options)
+    before, after = (load_file(f"{folder}/model.safetensors")["wte.weight"] for folder in ("base", "whole/final"))
+    end = backend.token_to_id(END_OF_TURN)
+    assert before.shape == after.shape
+    assert not np.allclose(before[end], after[end], atol=1e-3)
+    assert Path("half/final/model.safetensors").read_bytes() == Path("whole/final/model.safetensors").read_bytes()
 
 
 def test_the_validation_loss_is_the_mean_over_the_answers(make_model, talks, learn):

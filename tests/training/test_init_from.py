@@ -81,6 +81,18 @@ def test_a_size_that_is_not_that_of_the_weights_is_refused(train, whole, name, v
         train("run", init_from=str(whole.folder), **{name: value})
 
 
+def test_a_run_from_weights_takes_small_steps_and_enough_of_them(train, whole, sentences):
+    """A text of a few windows, of which ten epochs would be a handful of steps."""
+    Path("text").mkdir()
+    for split in ("train", "val"):
+        Path(f"text/{split}.txt").write_text("".join(sentences[:10]), encoding="utf-8")
+    planned = train("run", only={"data": "text", "out": "run", "init_from": str(whole.folder)}, dry_run=True)
+    assert any(line.startswith("Steps        300, each of 128 tokens ") for line in planned.lines)
+    assert not any("Hint" in line for line in planned.lines)
+    fresh = train("run", data="text", max_steps=None, dry_run=True)
+    assert any("(10.0 epochs)" in line for line in fresh.lines)
+
+
 def test_another_start_is_refused_on_a_resume(train, whole, qwen3):
     train("run", init_from=str(whole.folder), stop_after=1)
     with pytest.raises(UserError, match=r"`init_from` was .* when run began and can't become"):

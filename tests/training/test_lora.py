@@ -51,6 +51,17 @@ def test_two_halves_with_dropout_are_the_whole(tune):
     assert Path("final/adapters/adapters.safetensors") in halves
 
 
+def test_automatic_dropout_leaves_the_adapters_their_own(tune):
+    """However often the text is read."""
+    options = {"max_epochs": 12, "max_steps": None, "stop_after": 2}
+    for run, dropout in (("auto", "auto"), ("told", 0.0)):
+        tune(run, dropout=dropout, **options)
+        tune(run, dropout=dropout, resume=run, **options)
+    auto, told = (checkpoint.all_checkpoints(Path(run))[-1] for run in ("auto", "told"))
+    assert checkpoint.step_of(auto) == 4
+    assert weights_in(auto) == weights_in(told)
+
+
 def test_a_checkpoint_has_the_adapters_and_no_base(tune, whole):
     tune("run", max_steps=1)
     [saved] = checkpoint.all_checkpoints(Path("run"))

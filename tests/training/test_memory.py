@@ -12,9 +12,10 @@ from mlx_gpt import models
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.device import GIB, Device, device
 from mlx_gpt.errors import UserError
+from mlx_gpt.models.base import has_dropout
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.settings import resolve
-from mlx_gpt.training import loop, memory, run_folder
+from mlx_gpt.training import checkpoint, loop, memory, run_folder
 from mlx_gpt.training.memory import Estimate, Line, Trial
 from mlx_gpt.training.plan import HEADROOM, duration, in_words
 from tests.training.conftest import TINY, Silent
@@ -241,5 +242,23 @@ def test_a_text_that_is_read_often_is_trained_on_with_dropout(train, tmp_path, m
     started = train("run", **often, stop_after=1)
     assert run_folder.read_settings(Path("run"))["dropout"] == dropout
     assert any(line.split() == ["Dropout", "0.1"] for line in started.lines) == (dropout > 0)
+    train("told", **often | {"dropout": dropout}, stop_after=1)
+    stopped = [checkpoint.all_checkpoints(Path(run))[-1] / "model.safetensors" for run in ("run", "told")]
+    assert stopped[0].read_bytes() == stopped[1].read_bytes()
     resumed = train("run", resume="run", dropout="auto", stop_after=1)
     assert resumed.step == 2
+
+
+def test_dropout_that_may_be_needed_is_measured(train, tmp_path, monkeypatch):
+    """It takes time, and the time may decide how often the text is read."""
+    monkeypatch.chdir(tmp_path)
+    measured = []
+
+    def measure(run, make_step, training):
+        measured.append(has_dropout(run.model))
+        return Line((Trial(1, 1, 1, 0, 0.01), Trial(2, 2, 2, 0, 0.01)))
+
+    monkeypatch.setattr(memory, "measure", measure)
+    for dropout in ("auto", 0.0):
+        train("run", dropout=dropout, dry_run=True)
+    assert measured == [True, False]
