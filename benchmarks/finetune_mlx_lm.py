@@ -49,7 +49,7 @@ class FineTuning:
         return {}
 
     def train(self, out: str, steps: int, warm_up: int) -> dict[str, Any]:
-        """Make `steps` steps, of which the clock leaves out the first `warm_up`, and fuse the result into `out`."""
+        """Make `steps` steps, and fuse the result into `out`. The clock does not count the first `warm_up` steps."""
         import mlx.core as mx
         from mlx.utils import tree_unflatten
         from mlx_lm.tuner.callbacks import TrainingCallback

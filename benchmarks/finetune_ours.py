@@ -1,4 +1,4 @@
-"""Fine-tuning by `mlx-gpt train --from`, timed after its first steps; and what a comparison needs besides."""
+"""Fine-tuning by `mlx-gpt train --from`, timed after its first steps, and helpers for the comparison with mlx-lm."""
 
 import json
 import time
@@ -29,7 +29,7 @@ class FineTuning:
         return {"folder": str(folder.resolve())}
 
     def pack(self, base: str, data: str, seq_len: int) -> dict[str, int]:
-        """Return how many tokens the training conversations have, and into how many windows they are packed."""
+        """Return the number of tokens in the training conversations, and the number of windows that they fill."""
         tokens, windows, _ = self._encode(base, data, seq_len)
         return {"tokens": len(tokens.train), "windows": windows.per_epoch}
 
@@ -60,7 +60,7 @@ class FineTuning:
         return found | {"folder": str((outcome.folder / "final").resolve())}
 
     def loss(self, folder: str, base: str, data: str, seq_len: int) -> float:
-        """Return the loss of a model directory per token of the answers on the validation side, in nats."""
+        """Return the validation loss of a model directory, in nats per token of the answers."""
         from mlx_gpt.evaluation import Evaluator
         from mlx_gpt.models.directory import load_model, read_tokenizer
 

@@ -1,4 +1,4 @@
-"""Measures how fast mlx-gpt fine-tunes on conversations and what the result is worth, compared with mlx-lm.
+"""Measures how fast mlx-gpt fine-tunes on conversations and how good the result is, compared with mlx-lm.
 
     python benchmarks/finetuning.py
 
@@ -66,7 +66,7 @@ def main(
     trials: int,
     json_file: str | None,
 ) -> None:
-    """Fine-tune one model on conversations in three ways, in turns."""
+    """Fine-tune one model on conversations in three ways that take turns."""
     result = facts.begin("finetuning", steps=steps, rank=rank, threads=threads, trials=trials)
     names = [OURS, ALL, MLX_LM]
     try:
