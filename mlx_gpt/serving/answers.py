@@ -233,7 +233,7 @@ class ChatAnswer(Answer):
         return ChatLogprobs(content=content, refusal=None)
 
     def _token(self, id: int, logprob: float | None, text: str | None = None) -> dict[str, Any]:
-        """Describe a token of the answer, which adds `text`, or another one in its place."""
+        """Describe a token of the answer, to which it adds `text`, or another token in its place."""
         # The bytes of an answer's tokens add up to its text. Tokens without bytes of their own add what depends on
         # those before, such as a space.
         known = text is None or self._tokenizer.token_bytes is not None

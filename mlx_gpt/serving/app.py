@@ -179,7 +179,7 @@ async def show_page() -> HTMLResponse:
 @open_to_all.get(page.PATH + "{name}", include_in_schema=False)
 async def show_file(name: str) -> Response:
     """A file that the page loads."""
-    if name not in page.FILES or name == page.INDEX:  # which only `show_page` sends, with its policy
+    if name not in page.FILES or name == page.INDEX:  # only `show_page` sends this one, with its policy
         raise APIError(404, "The page has no such file.")
     content, kind = page.FILES[name]
     return Response(content, media_type=kind)

@@ -78,7 +78,7 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
     begun = ""
     if body.continue_final_message:
         if messages[-1]["role"] != "assistant":
-            message = "`continue_final_message` needs a last message of the assistant: add it, or leave this out."
+            message = "`continue_final_message` needs a last message from the assistant: add one, or leave this out."
             raise APIError(400, message, "continue_final_message")
         begun = messages.pop()["content"]
     try:
@@ -89,7 +89,7 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
     tokens = body.max_completion_tokens or body.max_tokens
     if tokens:
         _check_max_tokens(tokens, max_tokens)
-    # Beyond the end of the context the engine would drop the older half of it, and the system message with it.
+    # Beyond the end of the context, the engine would drop its older half, and the system message with that.
     tokens = min(tokens or max_tokens, max(1, model.n_positions - len(ids)))
     config = body.generation_config(tokens, max_texts)
     alternatives = (body.top_logprobs or 0) if body.logprobs else None
@@ -110,7 +110,7 @@ def _check_ids(ids: Sequence[int], model: ServedModel, param: str = "prompt") ->
     """Check the ids of a prompt or of a conversation, and return them.
 
     Raises:
-        APIError: there are none, too many, or ids that are not in the vocabulary.
+        APIError: there are no ids, too many, or ids that are not in the vocabulary.
     """
     what, remedy = {
         "prompt": ("prompt", "shorten it"),

@@ -214,7 +214,7 @@ class ChatRequest(TextRequest):
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     continue_final_message: bool | None = Field(
-        None, description="Continue the last message, the assistant's, instead of answering it. OpenAI lacks this."
+        None, description="Continue the assistant's last message instead of answering it. OpenAI's API lacks this."
     )
     max_tokens: int | None = Field(
         None, ge=1, lt=2**31, description="Highest number of new tokens. Default: what the context holds."

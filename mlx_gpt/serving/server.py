@@ -38,7 +38,7 @@ def serve(paths: Sequence[Path], config: ServeConfig, say: Callable[[str], None]
 
 
 def check(config: ServeConfig) -> None:
-    """Check what can be checked before the models are loaded, or fetched.
+    """Check the settings that can be checked before the models are loaded or fetched.
 
     Raises:
         UserError: anyone could use the server without a key, or an origin is misspelt.

@@ -224,7 +224,7 @@ def test_an_answer_can_be_sent_back_with_the_next_question(client):
 
 def test_an_answer_can_be_continued(client):
     asked = {"model": "chatty", "max_tokens": 6, **GREEDY}
-    for question in string.ascii_letters:  # until the model, which is untrained, begins with whole characters
+    for question in string.ascii_letters:  # until the untrained model begins with whole characters
         messages: list[Any] = [{"role": "user", "content": question}]
         whole = client.chat.completions.create(messages=messages, logprobs=True, **asked).choices[0]
         begun = b"".join(bytes(token.bytes) for token in whole.logprobs.content[:3]).decode(errors="replace")
@@ -234,7 +234,7 @@ def test_an_answer_can_be_continued(client):
     messages.append({"role": "assistant", "content": begun})
     rest = client.chat.completions.create(messages=messages, extra_body={"continue_final_message": True}, **asked)
     assert (begun + rest.choices[0].message.content).startswith(whole.message.content)
-    with pytest.raises(openai.BadRequestError, match="needs a last message of the assistant"):
+    with pytest.raises(openai.BadRequestError, match="needs a last message from the assistant"):
         client.chat.completions.create(messages=messages[:1], extra_body={"continue_final_message": True}, **asked)
 
 

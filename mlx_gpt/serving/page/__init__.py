@@ -1,8 +1,8 @@
-"""The page for people: its files, and the policy that lets a browser load nothing else."""
+"""The page for people: its files, and the policy that keeps a browser from loading anything else."""
 
 from importlib.resources import files
 
-PATH = "/page/"  # of the files that the page itself loads
+PATH = "/page/"  # the page loads its other files from here
 INDEX = "index.html"  # the page itself, which `/` sends with the policy
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 FILES = {

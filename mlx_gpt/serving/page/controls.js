@@ -1,4 +1,4 @@
-// What stands beside a text: the token that is looked at, the settings, and how the model was trained.
+// The controls beside a text: the token under the cursor, the settings, and the training of the model.
 
 import { ask } from "./api.js";
 import { curve } from "./curve.js";
@@ -13,8 +13,8 @@ const SETTINGS = [
   ["min_p", "Min-p", 0, 0, 1, 0.01, "Leave out tokens less likely than this fraction of the likeliest token's probability. 0 turns this off."],
   ["repetition_penalty", "Repetition penalty", 1.1, 1, 2, 0.01, "Above 1, tokens that are already in the text become rarer. 1 turns this off."],
 ];
-// Initial values that differ in a conversation: a penalty would make the words of the question rarer in the answer, and
-// an answer ends by itself.
+// Other initial values for conversations: a penalty would make the words of the question rarer in the answer, and the
+// length can be high because an answer ends by itself.
 const IN_CONVERSATION = { repetition_penalty: 1, max_tokens: 1000 };
 let numbered = 0;
 
@@ -34,7 +34,7 @@ export class Controls {
     this.values = {};
     this.fields = {};
     this.conversing = false;
-    this.kept = { ...IN_CONVERSATION };  // for the view that is not shown
+    this.kept = { ...IN_CONVERSATION };  // the values for the view that is hidden
     this.buildSettings(from);
     this.choose();
   }
@@ -76,7 +76,7 @@ export class Controls {
     this.settings.append(field("stop", "Stop at", this.ending, "End the text before this string, such as a full stop."));
   }
 
-  // The settings as the API takes them.
+  // The settings in the API's form.
   request() {
     const body = { model: this.model.value, ...this.values };
     if (this.seed.value) body.seed = Number(this.seed.value);
@@ -84,14 +84,14 @@ export class Controls {
     return body;
   }
 
-  // Whether all settings have allowed values. Points at one that does not.
+  // Whether all settings have allowed values. If not, the browser points at the first wrong one.
   valid() {
     const wrong = [...this.settings.querySelectorAll("input")].find(input => !input.checkValidity());
     wrong?.reportValidity();
     return !wrong;
   }
 
-  // Offer all models, or those that can converse. Each view has its own values of the settings that suit it.
+  // Offer all models, or only those that can converse. The settings in IN_CONVERSATION have a value for each view.
   offer(conversing) {
     if (conversing !== this.conversing) {
       this.conversing = conversing;
@@ -119,13 +119,13 @@ export class Controls {
     if (!this.run.hidden) this.run.querySelector(".curve").replaceChildren(curve(curves));
   }
 
-  // Show a token and what could have stood in its place. `take` gets the alternative that is clicked.
+  // Show a token and its alternatives. `take` is called with the alternative that is clicked.
   inspect(piece, take) {
     if (piece?.logprob === undefined) piece = undefined;
     if (piece === this.near) return;
     this.near?.span.classList.remove("near");
     this.near = piece;
-    if (!piece) return;  // the last token stays, so that the mouse can reach its alternatives
+    if (!piece) return;  // keep showing the last token, so that the mouse can reach its alternatives
     piece.span.classList.add("near");
     this.token.hidden = false;
     this.token.querySelector(".word").textContent = `${visible(piece.text)}  ${percent(piece.logprob)}`;

@@ -23,7 +23,7 @@ export class Conversation {
     this.message.oninput = () => { this.tree.message = this.message.value; grow(this.message); };
     onEnter(this.message, () => this.sendMessage());
     this.composer.onsubmit = event => { event.preventDefault(); this.sendMessage(); };
-    addEventListener("pagehide", () => this.tree.save());  // a message or an answer that is being written
+    addEventListener("pagehide", () => this.tree.save());  // keeps unsent messages and unfinished answers
     addEventListener("storage", event => { if (Tree.isKeptAt(event.key)) this.follow(); });
     this.load();
   }
@@ -47,7 +47,7 @@ export class Conversation {
     this.message.focus();
   }
 
-  // Show what another tab has added, unless this one is at work.
+  // Show the additions of another tab, unless this tab is at work.
   follow() {
     if (busy() || this.turns.querySelector(".editor")) return;
     const { value } = this.message;
@@ -60,7 +60,7 @@ export class Conversation {
     if (!this.tree.save()) this.say("The browser has no room to keep this conversation: save it before you leave.", true);
   }
 
-  // Prepare for being shown: take the controls, which both views share.
+  // Prepare to be shown: take the controls, which both views share.
   show() {
     this.root.append(this.controls.root);
     for (const area of this.root.querySelectorAll("textarea")) grow(area);
@@ -70,7 +70,7 @@ export class Conversation {
   // Put the page's cursor on the next message.
   focus() { this.message.focus(); }
 
-  // ---- what is shown
+  // ---- the display
 
   draw() {
     const { path } = this.tree;
@@ -183,20 +183,20 @@ export class Conversation {
     return make("div", { className: "editor" }, area, make("div", { className: "tools" }, ...buttons, button("Cancel", () => close(), "Esc")));
   }
 
-  // Put the page's cursor on the first of these buttons of a turn that can be pressed.
+  // Put the page's cursor on the first of these buttons of a turn that is enabled.
   focusOn(turn, ...names) {
     const article = this.texts.get(turn)?.parentNode;
     names.map(name => article?.querySelector(`button[name=${name}]:enabled`)).find(button => button)?.focus();
   }
 
   say(text, wrong = false) {
-    const follow = this.status.getBoundingClientRect().top < innerHeight;  // unless somebody has scrolled up to read
+    const follow = this.status.getBoundingClientRect().top < innerHeight;  // not if somebody has scrolled up to read
     this.status.textContent = text;
     this.status.classList.toggle("error", wrong);
     if (follow) this.status.scrollIntoView({ block: "nearest" });
   }
 
-  // ---- what a person does
+  // ---- the person's actions
 
   sendMessage() {
     if (busy() || !this.message.value.trim() || !this.controls.valid()) return;
@@ -214,7 +214,7 @@ export class Conversation {
     this.turns.children[this.tree.path.indexOf(turn) - 1].querySelector("textarea").focus({ preventScroll: true });
   }
 
-  // Put another token in the place of one, and continue from there, as another version of the answer.
+  // Replace a token by another, and continue from there, as another version of the answer.
   take(turn, piece, text) {
     const parent = this.tree.path[this.tree.path.indexOf(turn) - 1];
     if (busy() || !parent || !turn.pieces.includes(piece)) return;
@@ -233,9 +233,9 @@ export class Conversation {
     copyText(text).then(() => this.say(done), error => this.say(error.message, true));
   }
 
-  // ---- what the model does
+  // ---- the model's answers
 
-  // Answer a turn, beside the answers that it has.
+  // Add another answer to a turn.
   answer(parent) {
     if (busy() || !this.controls.valid()) return;
     const { chosen } = parent, turn = newTurn("assistant");
@@ -243,7 +243,7 @@ export class Conversation {
     this.write(turn, () => this.tree.remove(parent, turn, chosen));
   }
 
-  // Write an answer from where it ends. `remove` takes it away if nothing comes.
+  // Continue an answer at its end. `remove` is called if the model writes nothing.
   async write(turn, remove) {
     if (busy() || !this.controls.valid()) return;
     const body = {
@@ -282,7 +282,7 @@ export class Conversation {
   }
 }
 
-// Do something when Enter is pressed, but not with Shift, nor while an input method composes a character.
+// Do something when Enter is pressed without Shift, unless an input method is composing a character.
 function onEnter(area, act) {
   area.addEventListener("keydown", event => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

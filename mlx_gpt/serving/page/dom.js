@@ -1,4 +1,4 @@
-// Small helpers for what the browser shows.
+// Small helpers for the page's elements.
 
 export const make = (tag, properties = {}, ...children) => {
   const node = Object.assign(document.createElement(tag), properties);
@@ -9,13 +9,14 @@ export const make = (tag, properties = {}, ...children) => {
 // A copy of one of the page's templates.
 export const copyOf = id => document.getElementById(id).content.cloneNode(true).firstElementChild;
 
-// Let a text area be as high as its text.
+// Make a text area as high as its text.
 export function grow(area) {
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
 }
 
-// Browsers have a clipboard for pages of this machine or with TLS, and may ask the person first. The old way needs neither.
+// Copy a text. Browsers offer their clipboard only to pages from this machine or with TLS, and may ask the person
+// first. The old way, which follows it, has neither limit.
 export async function copyText(text) {
   try {
     return await navigator.clipboard.writeText(text);

@@ -1,4 +1,4 @@
-// Starts the page, and changes between its two views.
+// Starts the page, and switches between its two views.
 
 import { ask, stopAll } from "./api.js";
 import { Controls } from "./controls.js";

@@ -1,5 +1,5 @@
-// A text as a list of pieces: {text} for what a person wrote, and {text, logprob, others} for a token of the model.
-// `others` are the likeliest tokens in its place, each as [text, logprob].
+// A text as a list of pieces: {text} for a person's words, and {text, logprob, others} for each token of the model.
+// `others` are the likeliest tokens in the place of this one, each as [text, logprob].
 
 import { make } from "./dom.js";
 
@@ -8,7 +8,7 @@ export const textOf = pieces => pieces.map(piece => piece.text).join("");
 // From 0, the rarest, to 7; each step is a factor of three in probability.
 const rank = logprob => Math.max(0, Math.min(7, Math.floor(7 + logprob / Math.log(3))));
 
-// Show the pieces in a node. Those that it shows already stay as they are.
+// Show the pieces in a node. Pieces that it shows already stay as they are.
 export function draw(node, pieces) {
   let kept = 0;
   while (kept < pieces.length && pieces[kept].span && pieces[kept].span === node.childNodes[kept]) kept++;
@@ -42,7 +42,7 @@ export function cut(pieces, at) {
 // The pieces before another piece.
 export const before = (pieces, piece) => pieces.slice(0, pieces.indexOf(piece));
 
-// The pieces after somebody has changed the text. The tokens on both sides of the change stay.
+// The pieces of a text that a person has changed. The tokens on both sides of the change stay.
 export function edited(pieces, after) {
   const text = textOf(pieces);
   let start = 0, end = 0;
@@ -68,14 +68,14 @@ export function edited(pieces, after) {
   return kept;
 }
 
-// Appends what the server streams to pieces.
+// Appends the server's stream to pieces.
 export class Writer {
   constructor(pieces) {
     this.pieces = pieces;
-    this.shown = 0;  // characters; the server counts whole ones, and JavaScript splits some in two
+    this.shown = 0;  // in the server's characters; JavaScript counts some of them as two
   }
 
-  // Divide a text among its tokens, {start, logprob, others} each. The first token may begin in the text before.
+  // Divide a text among its tokens, each {start, logprob, others}. The first token may begin in the earlier text.
   add(text, tokens) {
     const fresh = Array.from(text);
     const first = tokens.length ? tokens[0].start : this.shown;

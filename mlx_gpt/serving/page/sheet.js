@@ -48,7 +48,7 @@ class Sheet {
     this.look();
   }
 
-  // Keep the text for `undo`, and put another one in its place.
+  // Keep the text for `undo`, and replace it by another text.
   replace(pieces) {
     this.past.push(this.pieces);
     if (this.past.length > 100) this.past.shift();
@@ -73,13 +73,13 @@ class Sheet {
 
   inspect(piece) { this.controls.inspect(piece, text => this.take(piece, text)); }
 
-  // Put another token in the place of one, and continue from there.
+  // Replace a token by another, and continue from there.
   take(piece, text) {
     if (busy() || !this.pieces.includes(piece)) return;
     this.sheets.wait([this.write([...before(this.pieces, piece), { text }])]);
   }
 
-  // Continue the text that these pieces begin.
+  // Continue a text that begins with these pieces.
   async write(pieces) {
     this.replace([...pieces]);
     const writer = new Writer(this.pieces);
@@ -99,7 +99,7 @@ class Sheet {
     this.area.setSelectionRange(this.area.value.length, this.area.value.length);
   }
 
-  // Allow what is possible while texts are being written, or are not.
+  // Enable the buttons that work while texts are being written, or while none is.
   allow(writing) {
     this.go.disabled = writing;
     this.stop.disabled = !writing;
@@ -129,7 +129,7 @@ export class Sheets {
     this.wait(this.sheets.map(one => one.write(cut(one === sheet ? pieces : copies(), at))));
   }
 
-  // Wait for texts that are being written.
+  // Wait until no text is being written.
   async wait(writing) {
     for (const one of this.sheets) one.allow(true);
     await Promise.all(writing);
@@ -161,7 +161,7 @@ export class Sheets {
     });
   }
 
-  // Prepare for being shown: take the controls, which both views share.
+  // Prepare to be shown: take the controls, which both views share.
   show() {
     const [{ root, controls }] = this.sheets;
     root.append(controls.root);

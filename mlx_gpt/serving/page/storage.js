@@ -1,4 +1,4 @@
-// What the browser keeps between visits. Its storage may be full, or turned off.
+// Keeps texts in the browser between visits. The browser's storage may be full, or turned off.
 
 export function kept(key) {
   try {
@@ -8,7 +8,7 @@ export function kept(key) {
   }
 }
 
-// Keep a text, or with null nothing. Returns whether that was possible.
+// Keep a text, or remove it if it is null. Returns whether that was possible.
 export function keep(key, value) {
   try {
     if (value === null) localStorage.removeItem(key);

@@ -1,13 +1,13 @@
-// A conversation as a tree. The answers to a turn, and the turns that follow an answer, are its `next`; one of them is
-// chosen, and the chosen ones make up the conversation that is shown. Editing or answering anew adds a version beside
-// the others, so nothing is lost.
+// A conversation as a tree. The `next` of a turn are the versions of the turn that follows it. One version is chosen,
+// and the chosen versions make up the conversation that is shown. Editing a turn or answering it anew adds a version
+// beside the others, so nothing is lost.
 //
-// A turn is {role, pieces, next, chosen}. An answer also has the model's name and, if it has no end yet, `open`.
+// A turn is {role, pieces, next, chosen}. An answer also has the model's name and, while it is unfinished, `open`.
 
 import { textOf } from "./pieces.js";
 import { keep, kept } from "./storage.js";
 
-const NOW = "mlx-gpt conversation", LAST = "mlx-gpt last conversation";  // their places in the browser's storage
+const NOW = "mlx-gpt conversation", LAST = "mlx-gpt last conversation";  // keys in the browser's storage
 
 export const newTurn = (role, pieces = []) => ({ role, pieces, next: [], chosen: 0 });
 
@@ -30,7 +30,7 @@ export class Tree {
     parent.chosen = parent.next.push(turn) - 1;
   }
 
-  // Remove that version again, and choose the one that was chosen before.
+  // Remove a version that was added, and choose the earlier one again.
   remove(parent, turn, chosen) {
     parent.next.splice(parent.next.indexOf(turn), 1);
     parent.chosen = chosen;
@@ -44,7 +44,7 @@ export class Tree {
     return [...system, ...turns.map(({ role, pieces }) => ({ role, content: textOf(pieces) }))];
   }
 
-  // Keep the conversation in the browser. Returns whether there is room for its text; its probabilities may not fit.
+  // Keep the conversation in the browser. Returns whether its text fits; its probabilities are left out if they do not.
   save() {
     const pack = ({ text, logprob, others }) => logprob === undefined ? text
       : [text, round(logprob), others.map(([text, logprob]) => [text, round(logprob)])];
@@ -62,15 +62,15 @@ export class Tree {
     };
     try {
       return new Tree(JSON.parse(kept(NOW), (name, value) => name === "pieces" ? value.map(unpack) : value) ?? {});
-    } catch {  // somebody else has written there
+    } catch {  // another program wrote this
       return new Tree();
     }
   }
 
-  // Start a new conversation, and keep this one aside until the next is started.
+  // Start a new conversation, and put this one aside until another is started.
   static putAside() {
     const now = kept(NOW);
-    keep(NOW, null);  // first, for there may be no room for both
+    keep(NOW, null);  // first, because there may be no room for both
     keep(LAST, now);
   }
 
