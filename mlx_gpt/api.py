@@ -33,12 +33,13 @@ def load(
     """Open a model directory, the best model of a run, or a model of the Hugging Face Hub.
 
     Args:
-        path: its path, or `hf:owner/name`, which is fetched if it was not before.
+        path: its path, or `hf:owner/name`, which is fetched unless it already was.
         precision: "float32", "bfloat16", or "auto" for bfloat16 on a GPU and float32 on the CPU.
         echo: called with each line about a download.
 
     Raises:
-        UserError: there is none, it is damaged or can't be fetched, or its architecture or the precision is unknown.
+        UserError: there is no such model, it is damaged or can't be fetched, or its architecture or the precision is
+            unknown.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise UserError(f'load() opens a path, such as "weights/demo", not {path!r}.')

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_gpt.errors import UserError, os_errors_explained, shown
 from mlx_gpt.tokenizer import Tokenizer
 
-# ChatML (OpenAI 2023): the template of models that are trained on conversations here.
+# ChatML (OpenAI 2023): mlx-gpt trains on conversations with this template, unless the model has one already.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -39,9 +39,9 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         class Generation(Extension):
-            """Ignores the tags with which templates mark, for transformers, what the assistant writes."""
+            """Ignores the tags around the assistant's words, which only transformers uses."""
 
-            tags = {"generation"}  # noqa: RUF012 - the base class has it like this
+            tags = {"generation"}  # noqa: RUF012 - the base class declares it in this way
 
             def parse(self, parser: Parser) -> list[Node]:
                 next(parser.stream)
@@ -88,12 +88,12 @@ class ChatTemplate:
             raise UserError(f"{REFUSED}: {shown(error, 200).rstrip('.')}.") from None
 
     def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
-        """Return the ids of that text, with its special tokens. Errors as in `text`."""
+        """Return the ids of the text that `text` returns, with its special tokens. Errors as in `text`."""
         return tokenizer.encode(self.text(messages), special=True)
 
 
 def read_chat(folder: Path) -> dict[str, str]:
-    """Return what a model directory says about conversations, as `Tokenizer.chat` has it; {} without a template.
+    """Return the chat template of a model directory, in the form of `Tokenizer.chat`; {} if there is none.
 
     The template is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
 

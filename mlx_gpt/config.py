@@ -72,7 +72,7 @@ class ModelConfig:
         below=1,
         auto="auto_dropout",
     )
-    auto_dropout: bool = False  # true until the plan knows how often the text is read
+    auto_dropout: bool = False  # with `auto`, true until the plan knows how often the text is read
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LoRAConfig:
     lora_layers: int | None = setting(
         None, "Number of blocks that get adapters, counted from the last one. [default: all]", at_least=1
     )
-    lora_scale: float = setting(20.0, "Factor for what the adapters add.", above=0)
+    lora_scale: float = setting(20.0, "Factor for the adapters' output.", above=0)
     lora_dropout: float = setting(0.0, "Fraction of the adapters' input to drop in training.", at_least=0, below=1)
 
 

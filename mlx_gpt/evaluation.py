@@ -25,8 +25,8 @@ class Evaluation:
 
     Attributes:
         loss: mean cross-entropy per token that counts, in nats.
-        tokens: number of these tokens.
-        text_bytes: UTF-8 bytes of their text.
+        tokens: number of tokens that count.
+        text_bytes: number of UTF-8 bytes in the text of these tokens.
     """
 
     loss: float
@@ -51,7 +51,7 @@ class Evaluator:
         windows: the validation windows.
         byte_lengths: (vocab_size,) UTF-8 bytes of each id.
         limit: take only this many windows, spread evenly; 0 takes all.
-        dtype: the type to compute in; None for that of the parameters.
+        dtype: the type to compute in; None for the type of the parameters.
         ranks: the ranks, which share the windows and all get the result.
     """
 

@@ -67,7 +67,7 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, which is made if there is none, whole or not at all.
+    """Add a line to a file, either the whole line or nothing. The file is created if it is missing.
 
     Raises:
         OSError: the file cannot be written.
@@ -75,7 +75,7 @@ def append_line(path: Path, line: str) -> None:
     with path.open("a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        separator = b"" if file.read(1) in (b"", b"\n") else b"\n"  # otherwise the line would join the last one
+        separator = b"" if file.read(1) in (b"", b"\n") else b"\n"  # otherwise the new line would continue the last one
         data = separator + line.encode() + b"\n"
         try:
             if file.write(data) < len(data):
@@ -88,9 +88,9 @@ def append_line(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder inside `folder`, on the same disk, which is removed at the end with everything in it.
+    """Make a folder inside `folder`, on the same disk, and remove it at the end with everything in it.
 
-    `folder` is made if it is missing, and then removed at the end if it is still empty.
+    If `folder` is missing, this makes it, and removes it at the end if it is empty.
     """
     part = _part(folder / "folder")
     with _unwinding_on_signals():
@@ -174,9 +174,9 @@ def remove(path: Path) -> None:
 
 
 def expanded(path: str) -> Path:
-    """Return a path with its `~` or `~name` replaced by a home; unchanged if there is no such home.
+    """Return a path with its `~` or `~name` replaced by that home folder; unchanged if there is no such folder.
 
-    `Path.expanduser` raises a RuntimeError instead.
+    `Path.expanduser` raises a RuntimeError if there is none.
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111
 

@@ -27,9 +27,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"learning_rate": 4e-3},
 }
 
-# Small steps, because a few hundred conversations are only a few dozen windows.
+# The steps are small, because a few hundred conversations fill only a few dozen windows.
 SHORT_RUN = {"batch_size": 4, "gradient_accumulation_steps": 1, "log_every": 10, "eval_every": 100, "save_every": 200}
-# A run that starts from weights is short, and has something to forget. The rates suit a network of 128 numbers wide.
+# Runs that start from weights are short, and must not forget too much. The rates suit a network that is 128 wide.
 FINE_TUNING: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-3, "muon_learning_rate": 3e-3, **SHORT_RUN},
     "lora": {"learning_rate": 2e-3, "muon_learning_rate": 3e-3, **SHORT_RUN},
@@ -43,7 +43,7 @@ def fine_tuning(kind: str, width: int) -> dict[str, Any]:
 
     Args:
         kind: full or lora.
-        width: numbers per token between the blocks.
+        width: the width of the network, in numbers per token between the blocks.
     """
     values = FINE_TUNING[kind]
     return values | {"learning_rate": float(f"{values['learning_rate'] * 128 / width:.2g}")}

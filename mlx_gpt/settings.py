@@ -92,7 +92,7 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
     optimizer = OPTIMIZERS.get(str(given.get("optimizer") or recipe.get("optimizer")), {})
     values = PRESETS.get(str(given["preset"]), {}) | optimizer | recipe | given
     if start:
-        width = given.get("n_embd")  # that of the weights, once they have been looked at
+        width = given.get("n_embd")  # the width of the weights, once they have been read
         kind = "lora" if given.get("lora_rank") else "full"
         values |= fine_tuning(kind, width if isinstance(width, int) and width > 0 else 128) | given
     problems = _problems(Config, values)

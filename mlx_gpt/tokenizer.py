@@ -22,7 +22,7 @@ CANNOT_DECODE = "The tokenizer can't decode its ids, so use another one"
 
 
 class Encoded(NamedTuple):
-    """A text as ids (tokens,) uint32, with the places (tokens, 2) int64 where each begins and ends, in characters."""
+    """A text as ids (tokens,) uint32. `places` (tokens, 2) int64 are where each begins and ends, in characters."""
 
     ids: np.ndarray
     places: np.ndarray
@@ -34,9 +34,9 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the highest id.
         end_of_text: the id that ends a document: the id of `<|endoftext|>`, unless a model names another.
-        chat: the `chat_template` that its model was trained with and the names of special tokens that it may use, as in
-            `tokenizer_config.json`; {} if it was not trained on conversations.
-        added: the ids of tokens that it has and the weights it was read with have not learnt yet.
+        chat: the `chat_template` of its model and the names of special tokens that the template may use, as in
+            `tokenizer_config.json`; {} if the model was not trained on conversations.
+        added: the ids of tokens that the weights beside the tokenizer have not learnt yet.
     """
 
     def __init__(self, backend: HFTokenizer, end_of_text: int | None = None) -> None:
@@ -111,10 +111,10 @@ class Tokenizer:
         return tokenizer
 
     def converse(self, template: str) -> None:
-        """Take a ChatML template, and add the two tokens of ChatML if they are missing, as `added` then says.
+        """Use a ChatML template, and add the two tokens of ChatML if they are missing. `added` then has their ids.
 
         Raises:
-            UserError: the tokenizer's ids have gaps, and the library would give a new token an id that is taken.
+            UserError: the tokenizer's ids have gaps, so the library would give a new token an id that is taken.
         """
         before = self.backend.get_vocab(with_added_tokens=True)
         self.backend.add_special_tokens([START_OF_TURN, END_OF_TURN])
@@ -129,18 +129,18 @@ class Tokenizer:
             self.__dict__.pop(made_of_vocabulary, None)
 
     def end_at(self, ids: Iterable[int]) -> None:
-        """Take the ids that end what its model writes, besides `end_of_text`."""
+        """Set the ids, besides `end_of_text`, that end the model's texts and answers."""
         self._further_ends = frozenset(ids)
         self.__dict__.pop("ends", None)
 
     @functools.cached_property
     def ends(self) -> frozenset[int]:
-        """The ids that end a text or an answer: `end_of_text`, `<|im_end|>` and those that a model names."""
+        """The ids that end a text or an answer: `end_of_text`, `<|im_end|>`, and the ids that a model names."""
         end_of_turn: int | None = self.backend.token_to_id(END_OF_TURN)
         return self._further_ends | {self.end_of_text} | (set() if end_of_turn is None else {end_of_turn})
 
     def state(self) -> dict[str, Any]:
-        """Return everything about it as JSON can represent it, for `from_state`."""
+        """Return everything about the tokenizer in a form that JSON can hold, for `from_state`."""
         further = {"further_ends": sorted(self._further_ends), "chat": self.chat, "added": self.added}
         return {"json": self.to_json(), "end_of_text": self.end_of_text} | further
 
@@ -183,13 +183,13 @@ class Tokenizer:
                 raise UserError("The text is not valid Unicode (a lone surrogate): pass it as UTF-8.") from None
 
     def encode_with_places(self, texts: Sequence[str]) -> list["Encoded"]:
-        """Return the ids of several texts with their special tokens, and where they are. Errors as in `encode`."""
+        """Return the ids of several texts with their special tokens, and the places of all. Errors as in `encode`."""
         with failing_as(CANNOT_ENCODE):
             found = self._with_special.encode_batch(list(texts), add_special_tokens=False)
         return [Encoded(np.array(one.ids, np.uint32), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in found]
 
     def dividing_ids(self) -> list[int]:
-        """Return the ids of the special tokens that divide a text: what is before and after is encoded separately."""
+        """Return the ids of the special tokens before and after which a text is encoded separately."""
         return [i for i, token in self.backend.get_added_tokens_decoder().items() if not token.normalized]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -274,7 +274,7 @@ class Tokenizer:
         """The same tokenizer, except that it encodes the name of a special token as that token."""
         backend = HFTokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = False
-        backend.post_processor = None  # it would only take spaces out of the places of tokens
+        backend.post_processor = None  # it would only exclude spaces from the places of tokens
         return backend
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""The prompt of `mlx-gpt generate --interactive`, and what can be entered there with any model."""
+"""The prompt of `mlx-gpt generate --interactive`, and the commands that work there with any model."""
 
 import difflib
 import shlex
@@ -24,11 +24,11 @@ Ctrl-C        stops a text, Ctrl-D quits, and the arrow keys bring back earlier 
 
 
 class Session:
-    """Carries out what a person enters. Here each text is the beginning of one that the model continues.
+    """Carries out a person's entries. In this class, the model continues each text that is entered.
 
     Attributes:
         config: the settings, which commands change.
-        commands: what each command does with the text that follows its name.
+        commands: a function for each command, called with the text that follows the command's name.
     """
 
     greeting = "Write the beginning of a text. /help shows the commands, Ctrl-D quits."
@@ -76,7 +76,7 @@ class Session:
             raise UserError(f"There is no command /{shown(command)}: {hint}")
 
     def _set(self, setting: Setting, rest: str) -> None:
-        """Change a setting to the value that this text is."""
+        """Change a setting to the value in this text."""
         try:
             words = shlex.split(rest)
         except ValueError:
@@ -101,10 +101,10 @@ class Session:
 
 
 def chat(session: Session) -> None:
-    """Carry out what is entered until the input ends.
+    """Carry out entries until the input ends.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed, and the input is not a terminal, where it only stops a text.
+        KeyboardInterrupt: Ctrl-C was pressed and the input is not a terminal. In a terminal, it only stops a text.
     """
     keyboard = Keyboard()
     if keyboard.terminal:

@@ -1,4 +1,4 @@
-"""What can be entered in `mlx-gpt generate --interactive` with a model that has a chat template."""
+"""Conversations in `mlx-gpt generate --interactive`, for models that have a chat template."""
 
 import contextlib
 import json
@@ -53,11 +53,11 @@ Write a message and press Enter: the model answers it, and remembers what was sa
         self._print(lambda: self._dialogue.again(self.config), "the earlier answer stays")
 
     def _print(self, begin: Callable[[], Generator[Piece, None, None]], otherwise: str) -> None:
-        """Print an answer while it is made, and after it whatever a person should know about it.
+        """Print an answer while the model makes it, then any remarks about it.
 
         Args:
-            begin: begins the answer.
-            otherwise: what happens if there is none.
+            begin: starts the answer.
+            otherwise: says what happens if there is no answer.
         """
         dialogue, unseen = self._dialogue, self._dialogue.unseen
         pieces = begin()
@@ -109,5 +109,5 @@ Write a message and press Enter: the model answers it, and remembers what was sa
 
 
 def _note(text: str) -> None:
-    """Print a remark, apart from what the model writes."""
+    """Print a remark, apart from the model's words."""
     click.echo(f"({text})", err=True)

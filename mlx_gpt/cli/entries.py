@@ -1,4 +1,4 @@
-"""What a person enters in `generate --interactive`: texts and commands, of one line or of several."""
+"""A person's entries in `generate --interactive`: texts and commands, on one line or on several."""
 
 import contextlib
 import re
@@ -16,7 +16,7 @@ QUOTED = re.compile(rf"\s*(?P<command>/\w+\s+)?{QUOTES}", re.ASCII)
 
 @dataclass(frozen=True)
 class Entry:
-    """A text, or the command of this name with the text that follows it; the name of a text is None."""
+    """A text, whose name is None, or a command's name with the text that follows it."""
 
     text: str
     command: str | None = None
@@ -25,15 +25,15 @@ class Entry:
 def read_entry(next_line: Callable[[str], str]) -> Entry:
     r'''Read an entry.
 
-    It is a line. A line that ends with a backslash continues on the next line, and one that begins with """ as far as
-    the next """. A line that begins with a slash is a command, unless it is quoted in that way.
+    An entry is usually one line. If the line ends with a backslash, the entry continues on the next line. If it begins
+    with """, the entry ends at the next """. An entry that begins with a slash is a command, unless it is in """.
 
     Args:
         next_line: shows a prompt and returns a line; raises `EOFError` after the last one.
 
     Raises:
-        EOFError: there is none.
-        UserError: it is not valid Unicode.
+        EOFError: the input has ended.
+        UserError: the entry is not valid Unicode.
     '''
     text = next_line("> ")
     quoted = QUOTED.match(text)
@@ -59,7 +59,7 @@ def read_entry(next_line: Callable[[str], str]) -> Entry:
 
 
 class Keyboard:
-    """Reads lines from standard input, with line editing and prompts if that is a terminal."""
+    """Reads lines from standard input. In a terminal, it shows prompts and lets the person edit lines."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdin.isatty()
@@ -68,7 +68,7 @@ class Keyboard:
             with contextlib.suppress(ImportError):
                 import readline  # gives input() line editing and history
 
-                # Lines that are pasted together are one text. Python turns this off; libedit does not know it.
+                # Makes several pasted lines one text. Python turns this off by default, and libedit lacks it.
                 readline.parse_and_bind("set enable-bracketed-paste on")
 
     def next_line(self, prompt: str) -> str:

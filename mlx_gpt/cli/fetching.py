@@ -6,10 +6,10 @@ from mlx_gpt.cli.terminal import Terminal
 
 
 def fetched(model: str) -> str:
-    """Return the path to a model. One that is named `hf:owner/name` is fetched if it was not before.
+    """Return the path to a model. A model named `hf:owner/name` is fetched unless it already was.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: the model cannot be fetched.
     """
     from mlx_gpt.data import hub
 
@@ -17,6 +17,6 @@ def fetched(model: str) -> str:
         return model
 
     def echo(line: str) -> None:
-        click.echo(line, err=True)  # stdout is for what the command makes
+        click.echo(line, err=True)  # stdout is for the command's results
 
     return str(hub.model(model, echo=echo, progress=Terminal().progress("Downloading"))[0])

@@ -11,8 +11,8 @@ import mlx.nn as nn
 
 from mlx_gpt.cpu import kernels
 
-FEW_ROWS = 8  # for which a product with packed weights takes no longer than unpacking them
-FEW = 2**13  # numbers, for which starting a product takes longer than to add them up
+FEW_ROWS = 8  # with fewer rows, a product with packed weights takes no longer than unpacking them
+FEW = 2**13  # with fewer numbers, adding them up is faster than starting a product
 
 
 class Linear(nn.Linear):
@@ -35,7 +35,7 @@ class QuantizedLinear(nn.QuantizedLinear):
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
-    """An `nn.QuantizedEmbedding` that does the same as a head."""
+    """An `nn.QuantizedEmbedding` that, as a head, unpacks its weight for each product with many rows."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         if x.dtype != mx.float32 or x.size < FEW_ROWS * x.shape[-1]:

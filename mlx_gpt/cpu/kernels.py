@@ -63,12 +63,12 @@ def quantized_linear(
 ) -> mx.array:
     """`x @ weight.T` for x (..., C) and a weight (D, C) that `mx.quantize` has packed; only `x` has a gradient.
 
-    MLX's CPU back end takes packed weights apart anew for each row. Here they are unpacked once for all rows, and again
-    in the backward pass, so that no layer's plain weight stays in memory.
+    MLX's CPU back end unpacks the weights again for each row. This unpacks them once for all rows. It unpacks them
+    again in the backward pass, so that no layer's plain weight stays in memory.
     """
 
     def unpacked(after: mx.array) -> mx.array:
-        (now,) = mx.depends([packed], [after])  # not before it is needed
+        (now,) = mx.depends([packed], [after])  # `depends` keeps this from being unpacked earlier than it is needed
         return mx.dequantize(now, scales, biases, group_size=group_size, bits=bits)
 
     @mx.custom_function
@@ -142,7 +142,7 @@ def cross_entropy_sum(x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, 
 def head_loss(
     head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The same sum of the logits `head(x)`, and its gradient for `x`. The head itself gets none."""
+    """The same sum for the logits `head(x)`, and its gradient for `x`. The head itself gets no gradient."""
     losses, exps, sums = _losses(head(x_nc), targets_n)
     dlogits = exps * (weights_n[:, None] / sums)
     dlogits = dlogits.at[mx.arange(len(x_nc)), targets_n].add(-weights_n)

@@ -82,7 +82,7 @@ def extract(
 
 
 def fault_in_name(name: str) -> str | None:
-    """Return what makes the name of a file from elsewhere unsafe, to be read after the name; None if it is harmless."""
+    """Return why a downloaded file's name is unsafe, as words to put after the name; None if it is harmless."""
     path = PurePosixPath(name)
     if any(unicodedata.category(letter) == "Cc" for letter in name):
         return "has control characters in its name"
@@ -98,9 +98,9 @@ def fault_in_name(name: str) -> str | None:
 
 
 def clash_of(names: Iterable[str]) -> tuple[str, str, str] | None:
-    """Return two files that cannot both be written, with what they clash as; None if there are none.
+    """Return two files that cannot both be written, and a word for what they are; None if all can be written.
 
-    Names are compared as macOS compares them, which ignores case and the different encodings of an accent.
+    Names are compared as on macOS, which ignores case and the different encodings of an accent.
     """
     places: dict[PurePosixPath, str] = {}
     for name in names:

@@ -38,7 +38,7 @@ WHOLE = Shard()
 
 
 class Windows(ABC):
-    """A split as training and validation read it, in batches.
+    """A split, cut into windows that training and validation read in batches.
 
     A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target.
 
@@ -48,7 +48,7 @@ class Windows(ABC):
 
     Attributes:
         facts: lines for the plan of a run.
-        warnings: lines about what is not read.
+        warnings: lines about text that is not read.
     """
 
     def __init__(self, per_epoch: int, count: int) -> None:
@@ -62,7 +62,7 @@ class Windows(ABC):
 
     @abstractmethod
     def _order(self, seed: int, start: int) -> Iterator[Any]:
-        """Yield what `_drawn` and `_place` need for each training window without end, from window number `start` on."""
+        """Yield an argument for `_drawn` and `_place` per training window, without end, from number `start` on."""
 
     @abstractmethod
     def _drawn(self, drawn: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +83,7 @@ class Windows(ABC):
                     window, weights = self._drawn(drawn)
                     yield {"window": window, "weights": weights}
 
-        # One prefetch thread keeps the order; several would not.
+        # One prefetch thread keeps the order; several threads would not.
         stream = dx.stream_python_iterable(samples).batch(batch_size).prefetch(PREFETCH_BATCHES, 1)
         for sample in stream:
             yield sample["window"], sample["weights"]
@@ -93,15 +93,15 @@ class Windows(ABC):
         return [self._place(drawn) for drawn in itertools.islice(self._order(seed, start), count)]
 
     def validation_count(self, limit: int = 0, shard: Shard = WHOLE) -> int:
-        """Return how many windows of a shard `validation` reads."""
+        """Return the number of windows of a shard that `validation` reads."""
         return len(spread(self._count, limit, shard))
 
     def validation(
         self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each window of a shard once, or `limit` windows that are spread evenly; 0 takes all.
+        """Yield each window of a shard once, or only `limit` windows, spread evenly; 0 takes all.
 
-        Empty windows, whose weights are 0, fill the last batch.
+        The last batch is filled up with empty windows, whose weights are 0.
         """
         chosen = spread(self._count, limit, shard)
         for first in range(0, len(chosen), batch_size):
@@ -149,7 +149,7 @@ class TextWindows(Windows):
 
 
 def spread(count: int, limit: int = 0, shard: Shard = WHOLE) -> np.ndarray:
-    """Return the numbers below `count`, or `limit` of them that are spread evenly, that belong to a shard."""
+    """Return a shard's numbers out of those below `count`, or out of `limit` of them, spread evenly."""
     chosen = np.arange(count)
     if limit and limit < count:
         chosen = np.linspace(0, count - 1, limit).round().astype(int)

@@ -3,7 +3,7 @@
 The ids are exactly those of a conversation with the model: a prompt up to the place of the answer, encoded as a whole,
 then the answer.
 
-A file is one row of uint32. Its bits `ID` are the token, and the others mark what training needs to know about it.
+A file is one row of uint32. The bits `ID` of a number are a token, and the other bits are marks for training.
 """
 
 import itertools
@@ -23,16 +23,16 @@ from mlx_gpt.errors import UserError, printable
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 from mlx_gpt.tokenizer import Encoded, Tokenizer
 
-COUNTS = np.uint32(1 << 31)  # the token has a loss
-BEGINS = np.uint32(1 << 30)  # it is the first of a conversation
-MAY_END = np.uint32(1 << 29)  # a conversation that is too long may end before it
+COUNTS = np.uint32(1 << 31)  # the token counts in the loss
+BEGINS = np.uint32(1 << 30)  # the token begins a conversation
+MAY_END = np.uint32(1 << 29)  # a conversation that is too long may be cut before the token
 AT_ONCE = 200  # conversations
-REASONS = 10  # a template may write any
-FORMAT_VERSION = 2  # a change of the ids or their marks has to make the files anew
+REASONS = 10  # further reasons are counted together, because a template can word each refusal differently
+FORMAT_VERSION = 2  # raise it when the ids or their marks change, so that the files are made again
 
 
 class Transcript(NamedTuple):
-    """The text of a conversation as the template writes it, and where each answer with its end is, in characters."""
+    """The text that the template makes from a conversation, and the span in characters of each answer and its end."""
 
     text: str
     answers: list[tuple[int, int]]
@@ -51,7 +51,7 @@ def tokenize_conversations(
     number. Each conversation ends with the end-of-text token.
 
     Args:
-        loss_on: "assistant", so that only the answers and their ends count, or "all".
+        loss_on: "assistant" if only the answers and their ends count, or "all".
 
     Raises:
         UserError: the corpus cannot be read, was changed since it was opened, or has no conversation that can be used.
@@ -77,7 +77,7 @@ def tokenize_conversations(
 
 
 def _counted(conversations: Iterable[Conversation], advance: Callable[[int], None]) -> Iterator[Conversation]:
-    """Yield conversations, calling `advance` with the characters so far."""
+    """Yield conversations, and call `advance` with the number of characters so far."""
     characters = 0
     for conversation in conversations:
         yield conversation
@@ -86,14 +86,14 @@ def _counted(conversations: Iterable[Conversation], advance: Callable[[int], Non
 
 
 def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Transcript]:
-    """Return the texts that a conversation is trained on.
+    """Return the texts to train on for a conversation.
 
-    It is one text if that of each answer stays the same when the conversation continues. Some templates change earlier
-    turns, for example by removing an earlier answer's reasoning. Their conversations give a text for each answer, which
-    has before it what the model will see then.
+    Usually this is one text. Some templates change earlier turns when the conversation continues, for example by
+    removing the reasoning from an earlier answer. Then each answer gets a text of its own, so that the model sees the
+    same text before the answer as it will when it is used.
 
     Raises:
-        UserError: the template refuses the messages, or writes an answer elsewhere than it asks for one.
+        UserError: the template refuses the messages, or does not write an answer where it asks for one.
     """
     separate: list[Transcript] = []
     done, grows = "", True
@@ -138,10 +138,11 @@ def _encoded(
 
 
 def _heads(transcript: Transcript, whole: Encoded, dividing: Sequence[int]) -> list[tuple[int, str]]:
-    """Return, for each answer, how many ids of the whole text surely begin its prompt, and the text of the others.
+    """Return two things for each answer: how many ids its prompt shares with the whole text, and the rest as text.
 
-    Text is encoded separately before and after the tokens `dividing`, so that what comes before the last of them has
-    the same ids in the prompt. The rest may be encoded otherwise than where an answer follows.
+    The tokenizer encodes the text before and after each of the tokens `dividing` separately. Therefore the ids before
+    the last of them in a prompt are the same as in the whole text. The rest of the prompt has to be encoded again,
+    because without the answer after it, it may have other ids.
     """
     divisions = np.flatnonzero(np.isin(whole.ids, dividing))
     heads = []
@@ -155,13 +156,13 @@ def _heads(transcript: Transcript, whole: Encoded, dividing: Sequence[int]) -> l
 def _marked(
     transcript: Transcript, whole: Encoded, prompts: list[np.ndarray], tokenizer: Tokenizer, ends: np.ndarray
 ) -> list[np.ndarray]:
-    """Return the rows of a transcript: the whole text, and each answer that does not continue its prompt's ids there.
+    """Return the rows of a transcript: one for the whole text, and one more for some of the answers.
 
-    Where the whole text has a token that spans the end of a prompt, the model will see the prompt's own ids. So such an
-    answer counts in a row of its own, which begins with these.
+    In the whole text, a token may span the end of a prompt and the beginning of its answer. In use the model sees the
+    prompt encoded alone. Such an answer therefore counts in a row of its own, after the ids of the prompt alone.
 
     Raises:
-        UserError: no answer counts, or the tokenizer has no ids for one of them alone.
+        UserError: no answer counts, or the tokenizer has no ids for an answer alone.
     """
     row, rows = whole.ids.copy(), list[np.ndarray]()
     for prompt, (begin, end) in zip(prompts, transcript.answers, strict=True):
@@ -179,7 +180,7 @@ def _marked(
 
 
 def _mark_answer(row: np.ndarray, start: int, stop: int, ends: np.ndarray) -> None:
-    """Mark an answer in a row: it counts up to its first end, and with that."""
+    """Mark an answer in a row: its tokens count up to and including the first one that ends it."""
     found = np.flatnonzero(np.isin(row[start:stop] & ID, ends))
     stop = start + int(found[0]) + 1 if len(found) else stop
     row[start:stop] |= COUNTS
@@ -187,10 +188,10 @@ def _mark_answer(row: np.ndarray, start: int, stop: int, ends: np.ndarray) -> No
 
 
 def _continuation(prompt: np.ndarray, whole: np.ndarray, answer: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Return ids that continue those of a prompt with an answer.
+    """Return the ids of an answer that follows a prompt.
 
-    A tokenizer may put a space before whatever it encodes by itself. So the answer is encoded after something else, and
-    decoding has to give the same text as the ids of the whole.
+    A tokenizer may put a space before any text that it encodes. So the answer is encoded after other text, and the
+    ids are used only if they decode to the same text as the ids `whole`.
 
     Raises:
         UserError: there are no such ids.

@@ -1,4 +1,4 @@
-"""Conversations as data: messages in the shapes that files have, brought into one."""
+"""Reads conversations from rows, whose messages may have several shapes, and gives all of them one form."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ Message = dict[str, str]
 """A message with the keys "role" ("system", "user" or "assistant") and "content"."""
 
 Conversation = list[Message]
-"""Messages: perhaps one of the system, then those of the user and the assistant in turn, with the assistant last."""
+"""Messages: perhaps one from the system, then the user and the assistant in turn, with the assistant last."""
 
 ROLES = (
     dict.fromkeys(("system", "developer"), "system")
@@ -19,9 +19,9 @@ ROLES = (
 )
 TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 CALLS = ("tool_calls", "function_call")
-# Columns that are part of what was said. A conversation without them would be another one.
+# Rows with a value in these columns are dropped: without it, they would be other conversations.
 UNREAD = ("tools", "functions", "history", "images", "image", "videos", "audios")
-INPUTS = ("input", "context")  # stands below an `instruction`
+INPUTS = ("input", "context")  # the column's text is put below the `instruction`
 
 
 def read_conversation(fields: Mapping[str, Any], shape: Sequence[str]) -> Conversation:
@@ -29,7 +29,7 @@ def read_conversation(fields: Mapping[str, Any], shape: Sequence[str]) -> Conver
 
     Args:
         fields: the row's values by the names of their columns, in small letters, without nulls.
-        shape: the column of messages, or the column of the question and that of the answer.
+        shape: the column of messages, or the columns of the question and the answer.
 
     Raises:
         RowError: the row has no sound conversation.
@@ -50,7 +50,7 @@ def check_columns(fields: Mapping[str, Any], needed: Sequence[str]) -> None:
     """Check that a row has the columns that it needs, and nothing that cannot be read.
 
     Raises:
-        RowError: it lacks one, or has tools, images and the like.
+        RowError: a column is missing, or the row has tools, images or the like.
     """
     for name in needed:
         if name not in fields:
@@ -61,10 +61,10 @@ def check_columns(fields: Mapping[str, Any], needed: Sequence[str]) -> None:
 
 
 def read_turns(fields: Mapping[str, Any], name: str, role: str) -> Conversation:
-    """Return the messages in a column that holds a text of this role, a message or a list of messages.
+    """Return the messages in a column, which holds a text by this role, a message or a list of messages.
 
     Raises:
-        RowError: it holds something else.
+        RowError: the column holds something else.
     """
     value = fields[name]
     if isinstance(value, str):
@@ -73,15 +73,15 @@ def read_turns(fields: Mapping[str, Any], name: str, role: str) -> Conversation:
 
 
 def read_messages(value: Any, name: str, fault: str = "not a list of messages") -> Conversation:
-    """Return a list of messages with the roles and keys of `Message`, without an empty message of the system.
+    """Return messages with the roles and keys of `Message`, without an empty system message.
 
     Args:
         value: the list, with `role` and `content`, or `from` and `value`, in each message.
-        name: its column.
-        fault: what to say of a value that is no list.
+        name: the list's column.
+        fault: the reason to give for a value that is not a list.
 
     Raises:
-        RowError: it is no such list, or has a message with an unknown role or something else than text.
+        RowError: the value is not such a list, or a message has an unknown role or a content that is not text.
     """
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowError(f"`{name}` is {fault}")
@@ -94,10 +94,10 @@ def read_messages(value: Any, name: str, fault: str = "not a list of messages") 
 
 
 def checked(messages: Conversation) -> Conversation:
-    """Return the messages, after checking their order and that those that are answered, and the answers, have text.
+    """Return the messages, after checking their order, and that no answered message and no answer is empty.
 
     Raises:
-        RowError: they are no conversation.
+        RowError: the messages are not a conversation.
     """
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if any(message["role"] != ("user", "assistant")[number % 2] for number, message in enumerate(turns)):
@@ -113,10 +113,10 @@ def checked(messages: Conversation) -> Conversation:
 
 
 def with_system(fields: Mapping[str, Any], messages: Conversation) -> Conversation:
-    """Return the messages, below that of the row's column `system`, if it has one.
+    """Return the messages, after the system message from the row's column `system` if it has one.
 
     Raises:
-        RowError: the column holds no text.
+        RowError: the column holds something other than text.
     """
     content = fields.get("system", "")
     if not isinstance(content, str):
@@ -134,7 +134,7 @@ def _input(fields: Mapping[str, Any]) -> str:
 
 
 def _message(item: Mapping[str, Any]) -> Message:
-    """Return a message in the form of `Message`; the keys that it lacks may be there as null."""
+    """Return a message in the form of `Message`. A key whose value is null counts as missing."""
     role = item.get("role") or item.get("from")
     if not isinstance(role, str):
         raise RowError("a message without a role")
@@ -153,7 +153,7 @@ def _message(item: Mapping[str, Any]) -> Message:
 
 
 def _part(part: Any) -> str:
-    """Return the text of one of the parts in which a content may come."""
+    """Return the text of one part of a content that is a list."""
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
     if not isinstance(text, str):
         raise RowError("an image or another part that is not text")

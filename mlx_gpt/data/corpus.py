@@ -31,7 +31,7 @@ class Corpus:
         fingerprint: a hash in hex that changes with the files' content and with the way they are read.
         column: the text column of .jsonl files, as in `read_rows`.
         cut: how .txt files are cut into documents, as `documents` in `read_rows`.
-        cache: the folder for what is made from the corpus, if `folder` can't be written to.
+        cache: the folder for tokens and the like, used if `folder` can't be written to.
         kind: "documents", "conversations" or "preferences".
     """
 
@@ -85,7 +85,7 @@ class Corpus:
         return self._usable("conversations", split, echo)
 
     def rows(self, split: str, echo: Echo = ignore_line) -> Iterator[Any]:
-        """Yield the usable rows of a split, which are of the corpus's kind; `echo` as in `usable`.
+        """Yield the usable rows of a split, all of the corpus's kind; `echo` as in `usable`.
 
         Raises:
             UserError: the file is missing, or as in `read_kind`.
@@ -97,9 +97,9 @@ class Corpus:
 
 
 def usable(rows: Iterable[Row], echo: Echo = ignore_line) -> Iterator[Any]:
-    """Yield the rows that are neither dropped nor an empty document, with documents normalised.
+    """Yield the rows without the dropped ones and empty documents; documents are normalised.
 
-    At the end `echo` is called with a line for each reason why others were dropped.
+    At the end `echo` is called with a line for each reason for which rows were dropped.
     """
     drops, parts = Drops(), Drops()
     for row in rows:
@@ -207,7 +207,7 @@ def _opened(name: str, folder: Path, column: str, documents: str, cache: Path, e
     """Return the corpus in `folder`, after checking that each of its files has a row of its kind."""
     record = prepared_record(folder)
     cut = "line" if documents == "auto" else documents
-    column = "" if record else column  # the setting names a column of the source, which a prepared file lacks
+    column = "" if record else column  # the setting names a column of the source; a prepared file lacks it
     fingerprint, elsewhere = fingerprint_of(folder, column, cut), None
     kind = record["kind"] if record.get("fingerprint") == fingerprint else _kind(folder, column)
     if not os.access(folder, os.W_OK):
@@ -222,7 +222,7 @@ def _opened(name: str, folder: Path, column: str, documents: str, cache: Path, e
 
 
 def _kind(folder: Path, column: str) -> str:
-    """Return the kind of the rows in `folder`, after a look at each of them.
+    """Return the kind of the rows in `folder`, after reading all of them.
 
     Raises:
         UserError: the kind is not clear, or as in `read_rows`.

@@ -31,7 +31,7 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
     sample = list(islice(rows, SAMPLE))
     header = table.header
     shape = None if column or named_column(header, "") else _shape(path, header)
-    # A row of a shape needs all of its fields, as one does whose text is in the last column.
+    # A conversation or preference needs all of its fields, and so does a row whose text is in the last column.
     index = len(header) - 1 if shape else text_index(path, header, [row for _, row, _ in sample], column)
     columns = len(header)
     faults = [(number, why) for number, row, fault in sample if (why := fault or _misfit(row, columns, index))]
@@ -82,10 +82,10 @@ class _Table:
 
 
 def _shape(path: Path, header: list[str]) -> Shape | None:
-    """Return the shape of the conversations or preferences that the header announces; None if it does not.
+    """Return the shape of conversations or preferences by the header; None if the file has documents.
 
     Raises:
-        UserError: two of the columns have one name.
+        UserError: two of the shape's columns have the same name.
     """
     names = [name.lower() for name in header]
     shape = shape_in(names, ())

@@ -28,14 +28,14 @@ def read_rows(
 ) -> Iterator[tuple[Row, str]]:
     """Yield the rows of one file in order, each with its place, which is the file and the row or line.
 
-    A row is a document, a conversation, a preference, or a `Dropped` without its place if it is none of these. Before
-    a conversation whose last question has no answer, there is a `DroppedPart` for that question, which is left out.
+    A row is a document, a conversation, a preference, or else a `Dropped` without its place. If the last question of a
+    conversation has no answer, a `DroppedPart` for the question comes first, then the conversation without it.
 
     The suffix decides the format: .csv, .tsv, .jsonl (also .ndjson and .json: objects and strings, one after another
     or in one array) or .parquet; anything else is plain text. Text is UTF-8 with or without a byte order mark, or
     UTF-16 or UTF-32 with one. Line endings stay as they are in the file.
 
-    The columns of a row of a table say what it is, by `SHAPES`. With a `column`, every row is a document.
+    In a table, the columns decide the kind of a row, by `SHAPES`. With a `column`, every row is a document.
 
     The text of a table is in the column `column`. If that is "", it is in the first of these that exists: the column
     `text`, in any capitals; the only column of strings, unless another holds lists or objects; the only column of
@@ -88,7 +88,7 @@ def read_kind(
     documents: str = "auto",
     advance: Callable[[int], None] = ignore_bytes,
 ) -> Iterator[Row]:
-    """Yield the rows of one kind in a file, and a `Dropped` with its place for each of the others.
+    """Yield the rows of one kind in a file, and a `Dropped` with its place for each other row.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Folders of downloaded files that appear complete or not at all.
+"""Makes folders of downloaded files appear complete or not at all.
 
 A download is written to a temporary folder beside its place. The last step is a rename.
 """
@@ -24,7 +24,7 @@ def install(new: Path, target: Path, source: str, files: Iterable[str], facts: M
     Args:
         new: a folder on the same disk as `target`.
         target: its place.
-        source: what was downloaded; `complete_files` compares it.
+        source: the name of the download; `complete_files` compares it.
         files: the names of the files in `new`, which are relative to it.
         facts: more to note in the marker.
 
@@ -43,14 +43,14 @@ def install(new: Path, target: Path, source: str, files: Iterable[str], facts: M
 
 
 def recover(target: Path) -> None:
-    """Finish what a process left that was killed while it replaced `target`."""
+    """Finish replacing `target` if a process was killed while it did so."""
     if _aside(target).exists():
         with locked(target.parent):  # a process that is still replacing it finishes by itself
             _settle(target)
 
 
 def record_of(target: Path) -> dict[str, Any]:
-    """Return the marker of a download that is complete and whose files still have their sizes, else {}."""
+    """Return the marker of a download if it is complete and its files still have their sizes, else {}."""
     try:
         record = json.loads((target / MARKER).read_text(encoding="utf-8"))
         whole = all((target / name).stat().st_size == size for name, size in record["files"].items())
@@ -60,23 +60,23 @@ def record_of(target: Path) -> dict[str, Any]:
 
 
 def complete_files(target: Path, source: str) -> list[Path] | None:
-    """Return the files of a download that is complete and unchanged, sorted; None if it is not, or is another."""
+    """Return the sorted files of a download if it is complete, unchanged and from this source, else None."""
     record = record_of(target)
     return sorted(target / name for name in record["files"]) if record.get("source") == source else None
 
 
 def refuse_foreign(target: Path) -> None:
-    """Make sure that what is at `target`, if anything, was downloaded.
+    """Make sure that `target` is missing or was downloaded.
 
     Raises:
-        UserError: it was not.
+        UserError: something else is there.
     """
     if target.exists() and not (target / MARKER).is_file():
         raise UserError(f"{target} is in the way, and this program did not download it: move it elsewhere first.")
 
 
 def _swap_in(new: Path, target: Path) -> None:
-    """Put the folder `new` in the place of `target`. Only one process at a time does so."""
+    """Put the folder `new` in the place of `target`. A lock makes other processes wait."""
     with locked(target.parent):
         _settle(target)
         refuse_foreign(target)
@@ -89,7 +89,7 @@ def _swap_in(new: Path, target: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    """Return where the old download stands while the new one takes its place."""
+    """Return the path of the old download while the new one takes its place."""
     return target.with_name(f".{target.name}.old")
 
 

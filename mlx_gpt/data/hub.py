@@ -1,7 +1,7 @@
 """Get datasets and models from the Hugging Face Hub, by names such as `hf:owner/name`.
 
-A folder appears complete or not at all. An interrupted download leaves a hidden folder beside it, from which the next
-one continues. A folder that is there is used without the network, even when its owner has changed what the name means.
+A folder appears complete or not at all. An interrupted download leaves a hidden folder beside it, and the next download
+continues from there. A complete folder is used without the network, even if the files on the Hub have changed.
 """
 
 import glob
@@ -29,7 +29,7 @@ LICENCE_NOTE = "It has its own licence; please check on its page that it allows 
 
 @dataclass(frozen=True)
 class HubName:
-    """What `hf:owner/name/CONFIG@REVISION` names; `config` and `revision` may be ""."""
+    """The parts of `hf:owner/name/CONFIG@REVISION`; `config` and `revision` may be ""."""
 
     owner: str
     name: str
@@ -42,7 +42,7 @@ class HubName:
 
 
 def is_hub_name(text: object) -> bool:
-    """Return whether a setting names something on the Hub instead of a path."""
+    """Return whether a setting is a name on the Hub instead of a path."""
     return str(text).startswith(PREFIX)
 
 
@@ -53,7 +53,7 @@ def parse(text: str, kind: str) -> HubName:
         kind: "dataset" or "model". A model has no CONFIG.
 
     Raises:
-        UserError: it is not such a name.
+        UserError: the text is not such a name.
     """
     slug = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
     match = re.fullmatch(rf"{PREFIX}({slug})/({slug})(?:/([^@\s]+?))?(?:@([A-Za-z0-9_][\w./-]*))?", text.strip())
@@ -86,7 +86,7 @@ def download(
         patterns: the files to take instead of those of the training split.
         force: ask the Hub again even if the dataset is there.
         echo: called with each line for the person.
-        progress: called with the number of bytes that are there.
+        progress: called with the number of bytes that have arrived.
 
     Raises:
         UserError: the dataset is misspelt, private or missing, or has no text or several configurations; a file is not
@@ -120,12 +120,12 @@ def download(
 def model(text: str, *, echo: Echo = ignore_line, progress: ByteProgress = ignore_progress) -> tuple[Path, str]:
     """Return the folder of a model from the Hub, and its name with the commit: `hf:owner/name@<commit>`.
 
-    Only safetensors, JSON and the chat template are fetched. What is there is used without the network.
+    Only safetensors, JSON and the chat template are fetched. A model that is already there is used without the network.
 
     Args:
         text: `hf:owner/name`, with `@REVISION` for a branch, a tag or a commit.
         echo: called with each line for the person.
-        progress: called with the number of bytes that are there.
+        progress: called with the number of bytes that have arrived.
 
     Raises:
         UserError: the model is misspelt, gated or missing, or has no safetensors; a file is not what the Hub lists; or
@@ -143,7 +143,7 @@ def model(text: str, *, echo: Echo = ignore_line, progress: ByteProgress = ignor
 
 
 def found_model(text: str) -> tuple[Path, str] | None:
-    """Return what `model` returns if the model was fetched before, else None. This never uses the network.
+    """Return the same as `model` if the model was fetched before, else None. This never uses the network.
 
     Raises:
         UserError: the name is misspelt.
@@ -162,12 +162,12 @@ def found_model(text: str) -> tuple[Path, str] | None:
 
 
 def cache_folder() -> Path:
-    """Return the folder that models from the Hub are kept in."""
+    """Return the folder for models from the Hub."""
     return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-gpt" / "models"
 
 
 def _place_of(name: HubName) -> Path:
-    """Return the folder for a model, whether or not it is there."""
+    """Return the folder for a model, whether or not it exists."""
     revision = name.revision and f"@{name.revision.replace('/', '+')}"
     return cache_folder() / name.owner / f"{name.name}{revision}"
 
@@ -181,12 +181,12 @@ def _bring(
     echo: Echo,
     progress: ByteProgress,
 ) -> None:
-    """Fetch files of a commit and move them to `target` when all are there."""
+    """Fetch files of a commit, and move them to `target` when all have arrived."""
     size = size_in_words(sum(file.size for file in files))
     part = target.with_name(f".{target.name}.{commit[:12]}.download")
     with os_errors_explained(f"write to {target.parent}"), _alone(part, echo) as waited:
         if waited and record_of(target).get("commit") == commit and complete_files(target, source):
-            part.rmdir()  # the other process has fetched the same
+            part.rmdir()  # another process has fetched the same files
             return
         _remove_leftovers(target, part, {file.path for file in files})
         verb = "Continuing to download" if any(part.iterdir()) else "Downloading"
@@ -195,7 +195,7 @@ def _bring(
         try:
             fetch(repository, commit, files, part, progress)
         except BaseException as error:
-            for folder in (part, target.parent, target.parent.parent):  # those in which nothing is
+            for folder in (part, target.parent, target.parent.parent):  # removes the empty ones
                 with suppress(OSError):
                     folder.rmdir()
             if isinstance(error, KeyboardInterrupt) and part.exists():
@@ -206,7 +206,7 @@ def _bring(
 
 @contextmanager
 def _alone(part: Path, echo: Echo) -> Iterator[bool]:
-    """Make the folder of a download and hold its lock; give whether another process had it before."""
+    """Make the folder of a download and hold its lock; yield whether this had to wait for another process."""
     waited = False
     with ExitStack() as lock:
         while True:
@@ -215,7 +215,7 @@ def _alone(part: Path, echo: Echo) -> Iterator[bool]:
                 lock.enter_context(locked(part, wait=waited))
                 break
             except BlockingIOError:
-                echo("Waiting for another process that is downloading the same.")
+                echo("Waiting for another process that is downloading the same files.")
                 waited = True
             except FileNotFoundError:  # the other process has finished
                 continue
@@ -223,7 +223,7 @@ def _alone(part: Path, echo: Echo) -> Iterator[bool]:
 
 
 def _remove_leftovers(target: Path, part: Path, wanted: set[str]) -> None:
-    """Remove what interrupted downloads of other commits, or of other files, left for the same place."""
+    """Remove the leftovers of interrupted downloads of other commits, or of other files, to the same place."""
     for other in target.parent.glob(f".{glob.escape(target.name)}.*.download"):
         if other != part:
             with suppress(OSError), locked(other, wait=False):

@@ -1,9 +1,9 @@
 """Lists and fetches the files of a repository on the Hugging Face Hub.
 
-`huggingface_hub` knows the server (`HF_ENDPOINT`), the token (`HF_TOKEN`, or that of `hf auth login`) and the server's
-errors. It does not do the fetching: its downloads start each file anew after an interruption, and compare what came by
-plain HTTP with no hash. Here a file is continued where it stopped, and must have the size and the hash that the Hub
-lists for it.
+`huggingface_hub` finds the server (`HF_ENDPOINT`) and the token (`HF_TOKEN`, or that of `hf auth login`), and knows the
+server's errors. It does not fetch the files, because its downloads start a file anew after an interruption, and do not
+check the hash of files that come by plain HTTP. Here a download continues where it stopped, and each file must have the
+size and the hash that the Hub lists.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import sync
 from mlx_gpt.progress import ByteProgress
 
-STALL_SECONDS = 30.0  # how long to wait while the server sends nothing
-TRIES = 5  # in a row that bring nothing before a download gives up
-PAUSE_SECONDS = 1.0  # between two of them, times their number
-AGAIN = "run the command again to continue, since what has arrived is kept"
+STALL_SECONDS = 30.0  # to wait while the server sends nothing
+TRIES = 5  # a download gives up after this many tries in a row that bring nothing
+PAUSE_SECONDS = 1.0  # after the first of these tries; after the n-th, n times as long
+AGAIN = "run the command again to continue, since the bytes that have arrived are kept"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class HubFile:
     """A file of a repository.
 
     Attributes:
-        path: its name there, with `/` between folders.
+        path: its name in the repository, with `/` between folders.
         size: in bytes.
         digest: SHA-256 of a large file, or git's SHA-1 of a small one; "" if the Hub lists none.
     """
@@ -101,10 +101,10 @@ def list_files(repository: Repository, revision: str) -> Listing:
 
 
 def fetch(repository: Repository, commit: str, files: Sequence[HubFile], folder: Path, progress: ByteProgress) -> None:
-    """Write files of a repository to a folder, in which an earlier call may have left some, or parts of some.
+    """Write files of a repository to a folder. An earlier call may have left files, or parts of files, there.
 
-    On return each file has the size and the hash that the Hub lists. After a failure, whatever has arrived stays for
-    the next call, except for a file that is not what the Hub lists.
+    On return each file has the size and the hash that the Hub lists. After a failure, everything that has arrived stays
+    for the next call, except for a file whose size or hash is wrong.
 
     Raises:
         UserError: a file's name is unsafe, a file is not what the Hub lists, the token does not open it, or the network
@@ -130,7 +130,7 @@ def fetch(repository: Repository, commit: str, files: Sequence[HubFile], folder:
 
 @dataclass(frozen=True)
 class _Transfer:
-    """One file on its way: from `url` to `path`, with `advance` called with the number of its bytes that are here."""
+    """The download of one file from `url` to `path`; `advance` is called with the number of bytes that have arrived."""
 
     session: Any
     headers: dict[str, str]
@@ -150,12 +150,12 @@ class _Transfer:
         else:
             self.path.touch()
         if self.file.digest in ("", _digest(self.path, self.file)):
-            sync(self.path)  # or after a power cut a file of the right size could hold zeros
+            sync(self.path)  # otherwise a file of the right size could hold zeros after a power cut
             return
         self.path.unlink()
         if not continued:
             raise self._refusal("its hash differs")
-        self.run()  # the part from an earlier call may have been damaged on the disk
+        self.run()  # an earlier call's part of the file may have been damaged on the disk
 
     def _receive_all(self) -> None:
         import httpx2
@@ -180,7 +180,7 @@ class _Transfer:
                 time.sleep(PAUSE_SECONDS * failures)
 
     def _receive(self, start: int) -> None:
-        """Append what the server sends, from byte `start` on. The file is removed if it would not get its size."""
+        """Append the bytes from `start` on, as the server sends them. A file that would get a wrong size is removed."""
         from huggingface_hub.utils import hf_raise_for_status
 
         headers = {**self.headers, "Accept-Encoding": "identity"}
@@ -215,9 +215,9 @@ class _Transfer:
 
 @contextmanager
 def _client(repository: Repository, revision: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Give a session and the headers for requests to the Hub, and explain what goes wrong inside.
+    """Yield a session and the headers for requests to the Hub, and explain errors that the requests raise.
 
-    The session sends the token to no other host, when it is redirected. Meanwhile the library sends no telemetry.
+    When it is redirected to another host, the session does not send the token there. The library sends no telemetry.
     """
     import httpx2
     from huggingface_hub import constants
@@ -237,7 +237,7 @@ def _client(repository: Repository, revision: str) -> Iterator[tuple[Any, dict[s
 
 
 def _file(entry: dict[str, Any]) -> HubFile:
-    """Return a file of the Hub's list. For a large file, `size` and `oid` may be those of a pointer to it."""
+    """Return a file from the Hub's list. The list may give a large file the size and `oid` of a pointer to it."""
     large = entry.get("lfs")
     if large:
         return HubFile(str(entry["path"]), int(large["size"]), str(large["oid"]))
@@ -256,11 +256,11 @@ def _check_names(files: Sequence[HubFile], repository: Repository) -> None:
 
 
 def _digest(path: Path, file: HubFile) -> str:
-    """Return the hash of a file, in the way of its listed one."""
+    """Return the hash of a file, computed by the method of the listed hash."""
     with path.open("rb") as content:
         if len(file.digest) == 64:
             return hashlib.file_digest(content, "sha256").hexdigest()
-        sha1 = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)  # as git begins
+        sha1 = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)  # git hashes this header first
         while chunk := content.read(1 << 20):
             sha1.update(chunk)
         return sha1.hexdigest()

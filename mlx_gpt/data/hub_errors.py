@@ -11,12 +11,12 @@ TOKEN_HELP = "set HF_TOKEN to a token of your account (its settings, Access Toke
 
 
 def explain(error: Exception, repository: "Repository", revision: str, host: str, waited: float) -> str:
-    """Return the sentence for an error of the client. It never quotes a request, whose headers hold the token.
+    """Return the sentence for an error of the client. It never quotes a request, because the headers hold the token.
 
     Args:
         error: the error as it was raised.
-        repository: what was asked for.
-        revision: the branch, tag or commit that was asked for.
+        repository: the repository of the request.
+        revision: the branch, tag or commit of the request.
         host: the name of the server.
         waited: seconds after which the client stops waiting for an answer.
     """

@@ -10,14 +10,14 @@ from mlx_gpt.data.hub_client import HubFile, Listing, Repository
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.progress import Echo
 
-# What a model is made of. There is no code and no pickle among these.
+# The files of a model. They include no code and no pickles.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 NEEDED = ("config.json", "tokenizer.json", "model*.safetensors")
 
-# Many datasets hold the same rows in several formats, so only the first of these that is there is taken.
+# Many datasets hold the same rows in several formats, so only the first of these formats is taken.
 FORMATS = ((".parquet",), (".jsonl", ".ndjson"), (".csv", ".tsv"), (".json",), (".txt",))
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 TRAIN = ("train", "training")
@@ -28,7 +28,7 @@ def model_files(listing: Listing, repository: Repository) -> list[HubFile]:
     """Return the files of a model.
 
     Raises:
-        UserError: it lacks one that is needed.
+        UserError: a file that is needed is missing.
     """
     top = [file for file in listing.files if any(fnmatch.fnmatchcase(file.path, name) for name in MODEL_FILES)]
     for needed in NEEDED:
@@ -47,11 +47,11 @@ def dataset_files(
 
     Args:
         config: the configuration that the user names, or "".
-        patterns: those of the files that the user names; none for the files of the training split.
+        patterns: the user's patterns for files; without any, the training split is taken.
         echo: called with a line that says which configuration was chosen among several.
 
     Raises:
-        UserError: it has no text that can be read, or several configurations or splits to choose from.
+        UserError: the dataset has no text that can be read, or several configurations or splits to choose from.
     """
     readable = [file for file in listing.files if _is_text(file.path)]
     paths = [file.path for file in readable]
@@ -77,7 +77,7 @@ def dataset_files(
 def _of_config(
     paths: Sequence[str], card: dict[str, Any], repository: Repository, wanted: str, echo: Echo
 ) -> Sequence[str]:
-    """Return the files of one configuration: of its training split, if the README says which these are."""
+    """Return the files of one configuration, and only its training split if the README names the split's files."""
     declared = {str(entry["config_name"]): entry for entry in _configs(card)}
     folders = sorted({_folder(path) for path in paths})
     names = list(declared) or [name for name in folders if name]
@@ -86,7 +86,7 @@ def _of_config(
         raise UserError(f"{repository.page} has no configuration {shown(wanted)}: {known}.")
     if not wanted:
         preferred = [name for name, entry in declared.items() if name == "default" or entry.get("default") is True]
-        if not declared and "" in folders:  # files that are in no folder of their own
+        if not declared and "" in folders:  # some files are in no configuration's folder
             preferred = [""]
         if len(names) > 1 and not preferred:
             raise UserError(
@@ -121,7 +121,7 @@ def _of_config(
 
 
 def _of_train(paths: Sequence[str], repository: Repository) -> Sequence[str]:
-    """Return the files of the training split, known by their names; all of them if no name has a split."""
+    """Return the files whose names say that they are the training split, else those whose names say no split."""
     train = [path for path in paths if _words(path).intersection(TRAIN)]
     unnamed = [path for path in paths if not _words(path).intersection(OTHER_SPLITS)]
     if not (train or unnamed):
@@ -154,7 +154,7 @@ def _configs(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _splits(data_files: Any) -> Iterable[tuple[str, str]]:
-    """Yield the split, or "train", and the pattern of each entry of `data_files` in a README, in any of its forms."""
+    """Yield the split, or else "train", and the pattern of each entry of `data_files` in a README, in any form."""
     if isinstance(data_files, dict):
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     for entry in data_files if isinstance(data_files, list) else [data_files] if data_files else []:
@@ -165,7 +165,7 @@ def _splits(data_files: Any) -> Iterable[tuple[str, str]]:
 
 
 def _folder(path: str) -> str:
-    """Return the folders that a file is in, without those that name a split or say `data`."""
+    """Return the folders above a file, without those named `data` or after a split."""
     known = {*TRAIN, *OTHER_SPLITS, "data", "partial"}
     return "/".join(part for part in PurePosixPath(path).parts[:-1] if not _words(part) <= known)
 

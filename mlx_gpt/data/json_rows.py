@@ -17,7 +17,7 @@ CUT_SHORT = 16  # characters: an error this near the end may come from a word or
 
 
 def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[tuple[Row, str]]:
-    """Yield the rows of a JSON file whose text is in the pieces `texts`, each with its place.
+    """Yield the rows of a JSON file, each with its place. `texts` are pieces of the file's text.
 
     Raises:
         UserError: as in `read_rows`.
@@ -34,7 +34,7 @@ def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[tuple[R
 def _documents(
     path: Path, sample: list[tuple[int, Any]], rows: Iterator[tuple[int, Any]], column: str
 ) -> Iterator[tuple[Row, str]]:
-    """Yield the rows of a file whose first ones are documents."""
+    """Yield the rows of a file that begins with documents."""
     objects = [row for _, row in sample if isinstance(row, dict) and (column or not shape_of(row))]
     wanted, known, sure = column, set[str](), False
     if objects:

@@ -1,4 +1,4 @@
-"""The kinds of corpora: documents, conversations and preferences, and which of them mixed rows are meant to be."""
+"""The kinds of corpora: documents, conversations and preferences. Decides the kind of a corpus with mixed rows."""
 
 from collections import Counter
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from mlx_gpt.errors import UserError
 
 KINDS = ("documents", "conversations", "preferences")
-CLEAR = 0.9  # of all rows: a kind with as many is the one that is meant
+CLEAR = 0.9  # a corpus has the kind that at least this fraction of its rows have
 
 
 def kind_of(row: object) -> str:
-    """Return the kind of a corpus in which this is a row."""
+    """Return the kind of the corpora that have such rows."""
     return "documents" if isinstance(row, str) else "conversations" if isinstance(row, list) else "preferences"
 
 
 def one_of(kind: str) -> str:
-    """Return what one row of a corpus of this kind is called."""
+    """Return the word for one row of a corpus of this kind."""
     return kind.removesuffix("s")
 
 
@@ -25,17 +25,17 @@ def misplaced(found: str, wanted: str) -> str:
 
 
 def to_json(row: Any) -> dict[str, Any]:
-    """Return the object that a prepared file holds for a row."""
+    """Return a row as the JSON object in a prepared file."""
     return {"text": row} if isinstance(row, str) else {"messages": row} if isinstance(row, list) else row
 
 
 def from_json(written: dict[str, Any]) -> Any:
-    """Return the row of an object that `to_json` made."""
+    """Return the row from an object that `to_json` made."""
     return written.get("text", written.get("messages", written))
 
 
 def characters(row: Any) -> int:
-    """Return the length of all text in a row."""
+    """Return the number of characters in a row."""
     if isinstance(row, str):
         return len(row)
     messages = row if isinstance(row, list) else [message for part in row.values() for message in part]
@@ -43,12 +43,12 @@ def characters(row: Any) -> int:
 
 
 def turns(row: Any) -> int:
-    """Return how often the user or the assistant speaks in a conversation; 0 for rows of the other kinds."""
+    """Return the number of messages by the user and the assistant in a conversation; 0 for rows of other kinds."""
     return sum(message["role"] != "system" for message in row) if isinstance(row, list) else 0
 
 
 class Kinds:
-    """Counts the rows of each kind, with the place of the first of each."""
+    """Counts the rows of each kind, and keeps the place of the first row of each kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -62,10 +62,10 @@ class Kinds:
         return kind
 
     def meant(self) -> str:
-        """Return the kind that the corpus is meant to be, which nine rows in ten have; documents if there are none.
+        """Return the kind of at least nine rows in ten, or documents if there are no rows.
 
         Raises:
-            UserError: no kind has as many.
+            UserError: no kind is so frequent.
         """
         kind, most = self.counts.most_common(1)[0] if self.counts else (KINDS[0], 0)
         if most >= CLEAR * self.counts.total():

@@ -1,8 +1,8 @@
-"""Packs conversations into training windows, whole and with little padding.
+"""Packs whole conversations into training windows with little padding.
 
-The longest conversation comes first, and each goes where it leaves the least room (best-fit decreasing: Johnson 1973).
-The windows hold the same conversations in each epoch. Each epoch visits them in an order of its own, and orders the
-conversations in each of them anew: a question that is asked first in a conversation has to be seen there in training.
+The longest conversations are placed first, each in the window where it leaves the least room (best-fit decreasing:
+Johnson 1973). A window holds the same conversations in every epoch. Each epoch shuffles the windows, and the
+conversations inside each window: people begin with any question, so each must sometimes stand first in training.
 """
 
 import bisect
@@ -16,24 +16,24 @@ from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
 from mlx_gpt.seeds import seed_from
 
-SCANNED = 2**24  # tokens at a time
+SCANNED = 2**24  # tokens that are searched at a time
 
 
 class PackedWindows(Windows):
-    """Windows of whole conversations, each of which validation reads once.
+    """Windows of whole conversations. Validation reads each conversation once.
 
-    A conversation that is longer than a window is cut after the last answer that fits, so that its beginning stays. One
-    whose first answer does not fit is left out.
+    A conversation that is longer than a window keeps its beginning, and is cut after the last answer that fits. If not
+    even the first answer fits, the conversation is left out.
 
     Args:
         marked: (tokens,) uint32, as `tokenize_conversations` makes them.
         seq_len: targets per window.
         seed: decides which of two conversations of equal length comes first.
-        name: of the conversations, for people.
-        context: targets that the model can see at most; 0 if that can be changed.
+        name: the name of the split, for messages.
+        context: the highest number of targets for this model; 0 if it can be raised.
 
     Raises:
-        UserError: no conversation fits; the sentence names a length that suffices.
+        UserError: no conversation fits; the message names a length that suffices.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PackedWindows(Windows):
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[list[int]]:
-    """Divide things among windows that have `room` each, and return the numbers of those in each window."""
+    """Divide items of these lengths among windows with `room` each, and return the indices of the items in each."""
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(lengths))
     order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
     windows: list[list[int]] = []
@@ -123,7 +123,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> l
 
 
 def _nothing_fits(marked: np.ndarray, begins: np.ndarray, name: str, context: int) -> str:
-    """Return a sentence for conversations of which none fits up to its first answer."""
+    """Return the message for conversations none of which fits into a window up to its first answer."""
     stops = np.append(marked_places(marked, MAY_END), len(marked))
     needed = int((stops[np.searchsorted(stops, begins, "right")] - begins).min()) - 1
     none = f"None of the {len(begins):,} {name} conversations fits into a window up to its first answer: "
@@ -133,6 +133,6 @@ def _nothing_fits(marked: np.ndarray, begins: np.ndarray, name: str, context: in
 
 
 def marked_places(marked: np.ndarray, mark: np.uint32) -> np.ndarray:
-    """Return where tokens have a mark, (places,) int64."""
+    """Return the positions (places,) int64 of the tokens that have a mark."""
     parts = range(0, len(marked), SCANNED)
     return np.concatenate([start + np.flatnonzero(marked[start : start + SCANNED] & mark) for start in parts])

@@ -70,9 +70,9 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
 
 
 def _lightest_part(metadata: Any, name: str) -> str:
-    """Return the part of a column, such as an image's path, that takes least to read.
+    """Return the part of a column that is cheapest to read, such as the path of an image.
 
-    It shows as well as the whole column which rows have a value there.
+    Like the whole column, it shows which rows have a value.
     """
     sizes = Counter[str]()
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -83,7 +83,7 @@ def _lightest_part(metadata: Any, name: str) -> str:
 
 
 def _row(row: dict[str, Any], shape: Shape | None) -> Row:
-    """Return what a row is; without a `shape`, its only column is the text."""
+    """Return a row as a document, conversation or preference. Without a `shape`, its only column is the text."""
     if shape:
         return read_row(row, shape)
     [text] = row.values()

@@ -1,4 +1,4 @@
-"""Preferences as data: two answers to one prompt, of which one was chosen and the other rejected."""
+"""Reads preferences from rows: a prompt with two answers, one chosen and one rejected."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ from mlx_gpt.data.conversations import Conversation, check_columns, checked, rea
 from mlx_gpt.data.rows import RowError
 
 Preference = dict[str, Conversation]
-"""The messages of "prompt", and those by which "chosen" and "rejected" continue them. All three have some."""
+"""The messages of the "prompt", and of the two answers, "chosen" and "rejected". None of the three is empty."""
 
 
 def read_preference(fields: Mapping[str, Any]) -> Preference:
     """Return the preference of a row with `chosen`, `rejected` and perhaps `prompt`.
 
-    Without a prompt, the messages with which both answers begin are the prompt.
+    Without `prompt`, the messages with which both answers begin are the prompt.
 
     Args:
         fields: as in `read_conversation`.
@@ -43,6 +43,6 @@ def read_preference(fields: Mapping[str, Any]) -> Preference:
 
 
 def _shared(chosen: Conversation, rejected: Conversation) -> Conversation:
-    """Return the messages with which both begin."""
+    """Return the messages with which both lists begin."""
     pairs = list(zip(chosen, rejected, strict=False))
     return chosen[: next((number for number, (one, other) in enumerate(pairs) if one != other), len(pairs))]

@@ -46,8 +46,8 @@ def prepare(
 ) -> Report:
     """Write the rows of `paths` to `folder`, as train.jsonl and val.jsonl, with a report.json beside them.
 
-    The rows are documents, conversations or preferences: the kind that nine in ten have. Empty and repeated rows, and
-    those of another kind, are dropped. `divide` says which of the others are validation.
+    At least nine rows in ten must be of one kind: documents, conversations or preferences. Rows of another kind, empty
+    rows and repeated rows are dropped. `divide` decides which of the other rows are validation.
 
     `folder` changes only at the very end. If anything fails before that, it stays as it was.
 
@@ -61,8 +61,8 @@ def prepare(
         progress: called with the bytes read so far.
 
     Raises:
-        UserError: a source cannot be read, no row is left, it is not clear which kind the rows are, or `folder` has a
-            corpus that would be lost.
+        UserError: a source cannot be read, no row is left, no kind has nine rows in ten, or `folder` has a corpus that
+            would be lost.
     """
     folder, paths = Path(folder), list(paths)
     if not 0 < val_fraction < 1:
@@ -119,7 +119,7 @@ def prepare(
 
 
 def find_split(folder: Path, split: str) -> Path | None:
-    """Return the .jsonl or .txt file of a split, if there is one. For "val" it may be mlx-lm's valid.jsonl, too.
+    """Return the .jsonl or .txt file of a split, if there is one. For "val", mlx-lm's valid.jsonl also counts.
 
     Raises:
         UserError: there are several.
@@ -138,9 +138,9 @@ def fingerprint_of(folder: Path, column: str, cut: str) -> str:
 
 
 def _distinct(rows: Iterable[tuple[Row, str]], drops: Drops, parts: Drops) -> Iterator[tuple[int, Any, str]]:
-    """Yield each row once, normalised, after the number that `divide` goes by. Count the others in `drops`.
+    """Yield each row once, normalised, between the hash that `divide` needs and its place. Count the rest in `drops`.
 
-    Only the hash of each row, 16 bytes, is kept in memory.
+    Only the hashes of the rows stay in memory, 16 bytes each.
     """
     seen: set[bytes] = set()
     for row, place in rows:

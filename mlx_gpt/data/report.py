@@ -80,7 +80,7 @@ class Report:
 
 
 def _aligned(sizes: list[Split]) -> list[str]:
-    """Return what each size holds, with the numbers below each other."""
+    """Return a line for each size, with the numbers below each other."""
     columns = {
         name: [f"{getattr(size, name):,}" for size in sizes]
         for name in ("turns", "characters")

@@ -1,4 +1,4 @@
-"""Common to the rows of CSV, JSON and Parquet: finding the text column, rows that are dropped, and line endings."""
+"""Helpers for rows of CSV, JSON and Parquet: they find the text column, count dropped rows and normalise text."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ LONG = 40  # characters: labels, ids and UUIDs (36) are shorter on average, pros
 
 
 class RowError(ValueError):
-    """A row cannot be used: the message is the reason, short, so that it can be counted."""
+    """A row cannot be used. The message is a short reason, so that rows can be counted by reason."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Dropped:
     """Takes the place of a document, conversation or preference for a row without a usable one.
 
     Attributes:
-        reason: short, so that it can be counted.
+        reason: a short reason, so that rows can be counted by reason.
         place: the file and the row or line, for people.
     """
 
@@ -33,11 +33,11 @@ class DroppedPart(Dropped):
 
 
 class Drops:
-    """Counts what was dropped, by reason, with the place of the first of each.
+    """Counts dropped rows by reason, and keeps the place of the first row for each reason.
 
     Attributes:
-        counts: how many, by reason.
-        first: the place of the first, by reason, where it is known.
+        counts: the number of rows, by reason.
+        first: the place of the first row, by reason, if it is known.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Drops:
         self.first: dict[str, str] = {}
 
     def add(self, reason: str, place: str = "", count: int = 1) -> None:
-        """Count one, or several of which the first is at `place`."""
+        """Count one row, or several rows, the first of which is at `place`."""
         self.counts[reason] += count
         if place:
             self.first.setdefault(reason, place)

@@ -1,4 +1,4 @@
-"""Tell by its columns what a row of a table is: a document, a conversation or a preference."""
+"""Decides by a row's columns whether the row is a document, a conversation or a preference."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -11,8 +11,8 @@ from mlx_gpt.data.rows import Dropped, RowError
 Row = str | Conversation | Preference | Dropped
 
 Shape = tuple[str, ...]
-# The columns by which conversations and preferences are known. One that is there alone must hold messages, because the
-# same name on a column of strings may well be the text.
+# Conversations and preferences are recognised by these columns. A column that is enough by itself must hold messages,
+# because a column of strings with the same name may well be the text of documents.
 SHAPES: tuple[Shape, ...] = (
     ("chosen", "rejected"),
     ("messages",),
@@ -28,9 +28,9 @@ COLUMNS = frozenset({"text", "prompt", "system", *INPUTS, *UNREAD, *(name for sh
 
 
 def shape_of(row: Any) -> Shape | None:
-    """Return by which columns a row is a conversation or a preference; None if it is neither.
+    """Return the columns that make a row a conversation or a preference; None if it is neither.
 
-    A row with a text in a column `text` is a document, whatever else it has.
+    A row with a text in a column `text` is a document, whatever its other columns are.
     """
     if not isinstance(row, dict) or KEYS.isdisjoint(map(str.lower, row)):
         return None
@@ -39,17 +39,17 @@ def shape_of(row: Any) -> Shape | None:
 
 
 def shape_in(names: Collection[str], lists: Collection[str]) -> Shape | None:
-    """Return the shape that a table has by the names of its columns, in small letters.
+    """Return the shape of a table by the names of its columns, in small letters.
 
     Args:
-        names: those of all columns.
-        lists: those of the columns that hold lists of objects.
+        names: the names of all columns.
+        lists: the names of the columns that hold lists of objects.
     """
     return next((each for each in SHAPES if set(each) <= set(lists if len(each) == 1 else names)), None)
 
 
 def read_row(row: Any, expected: Shape) -> Row:
-    """Return what a row is, in a file whose conversations or preferences have the shape `expected`."""
+    """Return a row as a document, conversation or preference, in a file whose rows should have the shape `expected`."""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):

@@ -16,7 +16,7 @@ from mlx_gpt.errors import UserError, os_errors_explained, typed
 from mlx_gpt.progress import ByteProgress, ignore_progress
 
 BUILTIN = "builtin"  # used in place of a path: the language reference that comes with Python
-FORMAT_VERSION = 4  # raise this number when a change makes the same sources give other rows
+FORMAT_VERSION = 4  # raise this number when a change of the code gives other rows for the same sources
 REPORT = "report.json"
 PREPARED_FILES = (REPORT, "val.jsonl", "train.jsonl")  # what `prepare` writes to a folder
 
@@ -143,9 +143,9 @@ def source_fingerprint(sources: list[Source], column: str, documents: str, val_f
 
 
 def prepared_record(folder: Path) -> dict[str, Any]:
-    """Return the report that `prepare` wrote to `folder`, or {} if there is none, or one of another program.
+    """Return the report that `prepare` wrote to `folder`, or {} if there is none, or only another program's report.
 
-    A report without a kind is of documents, because earlier versions prepared nothing else.
+    A report without a kind is about documents, because earlier versions prepared nothing else.
     """
     try:
         record = json.loads((folder / REPORT).read_text(encoding="utf-8"))

@@ -1,8 +1,7 @@
 """Divides documents, conversations or preferences into training and validation.
 
-The hash of a row decides its split, so it is the same among any other rows. With few rows, or with one that is longer
-than all others together, the hashes may give validation nearly nothing or nearly everything. Then the split is made by
-length.
+The hash of a row decides its split, so other rows do not change it. With few rows, or with one that is longer than all
+others together, the hashes may give validation nearly nothing or nearly everything. Then the rows are split by length.
 """
 
 import json
@@ -47,11 +46,11 @@ class Division:
 def divide(rows: Iterable[tuple[int, Any, str]], folder: Path, val_fraction: float, drops: Drops) -> Division:
     """Write rows to the two files of `folder`.
 
-    Rows of another kind than the corpus is meant to be are dropped. Of the others, a row goes to validation if its
-    hash, as a fraction of `HASHES`, is below `val_fraction`. That stands if validation then has the share of the
-    characters that was asked for, give or take half of the smaller side.
-    Otherwise, every document longer than a tenth of all characters, and longer than the smaller side, is cut. Its end
-    is validation.
+    Rows of another kind than nearly all rows are dropped. Each other row goes to validation if its hash, as a fraction
+    of `HASHES`, is below `val_fraction`. This division is kept if validation has its share of the characters, give or
+    take half of the smaller side.
+    Otherwise, the rows are divided by length. Every document longer than a tenth of all characters, and longer than the
+    smaller side, is cut, and its end is validation.
     The other documents go to validation whole, in the order of their hashes, until it has its share. The last of them
     is cut if that share would otherwise be missed. Conversations and preferences always stay whole.
 
@@ -147,9 +146,9 @@ def _fractions(hashes: Sequence[int], lengths: Sequence[int], val_fraction: floa
 
 
 def _sides(hashes: Sequence[int], lengths: Sequence[int], val_fraction: float) -> array:
-    """Return 1 for each row that is validation and 0 for the others, if the split is by length and rows stay whole.
+    """Return 1 for each row that is validation and 0 for each other row, for a split by length that cuts no row.
 
-    A row is validation if that brings the split nearer to its share, in the order of the hashes. Both sides get a row.
+    In the order of the hashes, a row is validation if that brings validation nearer to its share. Both sides get a row.
     """
     pairs = sorted(zip(hashes, lengths, strict=True))
     missing, val = val_fraction * sum(lengths), set()
@@ -165,7 +164,7 @@ def _sides(hashes: Sequence[int], lengths: Sequence[int], val_fraction: float) -
 def _by_hash(
     rows: Iterable[tuple[int, Any]], folder: Path, val_fraction: float
 ) -> tuple[dict[str, Split], array, array]:
-    """Write rows to the sides of their hashes; return the sizes of the sides, the hashes and the lengths."""
+    """Write each row to the side that its hash says. Return the sizes of the sides, the hashes and the lengths."""
     hashes, lengths = array("Q"), array("Q")
 
     def sides() -> Iterator[tuple[str, Any]]:
@@ -178,7 +177,7 @@ def _by_hash(
 
 
 def _again(folder: Path, hashes: Sequence[int], val_fraction: float) -> Iterator[tuple[int, Any]]:
-    """Move the files that `_by_hash` wrote out of the way, and yield their rows in the order of `hashes`."""
+    """Move away the files that `_by_hash` wrote, and yield their rows in the order of `hashes`."""
     before = {split: split_file(folder, split).rename(folder / f"{split}-by-hash.jsonl") for split in SPLITS}
 
     def rows() -> Iterator[tuple[int, Any]]:

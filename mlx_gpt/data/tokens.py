@@ -21,7 +21,7 @@ from mlx_gpt.tokenizer_training import Sample
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
-ID = np.uint32((1 << 29) - 1)  # the bits of a token; those of conversations have marks in the others
+ID = np.uint32((1 << 29) - 1)  # these bits are the token; in conversations the other bits are marks
 # A document may be cut before a space that begins a word, because there GPT-2's split into words stays the same.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 

@@ -69,7 +69,7 @@ class BatchCache:
         self.layers = [LayerCache(rows) for _ in range(layers)]
 
     def begin_with(self, other: "BatchCache", length: int) -> None:
-        """Begin a sequence with the first `length` tokens that the first row of another cache has."""
+        """Begin a sequence with the first `length` tokens in the first row of another cache."""
         row = len(self.rows.lengths)
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             ours.put(row, theirs, 0, length)

@@ -1,4 +1,4 @@
-"""A conversation with a model: what has been said, and how the model answers."""
+"""A conversation with a model: keeps the messages, and has the model answer them."""
 
 import dataclasses
 from bisect import bisect_left
@@ -16,12 +16,12 @@ from mlx_gpt.generation.requests import Past, Request
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.tokenizer import Tokenizer
 
-ANSWER_SHARE = 4  # at least a quarter of the context is free for an answer that may be that long
+ANSWER_SHARE = 4  # a quarter of the context stays free for the answer, or less if the answer must be shorter
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A message of the user, and the model's answer."""
+    """A message from the user, and the model's answer."""
 
     question: str
     answer: str
@@ -35,8 +35,8 @@ class Dialogue:
     Attributes:
         context: tokens that the model can see.
         exchanges: the conversation, without the system message.
-        unseen: how many of these, the oldest ones, the model no longer sees.
-        limit: tokens that the newest answer could have at most.
+        unseen: the number of oldest exchanges that the model no longer sees.
+        limit: the highest number of tokens that the newest answer could have.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -45,7 +45,7 @@ class Dialogue:
         self.unseen = self.limit = 0
         self._system = ""
         self._model, self._tokenizer, self._template = model, tokenizer, template
-        self._repeated = 0  # how often the newest question has been answered anew
+        self._repeated = 0  # counts the further answers to the newest question
         self._past: Past | None = None
 
     @property
@@ -57,8 +57,8 @@ class Dialogue:
     def system(self) -> str:
         """The message that comes before all others and says how to answer; "" if there is none.
 
-        Setting it raises a `UserError` if it is too long for the context or the template refuses it; then the earlier
-        one stays.
+        Setting it raises a `UserError` if the text is too long for the context or the template refuses it. Then the
+        earlier message stays.
         """
         return self._system
 
@@ -73,10 +73,10 @@ class Dialogue:
         self.unseen = 0
 
     def ask(self, question: str, config: GenerationConfig) -> Generator[Piece, None, None]:
-        """Answer a message, yielding text as soon as it is certain.
+        """Answer a message, and yield text as soon as it is certain.
 
-        The exchange becomes part of the conversation when the iterator ends or is closed, with as much of the answer
-        as there is by then. Without an answer the conversation stays as it was.
+        The exchange joins the conversation when the iterator ends or is closed, with the part of the answer that has
+        been made by then. Without an answer the conversation stays as it was.
 
         Raises:
             UserError: the message does not fit into the context, or the template refuses it.
@@ -103,7 +103,7 @@ class Dialogue:
         """Remove the newest exchange, and return it.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no exchange.
         """
         if not self.exchanges:
             raise UserError("There is nothing to take back.")
@@ -134,7 +134,7 @@ class Dialogue:
                 for _, piece in engine.step():
                     answer += piece.text
                     yield piece
-            self._past = engine.past  # after Ctrl-C, which can leave an engine in any state, the earlier one stays
+            self._past = engine.past  # Ctrl-C can leave an engine in any state; then the earlier one stays
         finally:
             if answer.strip():
                 self.exchanges = [*before, Exchange(question, answer)]
@@ -142,12 +142,13 @@ class Dialogue:
     def _fit(
         self, exchanges: Sequence[Exchange], question: str, max_tokens: int, new: str = "message"
     ) -> tuple[list[int], int]:
-        """Return the ids of a prompt that fits, and how many of the oldest exchanges it leaves out.
+        """Return the ids of a prompt that fits, and the number of oldest exchanges that it leaves out.
 
-        `new` is what a person has just written, and can shorten.
+        Args:
+            new: the word for the text that a person has just written, and can shorten.
 
         Raises:
-            UserError: it does not fit without any exchange, or the template refuses the messages.
+            UserError: the prompt does not fit without any exchange, or the template refuses the messages.
         """
         room = self.context - min(max_tokens, self.context // ANSWER_SHARE)
 
@@ -155,7 +156,7 @@ class Dialogue:
             messages = [*self._messages(exchanges[unseen:]), {"role": "user", "content": question}]
             return self._template.ids(messages, self._tokenizer)
 
-        # An exchange that has left stays out, so that the prompt begins as the one before, which has been read.
+        # Exchanges left out once stay out, so that the prompt begins like the last one, which has been read.
         first = min(self.unseen, len(exchanges))
         unseen = bisect_left(range(len(exchanges)), True, lo=first, key=lambda unseen: len(ids(unseen)) <= room)
         if len(prompt := ids(unseen)) > room:

@@ -29,8 +29,7 @@ class Engine:
 
     Attributes:
         made: the tokens of all texts so far.
-        past: what the newest text that ended has left in the cache, for the next engine; None while texts are made
-            side by side.
+        past: the cache of the text that ended last, for the next engine; None while texts are made side by side.
 
     Args:
         max_batch: texts at a time; further ones wait.
@@ -132,7 +131,7 @@ class Engine:
             self._tokens_b = self._tokens_b[mx.array(staying, mx.uint32)]
 
     def _keep(self, text: Continuation, length: int) -> None:
-        """Keep what the cache has of a text, unless other texts will be written over it."""
+        """Keep the cache of a text, unless other texts will be written over it."""
         # A text that was read again after its context was full has fewer tokens there than all of its own.
         if self.max_batch == 1 and length == len(text.request.prompt) + text.picked - 1:
             self.past = Past([*text.request.prompt, *text.ids][:length], self._cache)
@@ -180,7 +179,7 @@ class Engine:
         return Prompt(texts, ids, cache, again)
 
     def _begin(self, prompt: Prompt) -> None:
-        """Begin to read a prompt, after the tokens at its beginning that have been read before."""
+        """Begin to read a prompt, and skip the tokens at its beginning that have been read before."""
         if self.past and not prompt.again and not prompt.request.prompt_too:
             # The last token is always read, because the next one is picked from its logits.
             prompt.cache.begin_with(self.past.cache, self.past.shared(prompt.ids[:-1]))

@@ -26,7 +26,7 @@ class Request:
         logit_bias: added to the logits of some ids before a token is drawn.
         alternatives: report each token's log-probability, and this many of the likeliest tokens in its place.
         prompt_too: report them for the prompt's tokens as well.
-        ends: whether the tokenizer's `ends` end a text. If so, no penalty makes them less likely.
+        ends: whether the tokenizer's `ends` end a text. If they do, no penalty makes them less likely.
     """
 
     prompt: Sequence[int]

@@ -110,7 +110,7 @@ def vocab_size(model: nn.Module) -> int:
 
 
 def set_vocab_size(model: nn.Module, size: int) -> None:
-    """Have a model, and the `config.json` that is written for it, say how many entries its head has now."""
+    """Record the new size of a model's head in the model and in the `config.json` to be written for it."""
     model.args = dataclasses.replace(model.args, vocab_size=size)
     if getattr(model, "config", None) is not None:
         model.config = MappingProxyType({**model.config, "vocab_size": size})

@@ -1,8 +1,8 @@
 """Reads and writes adapters in the layout of mlx-lm.
 
-`adapter_config.json` has their rank and scale, and names the directory of the base in `model`. `adapters.safetensors`
-has their matrices. `trained.safetensors` has the other parameters that were trained, if there are any, such as an
-embedding that has grown; mlx-lm's layout has no place for them.
+`adapter_config.json` has the rank and the scale, and names the directory of the base in `model`. `adapters.safetensors`
+has the matrices. If other parameters were trained as well, such as an embedding that has grown, they are in
+`trained.safetensors`, because mlx-lm's files can't hold them.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ class Adapters:
     """Adapters as they are stored.
 
     Attributes:
-        base: the model directory that they belong to.
-        arrays: their matrices, by the names that mlx-lm gives them.
+        base: the model directory that the adapters belong to.
+        arrays: the matrices, by their names in mlx-lm.
         extra: other parameters that were trained, by name.
     """
 
@@ -59,7 +59,7 @@ def base_of(folder: Path) -> Path:
     """Return the directory of the model that the adapters in a folder belong to.
 
     Raises:
-        UserError: they do not name one that is here.
+        UserError: they name no directory, or one that is not there.
     """
     path = folder / CONFIG
     named = read_json(path).get("model")
@@ -75,7 +75,7 @@ def base_of(folder: Path) -> Path:
 
 
 def read(folder: Path) -> Adapters:
-    """Read the adapters in a folder, which name their base.
+    """Read the adapters in a folder, for the base that they name.
 
     Raises:
         UserError: as in `read_from`, or the base is not there.
@@ -84,10 +84,10 @@ def read(folder: Path) -> Adapters:
 
 
 def read_from(folder: Path, base: Path) -> Adapters:
-    """Read the adapters in a folder, for a base wherever it is.
+    """Read the adapters in a folder, for a base that may be anywhere.
 
     Raises:
-        UserError: a file is missing or damaged, or they are of another kind.
+        UserError: a file is missing or damaged, or the adapters are of another kind.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -112,7 +112,7 @@ def attach(model: nn.Module, found: Adapters) -> None:
     """Freeze a model, and put stored adapters beside its layers.
 
     Raises:
-        UserError: they belong to another model; the sentence names the tensor.
+        UserError: the adapters belong to another model; the message names the tensor.
     """
     prefix: str = getattr(model, "mlx_lm_prefix", "")
     modules = dict(model.named_modules())
@@ -142,7 +142,7 @@ def attach(model: nn.Module, found: Adapters) -> None:
 
 
 def _restore(model: nn.Module, found: Adapters) -> None:
-    """Take over the other trained parameters. An embedding or a head may have grown by some rows."""
+    """Copy the other trained parameters to the model. An embedding or a head may have grown by some rows."""
     modules = dict(model.named_modules())
     for name, array in found.extra.items():
         layer, _, leaf = name.rpartition(".")
@@ -173,7 +173,7 @@ def apply(model: nn.Module, found: Adapters) -> nn.Module:
 def write(folder: Path, model: nn.Module) -> None:
     """Write the adapters of a model, and other trained parameters if there are any, each file whole or not at all.
 
-    They name `model.base` as the directory of the model that they belong to.
+    The adapters name `model.base` as the directory of their base.
     """
     layers = lora.adapters(model)
     one = next(iter(layers.values()))

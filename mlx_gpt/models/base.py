@@ -213,7 +213,7 @@ class LinearCrossEntropy(nn.Module):
     def frozen(
         self, head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
     ) -> mx.array:
-        """Return the same sum for a `head` that is not trained, and may be quantised: only `x_nc` has a gradient.
+        """Return the same sum for a `head` that is not trained and may be quantised. Only `x_nc` has a gradient.
 
         Args:
             head: turns hidden states (..., C) into logits (..., V).

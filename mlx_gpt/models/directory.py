@@ -38,8 +38,8 @@ TRAINED_WITH = "tokenizer"  # the metadata that has the fingerprint of the token
 def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapping[str, str] | None = None) -> None:
     """Write a model directory, each file whole or not at all, the weights last.
 
-    A model with adapters is written with the adapters added to its weights. Beside them it has `adapters/`, unless
-    other parameters were trained as well, which mlx-lm would not read there.
+    If the model has adapters, they are added to the weights, and are also written alone to `adapters/`. That folder is
+    left out if other parameters were trained as well, because mlx-lm would not read them there.
 
     Args:
         facts: for the header of the weights.
@@ -56,16 +56,16 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
 
 
 def save_adapters(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Write what a model with adapters has learnt, each file whole or not at all, and its tokenizer.
+    """Write the adapters of a model, the other parameters that were trained, and the tokenizer.
 
-    It opens as a model as long as its base is where the adapters say.
+    Each file is written whole or not at all. The folder opens as a model as long as its base is where the adapters say.
     """
     _save_tokenizer(folder, model, tokenizer)
     adapters.write(folder, model)
 
 
 def _save_tokenizer(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Write the files of the tokenizer, with the template of conversations and the ids that end an answer."""
+    """Write the files of the tokenizer, with the chat template and the ids that end an answer."""
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
     config = {
@@ -84,7 +84,7 @@ def _save_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the ids of the tokens around a text, as `generation_config.json` has them."""
+    """Return the ids of the tokens around a text, in the form of `generation_config.json`."""
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     return ends | (_ends_of_answers(tokenizer) if tokenizer.chat else {})
 
@@ -92,7 +92,7 @@ def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
 def _ends_of_answers(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the ids at which transformers, mlx-lm and llama.cpp's converter end an answer, the end of a turn first.
 
-    The end of a document comes before all others, by which `read_tokenizer` knows it again.
+    The end of a document comes before all other ids, so that `read_tokenizer` recognises it.
     """
     backend, first = tokenizer.backend, tokenizer.end_of_text
     ids = sorted(tokenizer.ends, key=lambda i: (i != backend.token_to_id(END_OF_TURN), i != first, i))
@@ -105,7 +105,7 @@ def _weights_in_file(model: nn.Module) -> dict[str, mx.array]:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """Return the `config.json` of a model with plain weights: that of its directory, or made from its `args`."""
+    """Return the `config.json` of a model with plain weights: its directory's, or one made from its `args`."""
     own: Mapping[str, Any] | None = getattr(model, "config", None)
     config = dict(own) if own is not None else model.args.to_config()
     return {name: value for name, value in config.items() if name not in quantized.KEYS}
@@ -114,7 +114,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 def load_model(folder: str | Path, dtype: mx.Dtype | None = mx.float32) -> nn.Module:
     """Read the network of a model directory: a GPT-2, a Qwen3 or, with mlx-lm installed, one of its architectures.
 
-    Quantised weights stay packed. A directory of adapters gives its base with the adapters (`adapters.read`).
+    Quantised weights stay packed. For a directory of adapters, this returns the base with the adapters.
 
     Args:
         dtype: of the parameters; None keeps that of each tensor in the file.
@@ -199,7 +199,7 @@ def _load_other(folder: Path, config: dict[str, Any], dtype: mx.Dtype | None) ->
 
 
 def _as(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """Return numbers in a dtype; packed ones as they are."""
+    """Return an array in a dtype; packed weights stay as they are."""
     return array.astype(dtype) if dtype and mx.issubdtype(array.dtype, mx.floating) else array
 
 
@@ -250,7 +250,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     described = [folder]
-    if adapters.are_in(folder):  # ours bring their tokenizer, so that they need no base for it
+    if adapters.are_in(folder):  # our adapters have their tokenizer beside them, so this needs no base
         complete = (folder / "tokenizer.json").exists() and (folder / "generation_config.json").exists()
         described = [] if complete else [adapters.base_of(folder)]
         folder = folder if (folder / "tokenizer.json").exists() else described[0]
@@ -382,7 +382,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tup
 def _check_memory(
     path: Path, files: Sequence[Path], stored: Mapping[str, tuple[int, ...]], dtype: mx.Dtype | None
 ) -> None:
-    """Refuse weights that would not fit into memory, as they are in `files` or in `dtype`. Packed ones stay packed."""
+    """Refuse weights that would not fit into memory, in the dtypes of `files` or in `dtype`. Packed weights stay so."""
     here = device()
     if dtype:
         packed = {f"{name.removesuffix('scales')}weight" for name in stored if name.endswith(".scales")}

@@ -136,7 +136,7 @@ class Model(nn.Module):
     """GPT-2 with its head tied to the token embedding."""
 
     residual_projections = ("c_proj.weight",)
-    mlx_lm_prefix = "model."  # of the names in mlx-lm's network
+    mlx_lm_prefix = "model."  # of the parameters' names in mlx-lm's network
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()

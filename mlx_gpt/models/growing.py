@@ -1,4 +1,4 @@
-"""Gives a trained network rows for new tokens."""
+"""Adds rows for new tokens to a trained network."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from mlx_gpt import models
 from mlx_gpt.errors import UserError
 from mlx_gpt.models import quantized
 
-NOISE = 0.1  # of each column's deviation
-# The names that networks, ours and mlx-lm's, give to the table of their inputs and to a head of its own.
+NOISE = 0.1  # as a fraction of each column's standard deviation
+# Names of the embedding and of an untied head, in our networks and in mlx-lm's.
 EMBEDDINGS = (
     "wte", "embed_tokens", "tok_embeddings", "token_embeddings", "word_embeddings", "embeddings", "embedding", "embed",
     "embed_in",
@@ -23,22 +23,23 @@ HEADS = ("lm_head", "output", "embed_out")
 
 
 def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[str]:
-    """Give the tokens `added` fresh rows in the embedding and in an untied head, and make these longer if necessary.
+    """Give the tokens `added` fresh rows in the embedding, and in the head if it is untied.
 
-    A head that has rows beyond the tokenizer's ids keeps its size, and the new tokens take these rows. A new row is the
-    mean of the known rows, so that the new logits take little probability from the others (Hewitt 2021, "Initializing
-    new word embeddings for pretrained language models"), with a little noise, so that the tokens differ.
+    A table that has spare rows beyond the tokenizer's ids keeps its size, and the new tokens take the spare rows. Other
+    tables get longer. A fresh row is the mean of the known rows, so that the new tokens take little probability from
+    the others (Hewitt 2021, "Initializing new word embeddings for pretrained language models"). A little noise is
+    added, so that the new tokens differ.
 
     Args:
-        added: the new tokens, whose ids come after all others.
+        added: ids of the new tokens, higher than all other ids.
         seed: decides the noise.
 
     Returns:
-        The names of the parameters that have fresh rows.
+        The names of the parameters with fresh rows.
 
     Raises:
-        UserError: the network has no embedding that can grow, a quantised one, or a head under a name that is not known
-            here.
+        UserError: the network has no embedding that can grow, its tables are quantised, or its head has an unknown
+            name.
     """
     before = models.vocab_size(model)
     if any(isinstance(module, quantized.LAYERS) and len(module.weight) == before for module in model.modules()):
@@ -61,7 +62,7 @@ def grow_vocabulary(model: nn.Module, added: Sequence[int], seed: int) -> list[s
 
 
 def tables_of_vocabulary(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that have a row for each entry of a model's vocabulary."""
+    """Return the names of the parameters with a row for each entry of the vocabulary."""
     inside = {id(module) for block in model.layers for module in block.modules()}
     return [
         f"{place}.{name}"
@@ -76,13 +77,13 @@ def tables_of_vocabulary(model: nn.Module) -> list[str]:
 
 
 def _entries(model: nn.Module) -> int:
-    """Return how many logits a network gives for a token, without computing them."""
+    """Return the number of logits for each token, without computing them."""
     entries: int = models.head(model, models.hidden(model, mx.array([[0]]))).shape[-1]
     return entries
 
 
 def _grown(rows: mx.array, size: int, added: Sequence[int], key: mx.array) -> mx.array:
-    """Return (size, ...) rows: the old ones, with those of the tokens `added` drawn anew."""
+    """Return (size, ...) rows: the old rows, but with fresh ones for the tokens `added`."""
     old = rows[: min(added)].astype(mx.float32)
     mean, deviation = old.mean(axis=0), mx.sqrt(old.var(axis=0))
     fresh = mean + NOISE * deviation * mx.random.normal((len(added), *rows.shape[1:]), key=key)

@@ -47,7 +47,7 @@ class LoRALinear(nn.Module):
         self.lora_a = mx.random.uniform(-bound, bound, self.lora_a.shape, key=key)
 
     def weight(self) -> mx.array:
-        """Return the matrix (out, in) of the layer with its adapter, in float32."""
+        """Return the weight (out, in) of the layer and its adapter together, in float32."""
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
         return quantized.dequantized(self.linear) + self.scale * (a @ b).T
 
@@ -61,7 +61,7 @@ def adapt_blocks(model: nn.Module, rank: int, scale: float, dropout: float, bloc
     """Freeze a model, and give all linear layers of its last `blocks` blocks fresh adapters; None means all blocks.
 
     Raises:
-        UserError: the rank is higher than a layer is wide, or there are fewer blocks or no linear layers.
+        UserError: a layer is narrower than the rank, or the model has fewer blocks or no linear layers.
     """
     if blocks is not None and blocks > len(model.layers):
         raise UserError(f"`lora_layers` {blocks} is more than the model has: use {len(model.layers)} or less.")
@@ -84,7 +84,7 @@ def adapt_blocks(model: nn.Module, rank: int, scale: float, dropout: float, bloc
 
 
 def adapt(model: nn.Module, layers: Mapping[str, nn.Module], rank: int, scale: float, dropout: float) -> None:
-    """Freeze a model, and put adapters of zeros beside these layers of it."""
+    """Freeze a model, and put adapters of zeros beside these of its layers."""
     model.freeze()
     model.update_modules(
         tree_unflatten([(name, LoRALinear(layer, rank, scale, dropout)) for name, layer in layers.items()])
@@ -92,7 +92,7 @@ def adapt(model: nn.Module, layers: Mapping[str, nn.Module], rank: int, scale: f
 
 
 def keep_training(model: nn.Module, names: Collection[str]) -> None:
-    """Have further parameters trained, by name, such as an embedding that has grown."""
+    """Unfreeze further parameters, by name, such as an embedding that has grown."""
     modules = dict(model.named_modules())
     for name in names:
         layer, _, leaf = name.rpartition(".")
@@ -100,7 +100,7 @@ def keep_training(model: nn.Module, names: Collection[str]) -> None:
 
 
 def extra(model: nn.Module) -> dict[str, mx.array]:
-    """Return the trained parameters that belong to no adapter, by name."""
+    """Return the trained parameters that are not part of an adapter, by name."""
     return {
         name: weight
         for name, weight in tree_flatten(model.trainable_parameters())
@@ -109,13 +109,13 @@ def extra(model: nn.Module) -> dict[str, mx.array]:
 
 
 def frozen(model: nn.Module) -> dict[str, Any]:
-    """Return the tree of the parameters that are not trained."""
+    """Return the parameters that are not trained, as a tree."""
     trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
     return tree_unflatten([(name, w) for name, w in tree_flatten(model.parameters()) if name not in trained])
 
 
 def hold(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Hold the frozen parameters in the dtype to compute in, where that is exact, and the trained ones in float32."""
+    """Convert the frozen parameters to the dtype to compute in, if that is exact, and the trained ones to float32."""
     if dtype == mx.float32:
         model.set_dtype(mx.float32)
     trained = tree_flatten(model.trainable_parameters())
@@ -123,7 +123,7 @@ def hold(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Add each adapter to its layer in place, except where the layer is quantised; returns `model`."""
+    """Add each adapter to its layer in place, unless the layer is quantised, and return `model`."""
     plain = {}
     for name, layer in adapters(model).items():
         if isinstance(layer.linear, nn.Linear):
@@ -134,9 +134,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def fused(model: nn.Module) -> nn.Module:
-    """Return the plain network that computes the same, with all weights in float32: no adapters, nothing quantised.
+    """Return a network that computes the same, without adapters or quantised weights, and all in float32.
 
-    Nothing is computed before its arrays are used.
+    No array is computed before it is used.
     """
     made: nn.Module = type(model)(model.args)
     if hasattr(model, "config"):

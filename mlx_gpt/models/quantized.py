@@ -1,7 +1,7 @@
 """Quantised weights as mlx-lm stores them: packed into whole numbers, with a scale and a bias for each group.
 
-A weight is scale * number + bias (`mx.quantize`, mode affine). `config.json` has the bits of a number and the size of a
-group in `quantization`, and exceptions there by the name of the layer.
+A weight is scale * number + bias (`mx.quantize`, mode affine). `quantization` in `config.json` has the bits of a number
+and the size of a group, and the exceptions by the names of their layers.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def is_described(folder: Path, config: Mapping[str, Any]) -> bool:
     """Return whether a `config.json` describes quantised weights.
 
     Raises:
-        UserError: they are of a kind that is not read here.
+        UserError: they are of a kind that mlx-gpt does not read.
     """
     asked = next((config[key] for key in KEYS if key in config), None)
     if asked is None:
@@ -44,12 +44,12 @@ def is_described(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def schemes(path: Path, config: Mapping[str, Any], stored: Shapes, prefix: str = "") -> dict[str, Scheme]:
-    """Return how each quantised layer is packed, by name.
+    """Return the bits and the group size of each quantised layer, by name.
 
     Args:
-        path: for messages.
+        path: the path to show in messages.
         stored: shapes of the tensors by name.
-        prefix: what the names in `config` have in front.
+        prefix: the text before each name in `config`.
 
     Raises:
         UserError: the bits or the size of a group make no sense, or there is no quantised layer.
@@ -72,7 +72,7 @@ def schemes(path: Path, config: Mapping[str, Any], stored: Shapes, prefix: str =
 
 
 def unpacked(path: Path, stored: Shapes, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that the tensors have when they are not quantised.
+    """Return the shapes of the tensors as if they were not quantised.
 
     Raises:
         UserError: the tensors of a layer do not belong together.
@@ -91,7 +91,7 @@ def unpacked(path: Path, stored: Shapes, schemes: Mapping[str, Scheme]) -> dict[
 
 
 def quantize(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
-    """Give a fresh model's layers that are in `schemes` the quantised kind. Their weights are to be loaded later."""
+    """Replace the layers in `schemes` of a fresh model by quantised layers, whose weights are loaded later."""
     if schemes:
         nn.quantize(model, class_predicate=lambda name, layer: schemes.get(name, False))
 
@@ -102,7 +102,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def input_dims(layer: nn.Module) -> int:
-    """Return the inputs of a linear layer, or the width of an embedding."""
+    """Return the number of inputs of a linear layer, or the width of an embedding."""
     columns: int = layer.weight.shape[-1]
     return columns * 32 // layer.bits if isinstance(layer, LAYERS) else columns
 

@@ -24,7 +24,7 @@ PACKED = "U32"
 DTYPES = {
     mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint64: "U64", mx.int32: "I32",
 }  # fmt: skip
-# GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. In memory, both take many times that.
+# GPT-2's config.json has 1 KB, and 100 layers make a header of 150 KB. In memory, both take many times as much.
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        UserError: the file is missing or is not such an object.
+        UserError: the file is missing, or holds no such object.
     """
     try:
         if path.stat().st_size > MAX_JSON or not path.is_file():
@@ -53,8 +53,8 @@ def read_header(path: Path, prefix: str = "", packed: bool = False) -> dict[str,
     """Return the shape of each tensor in a safetensors file by name; the library checks sizes and overlaps.
 
     Args:
-        prefix: is left out of the names.
-        packed: weights that have scales may be packed into whole numbers.
+        prefix: a prefix to remove from the names.
+        packed: allow weights that are packed into whole numbers, if they have scales.
 
     Raises:
         UserError: the file is missing, damaged or too large to be a model's, or a tensor has another dtype.
@@ -88,7 +88,7 @@ def read_header(path: Path, prefix: str = "", packed: bool = False) -> dict[str,
 
 
 def read_arrays(path: Path, prefix: str = "") -> dict[str, mx.array]:
-    """Return the tensors of a safetensors file by name without the prefix, not read yet."""
+    """Return the tensors of a safetensors file by name, without the prefix. They are read when they are used."""
     try:
         return {name.removeprefix(prefix): array for name, array in mx.load(str(path)).items()}
     except RuntimeError as error:  # caused by a mask, since only masks may have any dtype
@@ -96,7 +96,7 @@ def read_arrays(path: Path, prefix: str = "") -> dict[str, mx.array]:
 
 
 def checksum(paths: Sequence[Path]) -> str:
-    """Return the SHA-256 of some files one after the other."""
+    """Return the SHA-256 of the contents of these files, joined in order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -105,12 +105,12 @@ def checksum(paths: Sequence[Path]) -> str:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file, one after the other, and empty `arrays` meanwhile.
+    """Write arrays to a safetensors file one after the other, and remove each from `arrays`.
 
-    So arrays that are not computed yet take memory one at a time.
+    In this way, arrays that are not computed yet take memory only one at a time.
 
     Raises:
-        OSError: not all of it could be written.
+        OSError: the file could not be written in full.
     """
     check_free_space(path.parent, sum(array.nbytes for array in arrays.values()))
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}

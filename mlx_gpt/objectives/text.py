@@ -24,7 +24,7 @@ class Text(nn.Module):
         progress: ByteProgress = ignore_progress,
         echo: Echo = ignore_line,
     ) -> Tokens:
-        """Return the tokens of a corpus; errors as in `tokenize`. `training` has no setting for them."""
+        """Return the tokens of a corpus; errors as in `tokenize`. No setting in `training` changes them."""
         return tokenize(corpus, tokenizer, progress, echo)
 
     @staticmethod
@@ -34,11 +34,11 @@ class Text(nn.Module):
         Args:
             tokens: what `encode` returned.
             seq_len: targets per window.
-            seed: decides about windows that would be equally good.
-            context: targets that the model can see at most; 0 if that can be changed.
+            seed: decides between windows that would be equally good.
+            context: the highest number of targets for this model; 0 if it can be raised.
 
         Raises:
-            UserError: there is too little text for one.
+            UserError: there is too little text for one window.
         """
         check_windows(tokens, seq_len)
         return TextWindows(tokens.train, seq_len), TextWindows(tokens.val, seq_len)

@@ -1,7 +1,6 @@
-"""Checkpoints: model directories that can also be trained on.
+"""Checkpoints: model directories that can also be trained further.
 
-A run that trains adapters saves only these; the weights beside them are its base's, in the directory that the adapters
-name.
+A run that trains adapters saves only the adapters. They name the directory of the base, which has the other weights.
 
 `step-00001000/` has the files of a model directory, `optimizer.safetensors` and `training.json`. It is written under
 another name and renamed when everything is on the disk, so a folder with that name is always complete. `training.json`
@@ -48,7 +47,8 @@ class Progress:
         loss_average: running average of the training loss.
         bad_steps: number of latest steps in a row without a finite loss.
         fingerprint: the fingerprint of the token files.
-        base: the checksum of the frozen weights, which a checkpoint with adapters does not contain; "" without any.
+        base: the checksum of the frozen weights, which a checkpoint with adapters does not contain; "" if none are
+            frozen.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""Runs that start from weights: what the weights decide about the settings, and where the frozen ones are."""
+"""Runs that start from weights: the settings that the weights decide, and the directory of the frozen weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from mlx_gpt.models.tensors import checksum
 from mlx_gpt.settings import changed, resolve
 from mlx_gpt.training import run_folder
 
-# The keys of `config.json` that are settings here, in the order in which they are looked for.
+# The keys of `config.json` for each setting here, in the order in which they are tried.
 SIZES = {
     "n_layer": ("n_layer", "num_hidden_layers"),
     "n_head": ("n_head", "num_attention_heads"),
@@ -25,19 +25,19 @@ SIZES = {
 
 
 def settle(config: Config, given: Mapping[str, Any]) -> Config:
-    """Return the settings of a new run with what its weights decide: the sizes, the context, the kind of adapters.
+    """Return the settings of a new run. Its weights decide the sizes, the context and the kind of adapters.
 
     Args:
-        config: the settings without that.
+        config: the settings before the weights are looked at.
         given: the settings that the user gave, which must not contradict the weights.
 
     Raises:
-        UserError: a given setting contradicts the weights, or there are none.
+        UserError: a given setting contradicts the weights, or there are no weights.
     """
     folder = run_folder.model_directory(Path(config.init_from))
     decided = _sizes(folder)
     for name, value in decided.items():
-        # A tokenizer's size is no choice here, and `vocab_size` speaks of one that would be trained.
+        # The tokenizer comes with the weights, and `vocab_size` is for a tokenizer that is to be trained.
         if name != "vocab_size" and given.get(name) not in (None, value):
             raise UserError(f"`{name}` {given[name]} contradicts the weights in {folder}, which have {value}: omit it.")
     if adapters.are_in(folder):
@@ -59,7 +59,7 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
 
 
 def _sizes(folder: Path) -> dict[str, Any]:
-    """Return the sizes of the model in a directory, as far as they are settings."""
+    """Return those sizes of the model in a directory that are settings."""
     config = read_config(adapters.base_of(folder) if adapters.are_in(folder) else folder)
     found = {name: next((config[key] for key in keys if key in config), None) for name, keys in SIZES.items()}
     sizes = {name: size for name, size in found.items() if type(size) is int and size > 0}
@@ -69,10 +69,10 @@ def _sizes(folder: Path) -> dict[str, Any]:
 def base_of(config: Config, resumes: bool) -> Path | None:
     """Return the directory of the weights that a run with adapters keeps frozen; None for other runs.
 
-    A run that `resumes` keeps it in its own folder, unless that is on another disk.
+    A run that `resumes` has the weights in its own folder, unless they are on another disk.
 
     Raises:
-        UserError: it is gone.
+        UserError: the directory is gone.
     """
     if not config.lora.lora_rank:
         return None
@@ -87,10 +87,12 @@ def base_of(config: Config, resumes: bool) -> Path | None:
 
 
 def start_of(config: Config, base: Path | None) -> Path | None:
-    """Return the directory that a run without a checkpoint starts from: `base`, or adapters for it; None if nothing.
+    """Return the directory from which a run without a checkpoint starts: `base`, or adapters for it.
+
+    This is None for a run that starts from nothing.
 
     Raises:
-        UserError: it is gone.
+        UserError: the directory is gone.
     """
     if not config.init_from:
         return None
@@ -102,7 +104,7 @@ def fingerprint(base: Path | None, known: str) -> str:
     """Return the checksum of the weights in `base`; "" if there is no base.
 
     Args:
-        known: the checksum that a checkpoint has; "" if it has none.
+        known: the checksum in the checkpoint; "" if there is none.
 
     Raises:
         UserError: the weights have changed since the checkpoint.

@@ -121,12 +121,12 @@ def plan_run(run: Run, make_step: Callable[..., Any], display: Display, *, show:
     """
     lines: dict[tuple[int, bool, int], Line | None] = {}
     if run.config.model.auto_dropout and not run.config.lora.lora_rank:
-        set_dropout(run.model, DROPOUT)  # it takes memory and time, and the time may decide whether it is needed
+        set_dropout(run.model, DROPOUT)  # dropout takes memory and time, and the time may decide about it
 
     def estimate(training: TrainingConfig) -> Estimate | None:
         key = training.seq_len, training.grad_checkpoint, min(2, training.micro_steps)
         if not lines:
-            display.line("Measuring a few steps, to know what memory and time the run takes ...")
+            display.line("Measuring the memory and time that a few steps take ...")
         if key not in lines:
             lines[key] = measure(run, make_step, training)
         line = lines[key]
@@ -181,7 +181,7 @@ def _check_disk(run: Run) -> None:
     weights, gradients, state = held_bytes(run)
     small = len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
     saved = weights
-    if lora.adapters(run.model):  # the models are whole and in float32, the checkpoints have the adapters alone
+    if lora.adapters(run.model):  # models are written whole and in float32, checkpoints only have the adapters
         weights, saved = 4 * models.n_params(run.model), gradients
     run_folder.check_room_for_run(
         run.folder, weights + small, saved + state + small, min(saves, training.keep_checkpoints + 1)
@@ -307,7 +307,7 @@ def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, wind
     evaluate.summed_loss(ids, np.ones((windows, training.seq_len), np.float32))
     peak = max(backward_peak, update_peak, _take_peak())
     if run.ranks.size > 1:
-        peak += 8 * models.n_trained(run.model)  # gradients joined to be sent, and their sum
+        peak += 8 * models.n_trained(run.model)  # for the gradients, joined to be sent, and for their sum
     del optimizer, step, evaluate
     _free()
     return Trial(windows, peak, backward_peak, update_peak, statistics.median(seconds))

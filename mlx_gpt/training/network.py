@@ -1,4 +1,4 @@
-"""The network that a run trains: a fresh one, or one from weights, whole or with adapters beside them."""
+"""Makes the network that a run trains: a fresh one, or one from weights, with or without adapters."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ from mlx_gpt.tokenizer import Tokenizer
 def make_model(
     config: Config, weights: Path | None, tokenizer: Tokenizer, base: Path | None, here: Device, ranks: Ranks
 ) -> nn.Module:
-    """Return the network of the model directory `weights`, else a fresh one that the settings describe.
+    """Return the network in the model directory `weights`, or a fresh network by the settings.
 
     Args:
         base: the model directory whose weights stay frozen beside adapters; None to train all weights.
@@ -37,22 +37,22 @@ def make_model(
         fresh = models.init_weights(
             models.create(shape), config.training.seed, zero_projections=config.training.optimizer == "muon"
         )
-        _follow_rank_0(fresh, ranks)  # which may resume
+        _follow_rank_0(fresh, ranks)  # rank 0 may have read a checkpoint
         return fresh
     model = load_model(base, dtype=None) if base else load_model(weights)
     if not base and quantized.is_quantized(model):
         raise UserError(f"The weights in {weights} are quantised, so only adapters can be trained: add --lora-rank 8.")
-    tables: list[str] = []  # to train besides adapters
+    tables: list[str] = []  # parameters to train in addition to adapters
     if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
         tables = grow_vocabulary(model, tokenizer.added, config.training.seed)
-    elif base and tokenizer.chat and not read_chat(base):  # the rows of its tokens for turns have learned nothing
+    elif base and tokenizer.chat and not read_chat(base):  # the rows of the tokens around turns are untrained
         tables = tables_of_vocabulary(model)
     set_dropout(model, config.model.dropout)
     if base:
         _add_adapters(model, config, weights, base)
         lora.keep_training(model, tables)
     _follow_rank_0(model, ranks)
-    # A file has some matrices transposed, and a product with one that lies so in memory may round otherwise.
+    # Files hold some matrices transposed. In that memory layout, products may round differently.
     model.update(tree_map(mx.contiguous, model.parameters()))
     if base:
         lora.hold(model, here.dtype(config.training.precision))
@@ -70,7 +70,7 @@ def make_model(
 
 
 def _add_adapters(model: nn.Module, config: Config, weights: Path, base: Path) -> None:
-    """Freeze a model and give it the adapters in `weights`, else fresh ones."""
+    """Freeze a model, and give it the adapters in `weights`, or fresh ones if there are none."""
     settings = config.lora
     assert settings.lora_rank
     model.base = str(base)
@@ -89,9 +89,9 @@ def _add_adapters(model: nn.Module, config: Config, weights: Path, base: Path) -
 
 
 def _follow_rank_0(model: nn.Module, ranks: Ranks) -> None:
-    """Give the network the vocabulary and the trained parameters of rank 0, whose values it gets before the first step.
+    """Give the network the vocabulary size of rank 0 and the names of its trained parameters; their values come later.
 
-    Only rank 0 reads checkpoints: after a resume, the others have weights that have not grown yet.
+    Only rank 0 reads checkpoints, so after a resume the weights of the other ranks have not grown yet.
     """
     size, extra = ranks.broadcast((models.vocab_size(model), list(lora.extra(model)) if lora.adapters(model) else []))
     if size > models.vocab_size(model):

@@ -13,9 +13,9 @@ from mlx_gpt.models import lora
 from mlx_gpt.models.base import set_dropout
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
-EPOCHS = 10  # that a run has without any limit
-OFTEN, DROPOUT = 10, 0.1  # more epochs than this make `--dropout auto` drop this fraction
-FEW_STEPS = 300  # a run that starts from weights has at least these, and another one gets a hint if it has fewer
+EPOCHS = 10  # the length of a run for which no limit is set
+OFTEN, DROPOUT = 10, 0.1  # with more epochs than this, `--dropout auto` drops this fraction
+FEW_STEPS = 300  # by default a run from weights makes at least these; any other run with fewer gets a hint
 LONG_HOURS = 24
 
 
@@ -28,14 +28,13 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: the step at which the run ends at the latest.
-        scheduled_steps: the steps that the schedule of the learning rate is made for: all, or as many as the minutes
-            are expected to be enough for.
-        first_step: the step at which it begins.
-        peak: bytes that each rank is expected to take; None if it was not even safe to try.
-        step_seconds: seconds that one step is expected to take.
-        ranks_here: number of its ranks that are on this host.
+        scheduled_steps: length of the learning rate's schedule: all steps, or the number expected in the minutes given.
+        first_step: the step at which the run begins.
+        peak: expected peak of memory of each rank, in bytes; None if it was not even safe to try.
+        step_seconds: expected seconds per step.
+        ranks_here: number of the run's ranks on this host.
         facts: lines about the windows.
-        extra: names of the parameters that are trained whole beside adapters.
+        extra: names of the parameters that are trained whole, in addition to adapters.
     """
 
     config: Config
@@ -111,7 +110,7 @@ class Plan:
             return [f"Trained      {words}"]
         return [
             f"Trained      {words} and all of {', '.join(self.extra)}",
-            "             best and final have no folder adapters, because mlx-lm's files have no place for the latter",
+            "             best and final have no folder adapters, because mlx-lm's files can't hold whole parameters",
         ]
 
     def _memory(self, each: str) -> str:
@@ -144,7 +143,7 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        """Passes over the text that the schedule is made for."""
+        """Passes over the text in the scheduled steps."""
         return self.scheduled_steps / self.steps_per_epoch
 
 
@@ -185,7 +184,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
 def choose_dropout(run: Any) -> None:
     """Drop activations if the text is read so often that the model would learn it by heart (benchmarks/NOTES.md).
 
-    Adapters have a dropout of their own, so this leaves a run that trains them as it is.
+    This does not change runs that train adapters, because adapters have a dropout of their own.
     """
     often = round(run.plan.epochs) > OFTEN and not run.config.lora.lora_rank
     chosen = {"dropout": DROPOUT if often else 0.0, "auto_dropout": False}

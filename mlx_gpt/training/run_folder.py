@@ -24,8 +24,8 @@ CONTENTS = (
     "final", "best", "checkpoints", "metrics.jsonl", LOG, "curves.png", "tensorboard", "wandb",
     SETTINGS,
 )  # fmt: skip
-BASE = "base"  # the directory of the base of a run's adapters
-FROM_ADAPTERS = f"../../{BASE}"  # its path from best/adapters, final/adapters and the folder of a checkpoint
+BASE = "base"  # the name of the folder with the base of a run's adapters
+FROM_ADAPTERS = f"../../{BASE}"  # the path to it from best/adapters, final/adapters and the folder of a checkpoint
 # Settings that may change on a resume. Any other would silently make it another run.
 MAY_CHANGE = {
     "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "muon_learning_rate",
@@ -59,12 +59,12 @@ def claim(folder: Path, overwrite: bool) -> "Lock":
 def check_room_for_run(folder: Path, model: int, saved: int, checkpoints: int) -> None:
     """Make sure that the disk of `folder` has room for the checkpoints, the best and the final model.
 
-    Models that the folder holds already will be replaced, or are among these.
+    Models that are already in the folder will be replaced, or count among these.
 
     Args:
         model: bytes of a model directory.
         saved: bytes of a checkpoint.
-        checkpoints: the most checkpoints that are there at a time: those kept, and one that is being written.
+        checkpoints: the highest number of checkpoints at a time: the ones that are kept, and one being written.
 
     Raises:
         UserError: the disk has too little room.
@@ -102,10 +102,10 @@ def clear(folder: Path, keep_base: bool) -> None:
 
 
 def keep_base(run: Path, base: Path) -> str:
-    """Keep the base of a run's adapters in the run, and return the directory that the adapters are to name.
+    """Keep the base of a run's adapters in the run, and return the directory that the adapters should name.
 
-    The files are linked: they take no space, and stay when the run that made them replaces its own. If there can be no
-    link, as to another disk, the adapters name the directory itself.
+    The files are hard links. They take no space, and stay when the run that made them replaces its own. If links are
+    impossible, for example to another disk, the adapters name the original directory.
     """
     kept, part = run / BASE, run / f".{BASE}.part"
     if base == kept.resolve():

@@ -49,9 +49,9 @@ class Run:
         val_windows: the validation windows.
         config: the settings as they apply here, with the tokenizer's real size and the number of ranks.
         source: the checkpoint to resume from.
-        damaged: newer checkpoints, each with what is wrong with it.
+        damaged: newer checkpoints, each with the reason why it is unusable.
         resumes: whether the run existed before.
-        best_loss: lowest validation loss so far, that of `best/`; None before there is one.
+        best_loss: lowest validation loss so far, which is the loss of `best/`; None before there is one.
         failed_saves: number of failed saves since a checkpoint was last saved.
     """
 
@@ -147,7 +147,7 @@ def set_up(
         if ranks.first:
             with contextlib.ExitStack() as locks:
                 begun = open_run(settings, file, resume, overwrite, locks, display)
-                if not dry_run:  # which changes nothing, and must leave no folder however it ends
+                if not dry_run:  # a dry run changes nothing, and must leave no folder however it ends
                     resources.enter_context(locks.pop_all())
         config: Config = build(Config, ranks.broadcast(flat(begun.config)))
         config = dataclasses.replace(config, training=share_out(config.training, ranks.size))
@@ -219,7 +219,7 @@ def open_run(
         config = resolve(settings, in_file)
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
-        if hub.is_hub_name(config.init_from):  # run.toml then names the commit, for anyone who repeats the run
+        if hub.is_hub_name(config.init_from):  # names the commit in run.toml, so that the run can be repeated
             pinned = hub.model(config.init_from, echo=display.line, progress=display.progress("Downloading"))[1]
             config = dataclasses.replace(config, init_from=pinned)
         if config.init_from:
@@ -294,7 +294,7 @@ def open_data(config: Config, display: Display) -> Corpus:
     """Return the corpus that the settings name, and prepare it first if necessary.
 
     Raises:
-        UserError: the text can't be read, there is none, or it holds preferences.
+        UserError: the text can't be read or is missing, or the corpus holds preferences.
     """
     data = config.data
     corpus = open_corpus(
@@ -314,12 +314,12 @@ def open_data(config: Config, display: Display) -> Corpus:
 
 
 def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, display: Display) -> Tokenizer:
-    """The tokenizer of the model directory `weights`, else the one that the settings name.
+    """The tokenizer in the model directory `weights`, or else the one that the settings name.
 
-    For conversations it has a chat template: that of `weights`, or ChatML.
+    For conversations it has a chat template: the template of `weights`, or ChatML.
 
     Raises:
-        UserError: there is no such file, it is not a tokenizer, or `weights` were trained with another.
+        UserError: the file is missing, is not a tokenizer, or differs from the one that `weights` were trained with.
     """
     if weights:
         tokenizer = read_tokenizer(weights)
@@ -365,10 +365,10 @@ def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
 
 
 def check_same_base(base: Path | None, fingerprint: str, of_rank_0: str) -> None:
-    """Make sure that the frozen weights of this rank are those of rank 0, since the ranks share only what is trained.
+    """Make sure that this rank has the frozen weights of rank 0, because ranks share only the trained parameters.
 
     Raises:
-        UserError: they are others.
+        UserError: the weights differ.
     """
     if fingerprint != of_rank_0:
         raise UserError(f"The weights in {base} on this host are not those of rank 0: copy its weights here.")
