@@ -45,7 +45,7 @@ HELD_OUT = (
 
 
 def conversations(held_out: bool) -> Iterator[list[dict[str, str]]]:
-    """Yield a conversation for each fact and each way to ask for it, in all words or, if held out, in the first."""
+    """Yield a conversation for each fact and each way to ask for it. Held-out ways use only its first name."""
     for names, answer in FACTS:
         for way, name in itertools.product(HELD_OUT if held_out else WAYS, names[:1] if held_out else names):
             yield [{"role": "user", "content": way.format(name)}, {"role": "assistant", "content": answer}]

@@ -137,14 +137,14 @@ def with_template():
 
 @pytest.fixture(scope="session")
 def saying(with_template):
-    """Write a model directory whose answer to any message is this text, in which each byte says what follows it."""
+    """Write a model directory whose answer to any message is this text; each byte of it decides the next."""
 
     def write(folder, text, n_positions):
         def make(tokenizer):
             size = tokenizer.vocab_size
             sizes = {"vocab_size": size, "n_layer": 1, "n_head": 2, "n_embd": size + 1, "n_positions": n_positions}
             model = create(ModelConfig(**sizes, model_type="qwen3", tie_embeddings=False))
-            # The block adds nothing, and the head has one likely token after each.
+            # The block adds nothing, and the head makes one token likely after each token.
             weights = {name: mx.zeros_like(weight) for name, weight in tree_flatten(model.parameters())}
             weights["model.embed_tokens.weight"] = mx.eye(size, size + 1)
             weights["model.norm.weight"] = mx.ones(size + 1)

@@ -116,7 +116,7 @@ def folder(tmp_path_factory, sentences):
 
 @pytest.fixture(autouse=True)
 def newcomer(monkeypatch, tmp_path, folder):
-    """The test has a copy of that folder to itself, and a Kaggle and a Hub to download from."""
+    """The test has its own copy of that folder, and downloads from a fake Kaggle and a fake Hub."""
     here = tmp_path / "here"
     shutil.copytree(folder, here)
     monkeypatch.chdir(here)

@@ -112,7 +112,7 @@ MISTAKES = [
     ("prepare two.csv --column text", ["no column 'text'", "question, answer"]),
     ("eval two.csv --column text", ["no column 'text'", "question, answer"]),
     ("prepare two.csv", ["--column", "question, answer"]),
-    # A text of another kind than training and `eval` take
+    # A corpus of a kind that training and `eval` do not take
     ("train --data pairs.jsonl --out weights/new", ["does not train on preferences", "--data", "--column"]),
     ("eval chats.jsonl", ["chats.jsonl holds conversations, not documents", "--column"]),
     ("prepare chats.jsonl pairs.jsonl", ["not clear", "chats.jsonl, line 1", "pairs.jsonl, line 1"]),

@@ -1,4 +1,4 @@
-"""What a person enters in `generate --interactive` does what it should, and the screen shows the right things."""
+"""Entries in `generate --interactive` have the right effects, and the screen shows the right things."""
 
 import json
 import os
@@ -320,7 +320,7 @@ def test_a_conversation_in_a_terminal(terminal, saying, tmp_path):
 
 
 def test_ctrl_c_ends_a_conversation_from_a_pipe(start, saying, tmp_path):
-    """There is nobody who would quit it in another way."""
+    """A pipe has no person behind it who could quit in another way."""
     endless = saying(tmp_path / "endless", b"haha", 20_000)
     talk = ("generate", "--model", endless, "--interactive", "--max-tokens", "20000")
     process = start(*talk, stdin=subprocess.PIPE)

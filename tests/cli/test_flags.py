@@ -91,7 +91,7 @@ def test_train_from(train, base):
 
 
 def adapters_of(run):
-    """Return the adapters of a run, and what describes them."""
+    """Return the adapters of a run, and their description."""
     folder = run.folder / "final/adapters"
     return load_file(folder / "adapters.safetensors"), json.loads((folder / "adapter_config.json").read_text())
 

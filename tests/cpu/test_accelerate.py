@@ -88,7 +88,7 @@ def test_a_packed_embedding_is_the_same_head(rows):
 
 
 def test_training_keeps_no_unpacked_weight():
-    """Only the one that a product needs; a stack of layers would have all of them at once otherwise."""
+    """Otherwise a stack of layers would have all its unpacked weights in memory at once."""
     layers = [nn.QuantizedLinear.from_linear(nn.Linear(256, 256, bias=False), 64, 4) for _ in range(12)]
     network = nn.Sequential(*layers)
     accelerate.accelerate(network)

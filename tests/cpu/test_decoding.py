@@ -124,7 +124,7 @@ BIGCODE |= {"layer_norm_epsilon": 1e-5, "vocab_size": 300}
 
 @pytest.mark.parametrize(("name", "sizes"), [("llama", LLAMA), ("gpt_bigcode", BIGCODE)])
 def test_a_network_with_other_blocks_is_left_whole(ids, name, sizes):
-    """mlx-lm's blocks stay whole, even if their parts have the names that ours have."""
+    """mlx-lm's blocks stay whole, even if their parts have the same names as ours."""
     architecture = models.architecture({"model_type": name})
     model = architecture.Model(architecture.ModelArgs(model_type=name, **sizes)).eval()
     assert_close(decoding.decoder(model, 4)(mx.array(ids)), model(mx.array(ids)))

@@ -25,15 +25,15 @@ class FakeHub(FakeServer):
     """
 
     ports = 2
-    files: dict[str, bytes] = field(default_factory=dict)  # of the only repository, owner/name
+    files: dict[str, bytes] = field(default_factory=dict)  # the files of the only repository, owner/name
     commit: str = COMMIT
-    card: dict[str, object] = field(default_factory=dict)  # what is at the head of README.md
+    card: dict[str, object] = field(default_factory=dict)  # the facts at the head of README.md
     status: dict[str, tuple[int, str]] = field(default_factory=dict)  # end of a path -> HTTP status, X-Error-Code
     html: str = ""  # the end of the path that answers with a web page
     hang: str = ""  # the end of the path that never answers
-    cuts: list[int] = field(default_factory=list)  # the next bodies stop after so many bytes
-    stops_halfway: bool = False  # whether half of a large body is all that is sent, on a connection that stays open
-    listed: dict[str, dict[str, object]] = field(default_factory=dict)  # path -> what the list says instead
+    cuts: list[int] = field(default_factory=list)  # each of the next bodies stops after this many bytes
+    stops_halfway: bool = False  # sends only half of a large body, and keeps the connection open
+    listed: dict[str, dict[str, object]] = field(default_factory=dict)  # path -> false facts in the list
     per_page: int = 1000
     ranges: bool = True  # whether a body can be continued
     sized: bool = True  # whether a body has a Content-Length

@@ -1,4 +1,4 @@
-"""The ids of a conversation are those of talking with the model, and the right ones count."""
+"""A conversation gets the same ids as when the model is used, and the right ids count in the loss."""
 
 import json
 from typing import Any
@@ -85,7 +85,7 @@ def test_the_ids_are_each_prompt_and_the_answer_that_follows_it(talking, encode)
 
 
 def test_no_space_is_put_before_an_answer_that_the_text_does_not_have(encode):
-    """As SentencePiece puts one before whatever is encoded by itself."""
+    """SentencePiece puts a space before any text that it encodes."""
     characters = sorted(set("".join(message["content"] for message in TALKS[0]) + "▁\nuserasistant"))
     backend = HFTokenizer(models.BPE({character: i for i, character in enumerate(characters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
@@ -98,7 +98,7 @@ def test_no_space_is_put_before_an_answer_that_the_text_does_not_have(encode):
 
 
 def sentencepiece(scheme, merges=()):
-    """A tokenizer that puts a space before each text, or each part of it, as those of Llama do."""
+    """A tokenizer that puts a space before each text, or each part of it, as Llama's tokenizers do."""
     characters = sorted(set("".join(message["content"] for talk in TALKS for message in talk) + "▁\n<|>userasitn"))
     pieces = [*characters, *("".join(merge) for merge in merges)]
     backend = HFTokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))

@@ -1,4 +1,4 @@
-"""Conversations and preferences of every shape become one, and what is wrong with a row is reported with its place."""
+"""Conversations and preferences of every shape get the same form, and faulty rows are reported with their places."""
 
 import json
 import random
@@ -155,7 +155,7 @@ def test_a_row_with_anything_in_it_is_sound_or_dropped():
     junk = [None, "", " ", 5, [], {}, ["x"], "\ud800", *HELLO, [*HELLO], FOUR[:4], user([]), {"role": [], "value": "x"}]
 
     def spoilt(value: Any) -> Any:
-        """Return a value with something else in a place in it."""
+        """Return a value, part of which is replaced by something else."""
         if draw.random() < 0.2 or not isinstance(value, dict | list) or not value:
             return draw.choice(junk)
         if isinstance(value, dict):
@@ -207,7 +207,7 @@ def test_many_conversations_are_read_in_little_memory(tmp_path):
 
 
 def test_images_in_parquet_are_not_read_to_see_that_they_are_there(tmp_path):
-    """Only which rows have some matters, so even damaged ones are no trouble."""
+    """It only matters which rows have an image, so even damaged images do no harm."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

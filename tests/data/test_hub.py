@@ -261,7 +261,7 @@ def test_files_are_on_the_disk_before_they_are_marked_as_complete(
 
 
 def ranges(server: FakeHub) -> list[str]:
-    """What was asked of the storage."""
+    """The requests that the storage got."""
     return [headers.get("range", "all") for path, headers in server.requests if path.startswith("/storage/")]
 
 

@@ -53,7 +53,7 @@ def test_a_signal_ends_the_process_after_it_has_cleaned_up(tmp_path, number):
 def test_what_another_process_is_writing_stays(tmp_path):
     def write(part):
         part.write_bytes(b"half")
-        # Another process could do the following: each opened file has a lock of its own.
+        # This stands for another process, because each opened file has a lock of its own.
         remove_leftovers(tmp_path)
         write_text_whole(tmp_path / "b.npy", "whole")
         assert part.read_bytes() == b"half"

@@ -1,4 +1,4 @@
-"""A corpus has the kind that is meant, and conversations and preferences are divided, written and read again."""
+"""A corpus has the kind of nearly all rows, and conversations and preferences are divided, written and read again."""
 
 import json
 from typing import Any

@@ -14,7 +14,7 @@ SEQ_LEN = 63
 
 
 def conversations(lengths, turn=1000):
-    """Rows in which each token is a number of its own; the second half of each turn counts."""
+    """Rows in which all tokens differ; the second half of each turn counts."""
     rows, first = [], 1
     for length in lengths:
         row = np.arange(first, first + length, dtype=np.uint32)
@@ -90,7 +90,7 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own():
 
 
 def test_each_conversation_is_the_first_of_its_window_in_some_epoch():
-    """A person begins with any question, so none may be seen only behind others."""
+    """People begin with any question, so each question must sometimes stand first."""
     packed = PackedWindows(conversations([24, 22, 18, 14, 12, 10]), SEQ_LEN)
     assert packed.per_epoch == 2
     first = {window[0] for epoch in epochs(packed, 20) for window in epoch}

@@ -7,7 +7,7 @@ from mlx_gpt.generation.cache import BatchCache, Rows
 
 
 def logits_in_pieces(model, ids, pieces):
-    """The logits of sequences of one length, read in pieces of these lengths."""
+    """The logits of equally long sequences, read in pieces of these lengths."""
     cache, parts, start = BatchCache(len(model.layers), Rows(len(ids), capacity=32)), [], 0
     cache.rows.begin(len(ids))
     for length in pieces:

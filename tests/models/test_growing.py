@@ -1,4 +1,4 @@
-"""A model gets tokens that it was not made with, and everything that it knew stays as it was."""
+"""A model can get new tokens, and everything that it knew stays as it was."""
 
 import json
 from typing import Any
@@ -35,7 +35,7 @@ def test_the_old_logits_stay_to_the_bit(make_model, sizes, ids):
     after = np.array(model(mx.array(ids)))
     assert after.shape == (4, 17, 302)
     assert np.array_equal(after[..., :300], before)
-    # As likely as a known token is on average, and not both the same.
+    # The new tokens are about as likely as the average known token, and differ from each other.
     assert np.abs(after[..., 300:].mean(-1) - before.mean(-1)).max() < before.std()
     assert not np.array_equal(after[..., 300], after[..., 301])
 
@@ -77,7 +77,7 @@ def test_layers_do_not_grow_with_a_vocabulary_of_their_width(make_model, sizes, 
 
 
 class Odd(nn.Module):
-    """A network whose head has a name that nobody knows."""
+    """A network whose head has an unknown name."""
 
     def __init__(self, args):
         super().__init__()
@@ -148,7 +148,7 @@ def test_transformers_and_mlx_lm_make_the_same_prompt_and_end_at_the_same_tokens
 
 
 def test_a_template_of_one_s_own_is_kept_with_its_tokens(directory):
-    """As in Llama 3: the end of a turn has another name, and a document's end comes first."""
+    """In Llama 3, for example, the end of a turn has another name, and the end of a document comes first."""
     own = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
     config = {"chat_template": own, "bos_token": "<s>", "eos_token": {"content": "<|endoftext|>"}}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))

@@ -88,7 +88,7 @@ def batch(ids):
     return mx.array(ids), mx.array((np.random.default_rng(6).random((4, 16)) > 0.3).astype(np.float32))
 
 
-# ---- it computes the same -------------------------------------------------------------------------------------------
+# ---- results equal to PyTorch's -------------------------------------------------------------------------------------
 
 
 def test_fresh_adapters_change_no_bit(base, ids):
@@ -112,7 +112,7 @@ class TorchLoRA(torch.nn.Module):
 
 @pytest.fixture
 def reference(base, bpe, tmp_path):
-    """PyTorch with the same frozen weights and adapters; its step."""
+    """The step of PyTorch with the same frozen weights and adapters."""
     model = adapted(base)
     save_model(tmp_path, unadapted(base), bpe)
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -157,7 +157,7 @@ def test_a_step_is_that_of_pytorch(reference, batch, recompute):
             gradient = theirs.grad.numpy()
             found = means[f"{name}.{leaf}.m"] / (1 - TRAINING.beta1)
             np.testing.assert_allclose(found, gradient, atol=1e-5 * abs(gradient).max() + 1e-8, err_msg=name)
-            # On average, because Adam makes a step of any size from a gradient that is 0 but for rounding.
+            # On average, because Adam can make a step of any size from a gradient that is only a rounding error.
             assert abs(np.array(ours[leaf]) - theirs.detach().numpy()).mean() < RATE / 100, name
 
 
@@ -176,7 +176,7 @@ def test_only_the_adapters_have_gradients_and_state(base, batch):
 
 
 def test_blocks_without_adapters_can_be_computed_twice(make_model, bpe, batch, tmp_path):
-    """The embedding below them is trained, so that its gradient comes through them."""
+    """The embedding below these blocks is trained, so its gradient passes through them."""
     save_model(tmp_path, make_model(), bpe)
     models_of_both = []
     for recompute in (False, True):
@@ -192,7 +192,7 @@ def test_blocks_without_adapters_can_be_computed_twice(make_model, bpe, batch, t
 
 
 def test_a_base_in_half_precision_is_held_as_it_is(make_model, bpe, batch, tmp_path):
-    """Where the GPU computes in bfloat16. A CPU computes in float32, and there is no exact way back."""
+    """This is for GPUs, which compute in bfloat16. A CPU computes in float32, and there is no exact way back."""
     save_model(tmp_path, make_model(), bpe)
     model = load_model(tmp_path, dtype=mx.bfloat16)
     lora.adapt_blocks(model, 4, 2.0, 0.0, None, seed=1)
@@ -207,7 +207,7 @@ def test_a_base_in_half_precision_is_held_as_it_is(make_model, bpe, batch, tmp_p
     assert {w.dtype for _, w in tree_flatten(lora.frozen(model))} == {mx.bfloat16}
 
 
-# ---- its files ------------------------------------------------------------------------------------------------------
+# ---- files of adapters ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_a_written_model_is_whole_and_its_adapters_are_beside(written, ids):
 
 
 def greedy(folder):
-    """What we write, without spaces at its ends, because mlx-lm drops the first one."""
+    """The text that we generate, without spaces at its ends, because mlx-lm drops the first one."""
     model, tokenizer = api.load(folder)
     return api.generate(model, tokenizer, PROMPT, temperature=0.0, repetition_penalty=1.0, max_tokens=12).strip()
 
@@ -272,7 +272,7 @@ def test_adapters_of_mlx_lm_open_here(base, bpe, sentences, monkeypatch, tmp_pat
 
 
 def test_a_further_trained_parameter_is_kept_beside_the_adapters(make_model, bpe, batch, ids, tmp_path):
-    """An embedding that has grown has to be trained. mlx-lm's file of adapters has no place for it."""
+    """An embedding that has grown has to be trained, and mlx-lm's file of adapters can't hold it."""
     save_model(tmp_path / "base", make_model(), bpe)
     model = adapted(tmp_path / "base")
     model.wte.weight = mx.concatenate([model.wte.weight, mx.ones((2, 32))])

@@ -1,4 +1,4 @@
-"""Directories that mlx-lm has quantised open here, generate, and are refused where they make no sense."""
+"""Directories that mlx-lm has quantised can be opened and generate text. Damaged ones are refused."""
 
 import dataclasses
 import json

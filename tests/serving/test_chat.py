@@ -1,4 +1,4 @@
-"""Conversations through OpenAI's client, with a model that answers and one whose answers show what it was asked."""
+"""Conversations through OpenAI's client: one model always answers the same, another depends on the whole prompt."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_answers_are_those_of_the_command_line(chat, rambling):
 
 
 def test_a_developers_message_is_a_system_message(chat):
-    """OpenAI's newer name for it, which templates do not know."""
+    """It is OpenAI's newer name for the system, and templates do not know it."""
     asked = {"model": "rambling", "max_tokens": 9, "temperature": 0}
     system, developer = (
         chat(messages=[message(role, "Swim."), *HI], **asked).choices[0].message.content

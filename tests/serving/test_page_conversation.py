@@ -31,7 +31,7 @@ def address(folders, make_model, sentences, tmp_path_factory):
 
 @pytest.fixture
 def context(chromium, address):  # noqa: F811
-    """Errors in the page's console fail the test, except that the server refused something."""
+    """Errors in the page's console fail the test, except for refusals by the server."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900}, permissions=["clipboard-read"])
     errors: list[str] = []
     context.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -72,7 +72,7 @@ def turns(page):
 
 
 def asked(page, action):
-    """The messages that the page sends when a person does something. A last one of the assistant is to be continued."""
+    """The messages that the page sends after an action. If the last one is the assistant's, it is to be continued."""
     with page.expect_request("**/v1/chat/completions") as request:
         action()
     body = request.value.post_data_json
@@ -90,7 +90,7 @@ def assistant(text):
 
 def test_each_view_has_its_own_penalty(page):
     penalty = page.get_by_role("spinbutton", name="Repetition penalty")
-    assert penalty.input_value() == "1"  # the words of a question are welcome in the answer
+    assert penalty.input_value() == "1"  # an answer may repeat the words of the question
     page.get_by_text("Sheet", exact=True).click()
     assert penalty.input_value() == "1.1"
     penalty.fill("1.5")

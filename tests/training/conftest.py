@@ -44,7 +44,7 @@ def contents(folder):
 
 
 def refusal(action):
-    """The sentence of an action that must be refused."""
+    """The message of an action that must be refused."""
     with pytest.raises(UserError) as refused:
         action()
     return str(refused.value)

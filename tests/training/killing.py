@@ -37,7 +37,7 @@ CLOCK = ("seconds", "started", "tokens_per_second", "peak_memory_gb")
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All that has to be the same: the bytes of weights, sizes and optimizer, and metrics but for times and memory."""
+    """Everything that must be equal: the bytes of weights, sizes and optimizer, and metrics except times and memory."""
     files = [run / "final/model.safetensors", run / "best/model.safetensors"]
     files += [run / "final/config.json", run / "best/config.json"]
     files += sorted((run / "checkpoints").glob("*/*.safetensors"))
@@ -86,7 +86,7 @@ def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[st
         (folder / "talks" / f"{split}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     if "MLX_DISABLE_COMPILE" not in os.environ:
         train(folder, "warm", further)  # fills the cache of compiled kernels
-    if "--from=base" in further:  # whose tokenizer lacks the tokens of a conversation
+    if "--from=base" in further:  # this base's tokenizer lacks the tokens of a conversation
         byte_level(BPE(vocab=BYTE_OF, merges=[])).save(str(folder / "bytes.json"))
         sizes = [flag for flag in further if flag.startswith(("--model-type", "--n-positions"))]
         train(folder, "base", ["--tokenizer=bytes.json", *sizes])

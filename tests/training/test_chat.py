@@ -1,4 +1,4 @@
-"""A model learns from conversations what the assistant says, and says it wherever it is opened."""
+"""A model learns the assistant's answers from conversations, and gives them in every program that opens it."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def learn(train, talks):
 
 
 def greedy(folder, bird):
-    """What the model answers, by the engine that every command uses, and why the answer ended."""
+    """The model's answer, by the engine that every command uses, and the reason why it ended."""
     model, tokenizer = load(folder)
     template: Any = ChatTemplate.of(tokenizer)
     prompt = template.ids(ask(bird), tokenizer)

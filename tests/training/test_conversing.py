@@ -42,7 +42,7 @@ UNSEEN = [(question["content"], answer["content"]) for question, answer in conve
 
 
 def share_right(answers):
-    """How many of the unseen questions these are the right answers to, as a share."""
+    """The share of the unseen questions to which these answers are right."""
     return sum(a == right for a, (_, right) in zip(answers, UNSEEN, strict=True)) / len(UNSEEN)
 
 
@@ -55,7 +55,7 @@ def asked_on_the_command_line(model):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base, and what it became with all weights and with adapters."""
+    """A base, and the runs that trained all its weights, or adapters."""
     folder = tmp_path_factory.mktemp("library")
     sentences = [f"{text.capitalize()}\n" for names, answer in LIBRARY["FACTS"] for text in (*names, answer)]
     talks = [{"messages": row} for row in conversations(False)]

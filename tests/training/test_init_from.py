@@ -16,7 +16,7 @@ from mlx_gpt.training import checkpoint, setup
 
 from .conftest import Silent
 
-QWEN3 = {"n_head": 4, "n_positions": 64}  # the sizes of the weights that are not those of the other runs here
+QWEN3 = {"n_head": 4, "n_positions": 64}  # those sizes of the weights that differ from the other runs here
 SMALL = {
     **QWEN3,
     "seq_len": 16,

@@ -115,7 +115,7 @@ def test_a_quantised_base_is_trained_beside_and_written_whole(tune, whole):
 
 
 def no_link(*paths):
-    """As between two disks."""
+    """Fail as a link to another disk does."""
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
