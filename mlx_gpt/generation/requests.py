@@ -59,7 +59,7 @@ class Continuation:
             counts_v = np.bincount(request.prompt, minlength=entries)
             if request.ends:  # each turn of a conversation has one, and an answer must be able to end
                 counts_v[[token for token in tokenizer.ends if token < entries]] = 0
-            self.counts_v = mx.array(counts_v)
+            self.counts_v = mx.array(counts_v, mx.int32)  # GPUs do not scatter int64
         self.bias_v: mx.array | None = None
         if request.logit_bias:
             bias_v = np.zeros(entries, np.float32)
