@@ -11,7 +11,7 @@ import pytest
 
 from mlx_gpt.cpu import decoding, streams
 from tests.gpu import comparing
-from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, SAMPLINGS, assert_close, assert_weights_close, cpu
 
 FAST, PLAIN = cpu(accelerated=True), cpu(accelerated=False)
 ROUNDING = 5e-6  # of float32 sums in another order, as a fraction of an array's norm
@@ -74,6 +74,13 @@ def test_generation_gives_the_same(kind):
     assert fast == plain
     assert all(len(set(ids)) > 3 for ids in plain)  # a network that says but one thing would show nothing
     assert comparing.margin(plain, kind) > 0.2  # so that rounding on a GPU decides no token, either
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS, ids=str)
+def test_the_same_tokens_are_drawn(settings):
+    tokens = comparing.drawn(FAST, **settings)
+    assert tokens == comparing.drawn(PLAIN, **settings)
+    assert all(len(set(ids)) > 3 for ids in tokens)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -15,7 +15,7 @@ from mlx_gpt import device
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
-from mlx_gpt.generation.requests import Request
+from mlx_gpt.generation.requests import Continuation, Request
 from mlx_gpt.generation.stop_strings import Piece, Text, Token
 from mlx_gpt.generation.stream import Stats, stream
 from mlx_gpt.models.directory import save_model
@@ -87,6 +87,13 @@ def test_penalties_count_ends_that_end_nothing(byte_tokenizer):
     said = tokens(model, byte_tokenizer, [end, end], max_tokens=3, presence_penalty=2.0, **GREEDY)
     assert said[:2] == list(b"bc")
     assert said[2] != end
+
+
+def test_tokens_are_counted_in_a_type_that_a_gpu_can_scatter(byte_tokenizer):
+    """Neither Metal nor CUDA scatters 64-bit integers, which is NumPy's type for counts."""
+    text = Continuation(Request([1], GenerationConfig()), 0, 0, byte_tokenizer, byte_tokenizer.vocab_size)
+    assert text.counts_v is not None
+    assert text.counts_v.dtype == mx.int32
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from mlx_gpt.config import GenerationConfig, ModelConfig, TrainingConfig
 from mlx_gpt.device import Device, device
 from mlx_gpt.generation.cache import BatchCache, Rows
 from mlx_gpt.generation.engine import Engine
-from mlx_gpt.generation.requests import Request
+from mlx_gpt.generation.requests import Continuation, Request, choose
 from mlx_gpt.models.base import (
     GELU,
     LinearCrossEntropy,
@@ -287,6 +287,14 @@ PROMPTS = {
     "qwen3": ([186, 22, 17], [206, 252, 97, 176, 244, 167, 215, 176]),
 }
 
+# Not `top_k`: it leaves the tokens in an order that depends on the device, and draws the random numbers in that order.
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+SAMPLINGS: list[dict[str, float]] = [
+    {"temperature": 0.0} | PENALTIES,
+    {"temperature": 0.8, "repetition_penalty": 1.0},
+    {"temperature": 0.8, "top_p": 0.7, "min_p": 0.02} | PENALTIES,
+]
+
 
 def greedy(place: Place, kind: str = "gpt2", count: int = 12) -> list[list[int]]:
     """The likeliest tokens after two prompts that are decoded together."""
@@ -301,6 +309,20 @@ def greedy(place: Place, kind: str = "gpt2", count: int = 12) -> list[list[int]]
             for request, piece in engine.step():
                 made[request] += [token.id for token in piece.tokens]
         return [*made.values()]
+
+
+def drawn(place: Place, count: int = 9, **settings: Any) -> list[list[int]]:
+    """Tokens that are drawn for two texts from the same logits again and again."""
+    tokenizer, config = Tokenizer.of_bytes(), GenerationConfig(max_tokens=count, **settings)
+    logits_bv = np.random.default_rng(0).normal(0, 2, (2, tokenizer.vocab_size)).astype(np.float32)
+    with place.default():
+        requests = [Request([1, 2], config), Request([3], config)]
+        texts = [Continuation(request, 0, 7, tokenizer, tokenizer.vocab_size) for request in requests]
+        for _ in range(count):
+            for text, token in zip(texts, choose(mx.array(logits_bv), texts).tolist(), strict=True):
+                text.ids.append(token)
+                text.picked += 1
+    return [text.ids for text in texts]
 
 
 def margin(made: list[list[int]], kind: str = "gpt2") -> float:

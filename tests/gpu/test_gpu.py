@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gpt.models import base
 from tests.gpu import comparing
-from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, SAMPLINGS, assert_close, assert_weights_close, cpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,13 +58,16 @@ def test_each_operation_gives_the_same(gpu, reference, monkeypatch, name, dtype,
     ids=["float32", "bfloat16"],
 )
 def test_training_gives_the_same(gpu, reference, precision, losses, gradients, steps, changes):
-    """The loss, every gradient and the weights after three steps."""
+    """The loss, every gradient and the weights after three steps.
+
+    Muon moves a matrix by as much for its small singular values as for its large ones, so rounding counts for more.
+    """
     found = comparing.train(gpu, precision, **changes)
     expected = comparing.train(reference, "float32", **changes | {"grad_checkpoint": False})
     assert found.losses == pytest.approx(expected.losses, rel=losses)
     assert found.norms == pytest.approx(expected.norms, rel=gradients)
     assert_close(found.gradients, expected.gradients, gradients)
-    assert_weights_close(found.weights, expected.weights, steps)
+    assert_weights_close(found.weights, expected.weights, 3 * steps if "optimizer" in changes else steps)
 
 
 def test_training_drops_the_same_activations(gpu, reference):
@@ -78,6 +81,11 @@ def test_training_drops_the_same_activations(gpu, reference):
 def test_generation_gives_the_same(gpu, reference, kind):
     """Greedy, two texts at a time; tests/cpu/test_paths.py makes sure that rounding decides none of their tokens."""
     assert comparing.greedy(gpu, kind) == comparing.greedy(reference, kind)
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS, ids=str)
+def test_the_same_tokens_are_drawn(gpu, reference, settings):
+    assert comparing.drawn(gpu, **settings) == comparing.drawn(reference, **settings)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
