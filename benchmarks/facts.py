@@ -53,7 +53,10 @@ def command(arguments: list[str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Chip, cores, memory in GiB, system, Python, and the load before the benchmark; on a Mac the GPU's cores too."""
+    """Chip, cores, memory in GiB, system, Python, and the load before the benchmark.
+
+    On a Mac the GPU's cores too, and on other systems the name of an NVIDIA GPU.
+    """
     on_mac = sys.platform == "darwin"
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
@@ -66,6 +69,8 @@ def machine() -> dict[str, Any]:
     }
     if on_mac and (count := gpu_cores(_output_of("system_profiler", "SPDisplaysDataType", "-json"))):
         found["gpu_cores"] = count
+    elif not on_mac and (names := _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")):
+        found["gpu"] = names.splitlines()[0]
     return found
 
 

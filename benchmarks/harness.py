@@ -243,7 +243,8 @@ def new_file(folder: Path, result: Mapping[str, Any]) -> Path:
     """A name such as throughput-apple-m1-pro-16-gpu-cores.json, with a number if that file exists."""
     machine = result["machine"]
     cores = f"{machine['gpu_cores']} gpu" if "gpu_cores" in machine else machine["cores"]
-    stem = re.sub("[^a-z0-9]+", "-", f"{result['benchmark']} {machine['chip']} {cores} cores".lower())
+    chip = machine.get("gpu") or f"{machine['chip']} {cores} cores"
+    stem = re.sub("[^a-z0-9]+", "-", f"{result['benchmark']} {chip}".lower())
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return next(file for name in names if not (file := folder / f"{name}.json").exists())
 

@@ -170,6 +170,8 @@ def about(result: Mapping[str, Any]) -> list[str]:
     cores = f"{machine['cores']} cores"
     if "gpu_cores" in machine:
         cores += f", {machine['gpu_cores']} GPU cores"
+    if "gpu" in machine:
+        cores += f", {machine['gpu']}"
     found = [
         f"{machine['chip']}, {cores}, {machine['memory_gib']:g} GiB, {machine['system']}; "
         f"{result['date']}, commit {result['commit'] or 'unknown'}, load before {machine['load_before']:g}",

@@ -63,9 +63,19 @@ def test_a_macs_result_names_chip_gpu_cores_memory_and_system(monkeypatch):
     assert first.startswith("- Apple M1 Pro, 10 cores, 16 GPU cores, 16 GiB, macOS 15.5; ")
 
 
-def test_other_systems_have_no_gpu_cores(monkeypatch):
+def test_the_result_of_an_nvidia_gpu_names_it(monkeypatch):
+    outputs = {"nvidia-smi": "NVIDIA H100 80GB HBM3\nNVIDIA H100 80GB HBM3"}
+    monkeypatch.setattr(facts, "_output_of", lambda program, *arguments: outputs[program])
     monkeypatch.setattr(sys, "platform", "linux")
-    assert "gpu_cores" not in facts.machine()
+    machine = facts.machine() | {"chip": "Xeon", "cores": 16, "memory_gib": 128.0}
+    first, *_ = report.about(RESULT | {"machine": machine})
+    assert first.startswith("- Xeon, 16 cores, NVIDIA H100 80GB HBM3, 128 GiB, Linux ")
+
+
+def test_other_systems_have_no_gpu(monkeypatch):
+    monkeypatch.setattr(facts, "_output_of", lambda program, *arguments: "")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not {"gpu", "gpu_cores"} & facts.machine().keys()
 
 
 def test_the_command_names_no_folder_and_no_result_file():

@@ -32,6 +32,12 @@ def test_a_result_in_a_folder_is_named_after_benchmark_and_chip(tmp_path, capsys
     assert capsys.readouterr().err == f"The result is in {file}.\n"
 
 
+def test_a_result_of_an_nvidia_gpu_is_named_after_it(tmp_path):
+    machine = {"chip": "Xeon", "cores": 16, "gpu": "NVIDIA H100 80GB HBM3"}
+    harness.write_json(str(tmp_path), {"benchmark": "throughput", "machine": machine})
+    assert [path.name for path in tmp_path.iterdir()] == ["throughput-nvidia-h100-80gb-hbm3.json"]
+
+
 def test_a_second_result_keeps_the_first(tmp_path):
     xeon = {"benchmark": "startup", "machine": {"chip": "Intel(R) Xeon(R) Processor", "cores": 2}}
     for trial in range(3):
