@@ -36,7 +36,7 @@ class Tokenizer:
         end_of_text: the id that ends a document: the id of `<|endoftext|>`, unless a model names another.
         chat: the `chat_template` of its model and the names of special tokens that the template may use, as in
             `tokenizer_config.json`; {} if the model was not trained on conversations.
-        added: the ids of tokens that the weights beside the tokenizer have not learnt yet.
+        added: the ids of tokens that the weights beside the tokenizer have not learned yet.
     """
 
     def __init__(self, backend: HFTokenizer, end_of_text: int | None = None) -> None:

@@ -331,7 +331,7 @@ def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:
     """Yield ways to take less memory, cheapest first; the windows per step stay the same.
 
     Smaller micro-batches change only the time; computing activations twice takes a third more time; shorter windows
-    change what is learnt.
+    change what is learned.
     """
     windows, seq_len = training.windows_per_step, training.seq_len
     while True:

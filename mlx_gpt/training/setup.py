@@ -259,7 +259,7 @@ def find_checkpoint(
 ) -> tuple[Path | None, Progress, dict[Path, str]]:
     """Return the checkpoint to resume from, its progress, and the newer ones that are damaged, each with its fault.
 
-    The checkpoint is None if the run was stopped before its first one, so that nothing it learnt was saved.
+    The checkpoint is None if the run was stopped before its first one, so that nothing it learned was saved.
 
     Raises:
         UserError: the chosen one is damaged or, without `overwrite`, not the newest; or none of them is intact; or
