@@ -51,5 +51,13 @@ def fine_tuning(kind: str, width: int) -> dict[str, Any]:
 
 RECIPES: dict[str, dict[str, Any]] = {
     # It learned more in a few minutes than GPT-2 with AdamW (benchmarks/NOTES.md).
-    "quick": {"preset": "tiny", "model_type": "qwen3", "optimizer": "muon", "min_lr": 0.0, "dropout": "auto"},
+    "quick": {
+        "preset": "tiny",
+        "model_type": "qwen3",
+        "optimizer": "muon",
+        "muon_momentum": 0.9,
+        "schedule": "wsd",
+        "min_lr": 0.0,
+        "dropout": "auto",
+    },
 }
