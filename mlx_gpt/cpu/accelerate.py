@@ -105,6 +105,9 @@ class LinearCrossEntropy(nn.Module):
         compute = kernels.linear_cross_entropy if self.training else kernels.cross_entropy_sum
         return compute(x_nc, weight_vc, targets_n, weights_n)
 
+    def losses(self, logits_nv: mx.array, targets_n: mx.array) -> mx.array:
+        return (kernels.losses if logits_nv.dtype == mx.float32 else super().losses)(logits_nv, targets_n)
+
     def loss_and_gradient(self, head: Any, x_nc: mx.array, targets_n: mx.array, weights_n: mx.array) -> Any:
         compute = kernels.head_loss if x_nc.dtype == mx.float32 else super().loss_and_gradient
         return compute(head, x_nc, targets_n, weights_n)

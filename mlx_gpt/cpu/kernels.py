@@ -139,6 +139,11 @@ def cross_entropy_sum(x_nc: mx.array, weight_vc: mx.array, targets_n: mx.array, 
     return total
 
 
+def losses(logits_nv: mx.array, targets_n: mx.array) -> mx.array:
+    """The cross-entropy of each row, (N,), without a gradient."""
+    return _losses(logits_nv, targets_n)[0]
+
+
 def head_loss(
     head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
 ) -> tuple[mx.array, mx.array]:

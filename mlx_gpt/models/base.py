@@ -204,11 +204,7 @@ class LinearCrossEntropy(nn.Module):
         if self.training:
             return _linear_cross_entropy(x_nc, weight_vc, targets_n, weights_n)[0]
         weight = weight_vc.astype(x_nc.dtype)
-        total = mx.array(0.0)
-        for part in chunks(len(x_nc), len(weight_vc), CHUNK):
-            x, targets = mx.depends([x_nc[part], targets_n[part]], [total])  # one chunk after the other
-            total = total + (mx.fast.cross_entropy(x @ weight.T, targets) * weights_n[part]).sum()
-        return total
+        return self._sum(lambda x: x @ weight.T, len(weight_vc), x_nc, targets_n, weights_n)
 
     def frozen(
         self, head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array
@@ -219,14 +215,15 @@ class LinearCrossEntropy(nn.Module):
             head: turns hidden states (..., C) into logits (..., V).
         """
         vocab_size = head(x_nc[:1]).shape[-1]
+        if not self.training:  # a custom function would compute the gradient, too
+            return self._sum(head, vocab_size, x_nc, targets_n, weights_n)
 
         @mx.custom_function
         def total_and_dx(x_nc: mx.array) -> tuple[mx.array, mx.array]:
             dx: list[mx.array] = []
             total = mx.array(0.0)
             for part in chunks(len(x_nc), vocab_size, CHUNK):
-                waits_for = [total, *(dx[-1:] if self.training else [])]
-                x, targets = mx.depends([x_nc[part], targets_n[part]], waits_for)
+                x, targets = mx.depends([x_nc[part], targets_n[part]], [total, *dx[-1:]])
                 loss, gradient = self.loss_and_gradient(head, x, targets, weights_n[part])
                 total = total + loss
                 dx.append(gradient)
@@ -237,6 +234,24 @@ class LinearCrossEntropy(nn.Module):
             return (cotangents[0] * outputs[1]).astype(x_nc.dtype)
 
         return total_and_dx(x_nc)[0]
+
+    def _sum(
+        self,
+        head: Callable[[mx.array], mx.array],
+        vocab_size: int,
+        x_nc: mx.array,
+        targets_n: mx.array,
+        weights_n: mx.array,
+    ) -> mx.array:
+        total = mx.array(0.0)
+        for part in chunks(len(x_nc), vocab_size, CHUNK):
+            x, targets = mx.depends([x_nc[part], targets_n[part]], [total])  # one chunk after the other
+            total = total + (self.losses(head(x), targets) * weights_n[part]).sum()
+        return total
+
+    def losses(self, logits_nv: mx.array, targets_n: mx.array) -> mx.array:
+        """Return the loss of each row, (N,)."""
+        return mx.fast.cross_entropy(logits_nv, targets_n)
 
     def loss_and_gradient(
         self, head: Callable[[mx.array], mx.array], x_nc: mx.array, targets_n: mx.array, weights_n: mx.array

@@ -38,6 +38,15 @@ KINDS: dict[str, dict[str, Any]] = {
 PROMPT = "The duck swims"
 
 
+def test_validation_computes_no_gradient_for_a_frozen_head(make_model, ids, monkeypatch):
+    model, objective = make_model(), device().accelerate(Text()).eval()
+    batch = mx.array(ids), mx.ones((len(ids), len(ids[0]) - 1))
+    expected = objective(model, *batch)[0].item()
+    model.freeze()
+    monkeypatch.setattr(type(objective.cross_entropy), "loss_and_gradient", None)
+    assert objective(model, *batch)[0].item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.fixture(autouse=True)
 def quickly(eager):
     """Nothing is compiled."""
