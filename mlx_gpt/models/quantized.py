@@ -101,6 +101,12 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, LAYERS) for module in model.modules())
 
 
+def unknown_layer(model: nn.Module) -> str | None:
+    """Return the name of a packed layer of another class than `LAYERS`, such as the experts of mlx-lm's mixtures."""
+    packed = ((name, module) for name, module in model.named_modules() if "scales" in module)
+    return next((name for name, module in packed if not isinstance(module, LAYERS)), None)
+
+
 def input_dims(layer: nn.Module) -> int:
     """Return the number of inputs of a linear layer, or the width of an embedding."""
     columns: int = layer.weight.shape[-1]

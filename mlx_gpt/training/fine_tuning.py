@@ -1,11 +1,12 @@
 """Runs that start from weights: the settings that the weights decide, and the directory of the frozen weights."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_gpt import models
-from mlx_gpt.config import Config
+from mlx_gpt.config import Config, ModelConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.models import adapters
 from mlx_gpt.models.directory import read_config
@@ -40,6 +41,10 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
         # The tokenizer comes with the weights, and `vocab_size` is for a tokenizer that is to be trained.
         if name != "vocab_size" and given.get(name) not in (None, value):
             raise UserError(f"`{name}` {given[name]} contradicts the weights in {folder}, which have {value}: omit it.")
+    for field in dataclasses.fields(ModelConfig):
+        others = field.name not in (*decided, "vocab_size", "dropout")
+        if others and given.get(field.name) not in (None, field.default):
+            raise UserError(f"`{field.name}` can't be set for the weights in {folder}, which decide it: omit it.")
     if adapters.are_in(folder):
         stored = adapters.read(folder)
         own = {"lora_rank": stored.rank, "lora_scale": stored.scale}

@@ -42,6 +42,11 @@ def make_model(
     model = load_model(base, dtype=None) if base else load_model(weights)
     if not base and quantized.is_quantized(model):
         raise UserError(f"The weights in {weights} are quantised, so only adapters can be trained: add --lora-rank 8.")
+    if layer := quantized.unknown_layer(model):
+        raise UserError(
+            f"{layer} of the weights in {weights} is quantised in a way that can't be trained here: begin from weights "
+            "that are not quantised."
+        )
     tables: list[str] = []  # parameters to train in addition to adapters
     if tokenizer.added and min(tokenizer.added) <= models.vocab_size(model):
         tables = grow_vocabulary(model, tokenizer.added, config.training.seed)

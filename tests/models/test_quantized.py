@@ -6,12 +6,14 @@ import shutil
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
 import torch
 import transformers
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import quantize_model, save
 
 from mlx_gpt import api, models
@@ -20,10 +22,17 @@ from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
-from mlx_gpt.models import directory
+from mlx_gpt.models import directory, quantized
 from mlx_gpt.models.directory import load_model, save_model
 
 PROMPTS = ("The duck swims", "Geese", "a pond and dives")
+
+
+def test_packed_experts_are_not_taken_for_weights():
+    """mlx-lm packs the experts of a mixture in a layer of its own."""
+    layer = QuantizedSwitchLinear(64, 32, 2, False)
+    assert quantized.unknown_layer(nn.Sequential(nn.QuantizedLinear(64, 32), layer)) == "layers.1"
+    assert quantized.unknown_layer(nn.Sequential(nn.QuantizedLinear(64, 32), nn.QuantizedEmbedding(32, 64))) is None
 
 
 def write_llama(folder, bpe):

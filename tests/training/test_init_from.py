@@ -81,6 +81,12 @@ def test_a_size_that_is_not_that_of_the_weights_is_refused(train, whole, name, v
         train("run", init_from=str(whole.folder), **{name: value})
 
 
+@pytest.mark.parametrize(("name", "value"), [("n_kv_head", 1), ("tie_embeddings", False)])
+def test_a_setting_of_the_network_that_the_weights_do_not_have_is_refused(train, whole, name, value):
+    with pytest.raises(UserError, match=rf"`{name}` can't be set for the weights in .*: omit it"):
+        train("run", init_from=str(whole.folder), **{name: value})
+
+
 def test_a_run_from_weights_takes_small_steps_and_enough_of_them(train, whole, sentences):
     """A text of a few windows, of which ten epochs would be a handful of steps."""
     Path("text").mkdir()
