@@ -93,7 +93,8 @@ Write a message and press Enter: the model answers it, and remembers what was sa
 
     def _system(self, rest: str) -> None:
         if rest:
-            self._dialogue.system = rest[1:-1] if rest[0] == rest[-1] and rest[0] in "\"'" and len(rest) > 1 else rest
+            quoted = rest[0] in "\"'" and rest.find(rest[0], 1) == len(rest) - 1
+            self._dialogue.system = rest[1:-1] if quoted else rest
         system = self._dialogue.system
         click.echo(f"The system message is: {system}" if system else "There is no system message.", err=True)
 

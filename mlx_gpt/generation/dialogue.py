@@ -118,17 +118,21 @@ class Dialogue:
     def _answer(
         self, before: Sequence[Exchange], question: str, config: GenerationConfig
     ) -> Generator[Piece, None, None]:
-        ids, self.unseen = self._fit(before, question, config.max_tokens)
+        ids, unseen = self._fit(before, question, config.max_tokens)
+        earlier, self.unseen = self.unseen, unseen
         # The engine would drop half of a full context, the system message included: the answer ends there instead.
         self.limit = min(config.max_tokens, self.context - len(ids))
         request = Request(ids, dataclasses.replace(config, max_tokens=self.limit))
-        return self._generate(request, before, question)
+        return self._generate(request, before, question, earlier)
 
-    def _generate(self, request: Request, before: Sequence[Exchange], question: str) -> Generator[Piece, None, None]:
+    def _generate(
+        self, request: Request, before: Sequence[Exchange], question: str, unseen: int
+    ) -> Generator[Piece, None, None]:
+        """Answer; without an answer, the conversation and the number of its `unseen` exchanges stay as they were."""
         capacity = len(request.prompt) + request.config.max_tokens
-        engine = Engine(self._model, self._tokenizer, capacity=capacity, past=self._past)
         answer = ""
         try:
+            engine = Engine(self._model, self._tokenizer, capacity=capacity, past=self._past)
             engine.add(request)
             while engine.busy:
                 for _, piece in engine.step():
@@ -138,6 +142,8 @@ class Dialogue:
         finally:
             if answer.strip():
                 self.exchanges = [*before, Exchange(question, answer)]
+            else:
+                self.unseen = unseen
 
     def _fit(
         self, exchanges: Sequence[Exchange], question: str, max_tokens: int, new: str = "message"

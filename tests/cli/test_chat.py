@@ -163,6 +163,14 @@ def test_commands_say_what_they_did(converse):
     assert "There is no system message." in converse("/system").err
 
 
+@pytest.mark.parametrize(
+    ("line", "system"),
+    [('"Be brief."', "Be brief."), ('"Yes" or "No"', '"Yes" or "No"'), ('"', '"'), ("'tis", "'tis")],
+)
+def test_only_quotation_marks_around_a_whole_system_message_are_removed(converse, line, system):
+    assert f"The system message is: {system}\n" in converse(f"/system {line}").err
+
+
 def test_help_names_every_command(converse):
     err = converse("/help").err
     for word in ("/again", "/undo", "/clear", "/new", "/system", "/save", "/settings", "Ctrl-C", "temperature", '"""'):

@@ -111,6 +111,18 @@ def test_the_oldest_exchanges_leave_whole_and_the_system_message_stays(ducks, as
     assert asked[-1] == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nG<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_exchanges_that_left_for_a_message_return_with_it(ducks):
+    for question in "ABC":
+        text(ducks.ask(question, GenerationConfig()))
+    seen = ducks.unseen
+    with contextlib.closing(ducks.ask("x" * 30, GenerationConfig())) as pieces:
+        assert ducks.unseen > seen  # a person is told before the answer begins
+        ducks._model = None  # the first step fails
+        with pytest.raises((TypeError, AttributeError)):
+            next(pieces)
+    assert ducks.unseen == seen
+
+
 def test_a_message_that_does_not_fit_changes_nothing(ducks):
     text(ducks.ask("A", GenerationConfig()))
     with pytest.raises(UserError, match=r"it has 119 tokens, and the model's context of 128 leaves 96"):
