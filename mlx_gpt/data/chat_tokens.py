@@ -86,7 +86,7 @@ def _counted(conversations: Iterable[Conversation], advance: Callable[[int], Non
 
 
 def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Transcript]:
-    """Return the texts to train on for a conversation.
+    """Return the texts to train on for a conversation, which ends with an answer.
 
     Usually this is one text. Some templates change earlier turns when the conversation continues, for example by
     removing the reasoning from an earlier answer. Then each answer gets a text of its own, so that the model sees the
@@ -107,9 +107,7 @@ def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Tran
             done = after
     if not grows:
         return separate
-    whole = template.text(conversation, answering=False)
-    answers = [span for transcript in separate for span in transcript.answers]
-    return [Transcript(whole if whole.startswith(done) else done, answers)]
+    return [Transcript(done, [span for transcript in separate for span in transcript.answers])]
 
 
 def _encoded(

@@ -143,6 +143,8 @@ def _message(item: Mapping[str, Any]) -> Message:
         raise RowError("a call of a tool")
     if role not in ROLES:
         raise RowError("an unknown role")
+    if item.get("weight") == 0:
+        raise RowError("a message with the weight 0")
     content = item["content"] if item.get("content") is not None else item.get("value")
     if content is None:
         raise RowError("a message without content")

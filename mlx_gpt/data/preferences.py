@@ -31,7 +31,7 @@ def read_preference(fields: Mapping[str, Any]) -> Preference:
     if chosen[0]["role"] != "assistant":
         shared = _shared(chosen, rejected)
         if not shared or any(message not in shared for message in prompt):
-            raise RowError("`chosen` and `rejected` have other prompts")
+            raise RowError("`chosen` and `rejected` have different prompts")
         prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
     prompt = with_system(fields, prompt)
     for answer in (chosen, rejected):

@@ -202,9 +202,8 @@ def test_a_template_that_refuses_all_is_one_sentence(bpe, encode, template, word
 
 def test_a_transcript_is_the_whole_text_with_the_places_of_its_answers():
     template = ChatTemplate(CHATML, {})
-    talk = [*TALKS[1], {"role": "user", "content": "And?"}]
-    ((text, answers),) = transcripts(talk, template)
-    assert text == template.text(talk, answering=False)
+    ((text, answers),) = transcripts(TALKS[1], template)
+    assert text == template.text(TALKS[1], answering=False)
     assert [text[begin:end] for begin, end in answers] == ["They look on 🦆<|im_end|>\n", "don't they\n<|im_end|>\n"]
 
 
