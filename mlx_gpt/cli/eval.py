@@ -64,11 +64,16 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             windows: Windows = TextWindows(tokens, seq_len)
         elif config:
             corpus = open_data(config, display)
+            other_text = f"{path} was not trained on the text that {config.data.data} holds now: name a FILE."
+            if corpus.kind == "conversations" and not tokenizer.chat:
+                raise UserError(other_text)
             objective = OBJECTIVES[corpus.kind]
             both = objective.encode(corpus, tokenizer, config.training, display.progress("Encoding"), display.line)
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
-                raise UserError(f"{path} was not trained on the text that {config.data.data} holds now: name a FILE.")
+                raise UserError(other_text)
             tokens, windows = both.val, objective.windows(both, seq_len)[1]
+            for line in windows.warnings:
+                display.line(line)
         else:
             raise UserError(f"{path} is not a run, so it has no validation text: name a FILE.")
         lost = lost_text([tokens], tokenizer)

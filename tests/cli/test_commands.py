@@ -1,8 +1,10 @@
 """Each command does its work when nothing goes wrong."""
 
 import dataclasses
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -104,6 +106,18 @@ def test_train_and_eval_say_how_much_of_a_text_the_tokenizer_does_not_know(mlx_g
     Path("text.txt").write_text("The duck barks.")
     measured = mlx_gpt("eval", "text.txt", "--model", "run")
     assert "WARNING: 2 of the 5 tokens of this text are [UNK]" in measured.out
+
+
+def test_eval_refuses_conversations_that_have_taken_the_place_of_the_text(mlx_gpt, train, corpus):
+    shutil.copytree(corpus, "text")
+    train("--data", "text")
+    talk = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    for split in ("train", "val"):
+        Path(f"text/{split}.txt").unlink()
+        Path(f"text/{split}.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    measured = mlx_gpt("eval", "--model", "run")
+    assert measured.code == 2
+    assert "was not trained on the text that text holds now: name a FILE." in measured.err
 
 
 def test_eval_flags_change_what_is_measured(mlx_gpt, trained, corpus, tmp_path):
