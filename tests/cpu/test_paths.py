@@ -39,8 +39,16 @@ def operate(place, operation):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"grad_checkpoint": True}, MUON, MUON | {"kind": "qwen3"}],
-    ids=["", "recomputing", "muon", "qwen3 with muon"],
+    [
+        {},
+        {"grad_checkpoint": True},
+        MUON,
+        MUON | {"kind": "qwen3"},
+        {"frozen": "plain"},
+        {"frozen": "packed"},
+        {"frozen": "packed", "kind": "qwen3"},
+    ],
+    ids=["", "recomputing", "muon", "qwen3 with muon", "adapters", "packed", "qwen3 packed"],
 )
 def test_training_gives_the_same(changes):
     """The loss, every gradient and the weights after three steps, with an odd number of windows."""

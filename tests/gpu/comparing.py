@@ -23,6 +23,7 @@ from mlx_gpt.device import Device, device
 from mlx_gpt.generation.cache import BatchCache, Rows
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Continuation, Request, choose
+from mlx_gpt.models import lora
 from mlx_gpt.models.base import (
     GELU,
     LinearCrossEntropy,
@@ -212,13 +213,25 @@ def operate(place: Place, operation: Operation, dtype: mx.Dtype) -> Arrays:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def network(place: Place, kind: str = "gpt2", dropout: float = 0.0) -> nn.Module:
-    """A network with the same weights everywhere, far from those that training starts with."""
+def network(place: Place, kind: str = "gpt2", dropout: float = 0.0, frozen: str = "") -> nn.Module:
+    """A network with the same weights everywhere, far from those that training starts with.
+
+    Args:
+        frozen: "plain" or "packed" for adapters beside frozen weights, which may be packed into 4 bits each.
+    """
     model = models.create(dataclasses.replace(NETWORKS[kind], dropout=dropout))
     spreads = {"wpe": 0.3, "wte": 0.2, "ln_f": 0.2, "embed_tokens": 0.2, "norm": 0.2, "lm_head": 0.2}
-    return place.device.accelerate(
-        _draw(model, lambda name: spreads.get(name.removeprefix("model.").split(".")[0], 0.1))
-    )
+    _draw(model, lambda name: spreads.get(name.removeprefix("model.").split(".")[0], 0.1))
+    if frozen == "packed":
+        with cpu(accelerated=False).default():  # so that every device has the same bits
+            nn.quantize(model, 32, 4)
+            mx.eval(model.parameters())
+    if frozen:
+        lora.adapt_blocks(model, rank=4, scale=2.0, dropout=0.0, blocks=None, seed=3)
+        draw = np.random.default_rng(4)
+        for adapter in lora.adapters(model).values():
+            adapter.lora_b = mx.array(draw.normal(0, 0.1, adapter.lora_b.shape).astype(np.float32))
+    return place.device.accelerate(model)
 
 
 @dataclass(frozen=True)
@@ -229,7 +242,7 @@ class Trained:
         losses: of each step.
         norms: of each step's gradients.
         gradients: of the first step.
-        weights: after the last.
+        weights: the trained ones, after the last step.
     """
 
     losses: list[float]
@@ -239,19 +252,27 @@ class Trained:
 
 
 def train(
-    place: Place, precision: str, steps: int = 3, dropout: float = 0.0, kind: str = "gpt2", **changes: Any
+    place: Place,
+    precision: str,
+    steps: int = 3,
+    dropout: float = 0.0,
+    kind: str = "gpt2",
+    frozen: str = "",
+    **changes: Any,
 ) -> Trained:
     """Make steps of one micro-batch each, some of whose tokens do not count.
 
     Args:
         kind: a name in `NETWORKS`.
+        frozen: as for `network`.
         changes: of `TRAINING`.
     """
     training = dataclasses.replace(TRAINING, precision=precision, **changes)
     draw = np.random.default_rng(5)
     losses, norms, gradients = [], [], {}
     with place.default():
-        model = network(place, kind, dropout)
+        model = network(place, kind, dropout, frozen)
+        lora.hold(model, place.device.dtype(precision))
         optimizer = make_optimizer(training, model)
         objective = place.device.accelerate(OBJECTIVES["documents"]())
         step = make_step(model, optimizer, objective, training, place.device)
@@ -263,7 +284,7 @@ def train(
             norms.append(result.grad_norm.item())
             if number == 0:
                 gradients = mean_gradients(optimizer.state)
-        return Trained(losses, norms, gradients, _numpy(model.parameters()))
+        return Trained(losses, norms, gradients, _numpy(model.trainable_parameters()))
 
 
 def mean_gradients(state: dict[str, Any]) -> Arrays:

@@ -49,8 +49,16 @@ def test_each_operation_gives_the_same(gpu, reference, monkeypatch, name, dtype,
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"grad_checkpoint": True}, MUON, MUON | {"kind": "qwen3"}],
-    ids=["", "recomputing", "muon", "qwen3 with muon"],
+    [
+        {},
+        {"grad_checkpoint": True},
+        MUON,
+        MUON | {"kind": "qwen3"},
+        {"frozen": "plain"},
+        {"frozen": "packed"},
+        {"frozen": "packed", "kind": "qwen3"},
+    ],
+    ids=["", "recomputing", "muon", "qwen3 with muon", "adapters", "packed", "qwen3 packed"],
 )
 @pytest.mark.parametrize(
     ("precision", "losses", "gradients", "steps"),
