@@ -138,7 +138,7 @@ class TrainingConfig:
     max_epochs: float | None = setting(
         None,
         "Stop after this many passes over the training text. [default: 10, or no limit with --max-minutes; with --from "
-        "enough for 300 steps]",
+        "10, or enough for 300 steps if that is more]",
         above=0,
     )
     max_minutes: float | None = setting(

@@ -1,6 +1,7 @@
 """Turns flags, TOML keys and keyword arguments into configs, checked against the declarations in config.py.
 
-A value comes from the first of these that has it: flag, file, recipe, optimizer, preset, default.
+A value comes from the first of these that has it: flag, file, the defaults for fine-tuning if the run starts from
+weights, recipe, optimizer, preset, default.
 """
 
 import dataclasses

@@ -95,9 +95,10 @@ class Plan:
         if self.step_seconds:
             lines.append(f"Time         {self._time()}")
         if self.scheduled_steps < FEW_STEPS and not training.max_steps:
+            smaller = "" if self.config.init_from else "--preset tiny, or "
             lines.append(
-                f"Hint         {self.scheduled_steps} steps teach little. For such a short text use --preset tiny, or "
-                "smaller steps: --gradient-accumulation-steps 1 and a lower --batch-size."
+                f"Hint         {self.scheduled_steps} steps teach little. For such a short text use {smaller}smaller "
+                "steps: --gradient-accumulation-steps 1 and a lower --batch-size."
             )
         return lines
 
