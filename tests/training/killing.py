@@ -84,12 +84,12 @@ def compare(folder: Path, runs: int, kills: int, seed: int, further: Sequence[st
         rows = [[("user", draw.choice(words)), ("assistant", "".join(draw.choices(words, k=3)))] for _ in range(count)]
         talks = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
         (folder / "talks" / f"{split}.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    if "MLX_DISABLE_COMPILE" not in os.environ:
-        train(folder, "warm", further)  # fills the cache of compiled kernels
     if "--from=base" in further:  # this base's tokenizer lacks the tokens of a conversation
         byte_level(BPE(vocab=BYTE_OF, merges=[])).save(str(folder / "bytes.json"))
         sizes = [flag for flag in further if flag.startswith(("--model-type", "--n-positions"))]
         train(folder, "base", ["--tokenizer=bytes.json", *sizes])
+    if "MLX_DISABLE_COMPILE" not in os.environ:
+        train(folder, "warm", further)  # fills the cache of compiled kernels
     _, duration = train(folder, "straight", further)
     expected = outcome(folder / "straight")
     differing = []
