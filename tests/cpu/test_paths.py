@@ -11,7 +11,16 @@ import pytest
 
 from mlx_gpt.cpu import decoding, streams
 from tests.gpu import comparing
-from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, SAMPLINGS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import (
+    NETWORKS,
+    OPERATIONS,
+    RUNS,
+    SAMPLINGS,
+    TRAININGS,
+    assert_close,
+    assert_weights_close,
+    cpu,
+)
 
 FAST, PLAIN = cpu(accelerated=True), cpu(accelerated=False)
 ROUNDING = 5e-6  # of float32 sums in another order, as a fraction of an array's norm
@@ -37,19 +46,7 @@ def operate(place, operation):
     return comparing.operate(place, operation, mx.float32)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"grad_checkpoint": True},
-        MUON,
-        MUON | {"kind": "qwen3"},
-        {"frozen": "plain"},
-        {"frozen": "packed"},
-        {"frozen": "packed", "kind": "qwen3"},
-    ],
-    ids=["", "recomputing", "muon", "qwen3 with muon", "adapters", "packed", "qwen3 packed"],
-)
+@pytest.mark.parametrize("changes", TRAININGS.values(), ids=TRAININGS)
 def test_training_gives_the_same(changes):
     """The loss, every gradient and the weights after three steps, with an odd number of windows."""
     fast, plain = (comparing.train(place, "float32", **changes) for place in (FAST, PLAIN))

@@ -50,6 +50,15 @@ RATE = 1e-3
 TRAINING = TrainingConfig(seq_len=WINDOW, batch_size=5, gradient_accumulation_steps=1, max_grad_norm=0.0, seed=1)
 # An orthogonal update of these matrices has numbers of about a tenth, and so moves a weight about as far as AdamW.
 MUON: dict[str, Any] = {"optimizer": "muon", "muon_learning_rate": 10 * TRAINING.learning_rate}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "": {},
+    "recomputing": {"grad_checkpoint": True},
+    "muon": MUON,
+    "qwen3 with muon": MUON | {"kind": "qwen3"},
+    "adapters": {"frozen": "plain"},
+    "packed": {"frozen": "packed"},
+    "qwen3 packed": {"frozen": "packed", "kind": "qwen3"},
+}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ import pytest
 
 from mlx_gpt.models import base
 from tests.gpu import comparing
-from tests.gpu.comparing import MUON, NETWORKS, OPERATIONS, RUNS, SAMPLINGS, assert_close, assert_weights_close, cpu
+from tests.gpu.comparing import (
+    NETWORKS,
+    OPERATIONS,
+    RUNS,
+    SAMPLINGS,
+    TRAININGS,
+    assert_close,
+    assert_weights_close,
+    cpu,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,19 +56,7 @@ def test_each_operation_gives_the_same(gpu, reference, monkeypatch, name, dtype,
     assert_close(found, expected, tolerance)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"grad_checkpoint": True},
-        MUON,
-        MUON | {"kind": "qwen3"},
-        {"frozen": "plain"},
-        {"frozen": "packed"},
-        {"frozen": "packed", "kind": "qwen3"},
-    ],
-    ids=["", "recomputing", "muon", "qwen3 with muon", "adapters", "packed", "qwen3 packed"],
-)
+@pytest.mark.parametrize("changes", TRAININGS.values(), ids=TRAININGS)
 @pytest.mark.parametrize(
     ("precision", "losses", "gradients", "steps"),
     [("float32", 1e-3, 0.006, 0.03), ("bfloat16", 5e-3, 0.05, 0.2)],
