@@ -19,7 +19,8 @@ from mlx_gpt.distributed import is_first
 from mlx_gpt.errors import UserError, in_a_sentence, is_utf8
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.generation.stream import stream as stream_pieces
-from mlx_gpt.models.directory import load_model, load_tokenizer
+from mlx_gpt.models.directory import load_model
+from mlx_gpt.models.tokenizer_files import load_tokenizer
 from mlx_gpt.progress import Lines, ignore_line
 from mlx_gpt.settings import build
 from mlx_gpt.signals import StopSignals

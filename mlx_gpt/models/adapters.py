@@ -6,7 +6,6 @@ has the matrices. If other parameters were trained as well, such as an embedding
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gpt import models
 from mlx_gpt.errors import UserError, shown
-from mlx_gpt.files import write_text_whole, write_whole
+from mlx_gpt.files import write_whole
 from mlx_gpt.models import lora, quantized
-from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays
+from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays, save_json
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapters.safetensors", "trained.safetensors"
 LEAVES = ("lora_a", "lora_b")
@@ -164,7 +163,7 @@ def apply(model: nn.Module, found: Adapters) -> nn.Module:
     extra = {name: array.astype(before[name].dtype) for name, array in found.extra.items() if name in before}
     attach(model, dataclasses.replace(found, extra={**found.extra, **extra}))
     model = lora.fuse(model)
-    for layer in lora.adapters(model).values():
+    for layer in lora.adapted_layers(model).values():
         dtype = layer.linear.scales.dtype
         layer.lora_a, layer.lora_b = layer.lora_a.astype(dtype), layer.lora_b.astype(dtype)
     return model
@@ -175,7 +174,7 @@ def write(folder: Path, model: nn.Module) -> None:
 
     The adapters name `model.base` as the directory of their base.
     """
-    layers = lora.adapters(model)
+    layers = lora.adapted_layers(model)
     one = next(iter(layers.values()))
     names = {id(module): name for name, module in model.named_modules()}
     blocks = [names[id(block)] + "." for block in model.layers]
@@ -195,9 +194,9 @@ def write(folder: Path, model: nn.Module) -> None:
     }
     prefix = getattr(model, "mlx_lm_prefix", "")
     arrays = {f"{prefix}{name}.{leaf}": layer[leaf] for name, layer in layers.items() for leaf in LEAVES}
-    extra = lora.extra(model)
+    extra = lora.fully_trained(model)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    save_json(folder / CONFIG, config)
     if extra:
         write_whole(folder / EXTRA, lambda part: save_arrays(part, extra, {"format": "mlx"}))
     write_whole(folder / WEIGHTS, lambda part: save_arrays(part, arrays, {"format": "mlx"}))

@@ -6,7 +6,6 @@ orientation that transformers uses, and the tokenizer's files.
 
 import dataclasses
 import inspect
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,23 +15,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from safetensors import SafetensorError, safe_open
 
 from mlx_gpt import models
-from mlx_gpt.chat_template import read_chat
 from mlx_gpt.device import GIB, device
 from mlx_gpt.errors import UserError, shown
-from mlx_gpt.files import write_text_whole, write_whole
+from mlx_gpt.files import write_whole
 from mlx_gpt.models import adapters, gpt2, lora, quantized
-from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays
+from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays, save_json
+from mlx_gpt.models.tokenizer_files import TRAINED_WITH, ends, save_tokenizer
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.tokenizer_training import END_OF_TURN
 
 # Decoding on a CPU reads some of the outputs of these weights at a time, so those should be contiguous.
 SPLIT_BY_OUTPUT = ("attn.c_attn.weight", "mlp.c_fc.weight")
 PREFIX = "transformer."  # which transformers writes before the names of a GPT-2's tensors
 MLX_LM = gpt2.Model.mlx_lm_prefix  # which mlx-lm writes there, with the matrices as nn.Linear has them
-TRAINED_WITH = "tokenizer"  # the metadata that has the fingerprint of the tokenizer that weights were trained with
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapping[str, str] | None = None) -> None:
@@ -44,12 +40,14 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
     Args:
         facts: for the header of the weights.
     """
-    _save_tokenizer(folder, model, tokenizer)
-    _save_json(folder / "config.json", {**config_of(model), **_ends(tokenizer), "dtype": "float32"})
-    adapted = bool(lora.adapters(model))
-    if adapted and not lora.extra(model):
-        save_adapters(folder / "adapters", model, tokenizer)
-    weights = _weights_in_file(lora.fused(model) if adapted else model)
+    save_tokenizer(folder, model, tokenizer)
+    if lora.adapted_layers(model):
+        if not lora.fully_trained(model):
+            save_adapters(folder / "adapters", model, tokenizer)
+        model = lora.without_adapters(model)
+    weights = _weights_in_file(model)
+    dtype = str(mx.result_type(*weights.values())).removeprefix("mlx.core.")
+    save_json(folder / "config.json", {**config_of(model), **ends(tokenizer), "dtype": dtype})
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))
@@ -60,44 +58,8 @@ def save_adapters(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
 
     Each file is written whole or not at all. The folder opens as a model as long as its base is where the adapters say.
     """
-    _save_tokenizer(folder, model, tokenizer)
+    save_tokenizer(folder, model, tokenizer)
     adapters.write(folder, model)
-
-
-def _save_tokenizer(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Write the files of the tokenizer, with the chat template and the ids that end an answer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    end_of_text = tokenizer.backend.id_to_token(tokenizer.end_of_text)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **(tokenizer.chat or dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)),
-        "model_max_length": models.context_length(model),
-        "clean_up_tokenization_spaces": False,
-    }
-    _save_json(folder / "generation_config.json", _ends(tokenizer))
-    _save_json(folder / "tokenizer_config.json", config)
-    write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
-
-
-def _save_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the ids of the tokens around a text, in the form of `generation_config.json`."""
-    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    return ends | (_ends_of_answers(tokenizer) if tokenizer.chat else {})
-
-
-def _ends_of_answers(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the ids at which transformers, mlx-lm and llama.cpp's converter end an answer, the end of a turn first.
-
-    The end of a document comes before all other ids, so that `read_tokenizer` recognises it.
-    """
-    backend, first = tokenizer.backend, tokenizer.end_of_text
-    ids = sorted(tokenizer.ends, key=lambda i: (i != backend.token_to_id(END_OF_TURN), i != first, i))
-    bos = backend.token_to_id(tokenizer.chat.get("bos_token", ""))
-    return {"eos_token_id": ids if len(ids) > 1 else ids[0]} | ({} if bos is None else {"bos_token_id": bos})
 
 
 def _weights_in_file(model: nn.Module) -> dict[str, mx.array]:
@@ -225,61 +187,6 @@ def _known_keys(
     if missing := [f"`{name}`" for name in needed if name not in found]:
         raise UserError(f"{folder}/config.json lacks {shown(', '.join(missing), 200)}: fetch the directory again.")
     return found
-
-
-def load_tokenizer(folder: str | Path, model: nn.Module) -> Tokenizer:
-    """Read the tokenizer of a model directory, for its model.
-
-    Raises:
-        UserError: as in `read_tokenizer`, or it has ids that the model does not know.
-    """
-    tokenizer = read_tokenizer(folder)
-    if tokenizer.vocab_size > models.vocab_size(model):
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} entries and the weights "
-            f"{models.vocab_size(model):,}: they don't belong together."
-        )
-    return tokenizer
-
-
-def read_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read the tokenizer of a model directory.
-
-    Raises:
-        UserError: there is none, or the weights say that they were trained with another.
-    """
-    folder = Path(folder)
-    described = [folder]
-    if adapters.are_in(folder):  # our adapters have their tokenizer beside them, so this needs no base
-        complete = (folder / "tokenizer.json").exists() and (folder / "generation_config.json").exists()
-        described = [] if complete else [adapters.base_of(folder)]
-        folder = folder if (folder / "tokenizer.json").exists() else described[0]
-    named = [read_json(base / "config.json").get("eos_token_id") for base in described]
-    if (folder / "generation_config.json").is_file():
-        named.append(read_json(folder / "generation_config.json").get("eos_token_id"))
-    ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1])
-    end_of_turn = tokenizer.backend.token_to_id(END_OF_TURN)
-    if documents := [i for i in ends if i != end_of_turn and tokenizer.backend.id_to_token(i) is not None]:
-        tokenizer.end_of_text = documents[0]
-    tokenizer.end_at(ends)
-    tokenizer.chat = read_chat(folder)
-    if _tokenizer_of_weights(folder / "model.safetensors") not in (None, tokenizer.fingerprint):
-        raise UserError(
-            f"{folder}: the weights were trained with another tokenizer than the tokenizer.json beside them: copy the "
-            "tokenizer.json of their run there."
-        )
-    return tokenizer
-
-
-def _tokenizer_of_weights(path: Path) -> str | None:
-    """Return the fingerprint of the tokenizer that weights were trained with; None if their file does not say."""
-    try:
-        with safe_open(path, framework="np") as file:
-            fingerprint: str | None = (file.metadata() or {}).get(TRAINED_WITH)
-            return fingerprint
-    except (OSError, SafetensorError):
-        return None  # `load_model` says what is wrong with the file
 
 
 def read_config(folder: Path) -> dict[str, Any]:

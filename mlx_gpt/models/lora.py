@@ -47,12 +47,12 @@ class LoRALinear(nn.Module):
         self.lora_a = mx.random.uniform(-bound, bound, self.lora_a.shape, key=key)
 
     def weight(self) -> mx.array:
-        """Return the weight (out, in) of the layer and its adapter together, in float32."""
+        """Return the weight (out, in) of the layer and its adapter together, in the dtype of the layer."""
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
-        return quantized.dequantized(self.linear) + self.scale * (a @ b).T
+        return (quantized.dequantized(self.linear) + self.scale * (a @ b).T).astype(quantized.dtype(self.linear))
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the adapted layers of a model by name; {} if it has none."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
@@ -78,7 +78,7 @@ def adapt_blocks(model: nn.Module, rank: int, scale: float, dropout: float, bloc
     if rank > width:
         raise UserError(f"`lora_rank` {rank} is more than the model is wide: use at most {width}, such as 8.")
     adapt(model, chosen, rank, scale, dropout)
-    made = adapters(model)
+    made = adapted_layers(model)
     for layer, key in zip(made.values(), mx.random.split(mx.random.key(seed), len(made)), strict=True):
         layer.draw(key)
 
@@ -99,7 +99,7 @@ def keep_training(model: nn.Module, names: Collection[str]) -> None:
         modules[layer].unfreeze(recurse=False, keys=leaf)
 
 
-def extra(model: nn.Module) -> dict[str, mx.array]:
+def fully_trained(model: nn.Module) -> dict[str, mx.array]:
     """Return the trained parameters that are not part of an adapter, by name."""
     return {
         name: weight
@@ -114,7 +114,7 @@ def frozen(model: nn.Module) -> dict[str, Any]:
     return tree_unflatten([(name, w) for name, w in tree_flatten(model.parameters()) if name not in trained])
 
 
-def hold(model: nn.Module, dtype: mx.Dtype) -> None:
+def set_dtypes(model: nn.Module, dtype: mx.Dtype) -> None:
     """Convert the frozen parameters to the dtype to compute in, if that is exact, and the trained ones to float32."""
     if dtype == mx.float32:
         model.set_dtype(mx.float32)
@@ -125,23 +125,23 @@ def hold(model: nn.Module, dtype: mx.Dtype) -> None:
 def fuse(model: nn.Module) -> nn.Module:
     """Add each adapter to its layer in place, unless the layer is quantised, and return `model`."""
     plain = {}
-    for name, layer in adapters(model).items():
+    for name, layer in adapted_layers(model).items():
         if isinstance(layer.linear, nn.Linear):
-            layer.linear.weight = layer.weight().astype(layer.linear.weight.dtype)
+            layer.linear.weight = layer.weight()
             plain[name] = layer.linear
     model.update_modules(tree_unflatten(list(plain.items())))
     return model
 
 
-def fused(model: nn.Module) -> nn.Module:
-    """Return a network that computes the same, without adapters or quantised weights, and all in float32.
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Return a network that has the adapters added to its weights, and none of them quantised.
 
-    No array is computed before it is used.
+    Every weight keeps its dtype, and packed ones get that of their scales. No array is computed before it is used.
     """
     made: nn.Module = type(model)(model.args)
     if hasattr(model, "config"):
         made.config = model.config
-    modules, adapted = dict(model.named_modules()), adapters(model)
+    modules, adapted = dict(model.named_modules()), adapted_layers(model)
     weights = []
     for name, weight in tree_flatten(model.parameters()):
         path, _, leaf = name.rpartition(".")
@@ -149,7 +149,7 @@ def fused(model: nn.Module) -> nn.Module:
         if isinstance(module, LoRALinear) or (isinstance(module, quantized.LAYERS) and leaf in ("scales", "biases")):
             continue
         if leaf == "weight" and (around or isinstance(module, quantized.LAYERS)):
-            weight = around.weight() if around else quantized.dequantized(module)
-        weights.append((f"{path.removesuffix('.linear') if around else path}.{leaf}", weight.astype(mx.float32)))
+            weight = around.weight() if around else quantized.dequantized(module).astype(quantized.dtype(module))
+        weights.append((f"{path.removesuffix('.linear') if around else path}.{leaf}", weight))
     made.load_weights(weights)
     return made.eval()

@@ -113,6 +113,12 @@ def input_dims(layer: nn.Module) -> int:
     return columns * 32 // layer.bits if isinstance(layer, LAYERS) else columns
 
 
+def dtype(layer: nn.Module) -> mx.Dtype:
+    """Return the dtype of a layer's weight, once it is unpacked."""
+    found: mx.Dtype = (layer.scales if isinstance(layer, LAYERS) else layer.weight).dtype
+    return found
+
+
 def dequantized(layer: nn.Module) -> mx.array:
     """Return a layer's weight in float32, exactly as the layer uses it."""
     if not isinstance(layer, LAYERS):

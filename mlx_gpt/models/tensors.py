@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_gpt.errors import UserError, shown
-from mlx_gpt.files import check_free_space
+from mlx_gpt.files import check_free_space, write_text_whole
 
 # Causal masks that old files store as if they were weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
@@ -28,14 +28,17 @@ DTYPES = {
 MAX_JSON, MAX_HEADER = 10**6, 10**6
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
     """Return the object in a JSON file.
+
+    Args:
+        most: the highest size of the file in bytes.
 
     Raises:
         UserError: the file is missing, or holds no such object.
     """
     try:
-        if path.stat().st_size > MAX_JSON or not path.is_file():
+        if path.stat().st_size > most or not path.is_file():
             raise ValueError
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,6 +50,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object: fetch the directory again.")
     return config
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object to a JSON file, whole or not at all."""
+    write_text_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_header(path: Path, prefix: str = "", packed: bool = False) -> dict[str, tuple[int, ...]]:

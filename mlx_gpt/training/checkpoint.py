@@ -68,7 +68,7 @@ def save(
         OSError: the checkpoint could not be written, for example because the disk is full. Earlier ones are unchanged.
     """
     arrays = dict(tree_flatten(optimizer_state))
-    adapted = bool(lora.adapters(model))
+    adapted = bool(lora.adapted_layers(model))
     saved = model.trainable_parameters() if adapted else model.parameters()
     mx.eval(saved, arrays)
     folder = run / "checkpoints" / f"step-{progress.step:08d}"

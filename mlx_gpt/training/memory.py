@@ -181,8 +181,8 @@ def _check_disk(run: Run) -> None:
     weights, gradients, state = held_bytes(run)
     small = len(run.tokenizer.to_json().encode()) + checkpoint.SMALL_FILES
     saved = weights
-    if lora.adapters(run.model):  # models are written whole and in float32, checkpoints only have the adapters
-        weights, saved = 4 * models.n_params(run.model), gradients
+    if lora.adapted_layers(run.model):  # models are written whole and unpacked, checkpoints only have the adapters
+        weights, saved = _bytes(lora.without_adapters(run.model).parameters()), gradients
     run_folder.check_room_for_run(
         run.folder, weights + small, saved + state + small, min(saves, training.keep_checkpoints + 1)
     )
@@ -267,11 +267,11 @@ def held_bytes(run: Run) -> tuple[int, int, int]:
     """
     optimizer, trained = make_optimizer(run.training, run.model), run.model.trainable_parameters()
     optimizer.init(trained)
-    weights, gradients, state = (
-        sum(array.nbytes for _, array in tree_flatten(tree))
-        for tree in (run.model.parameters(), trained, optimizer.state)
-    )
-    return weights, gradients, state
+    return _bytes(run.model.parameters()), _bytes(trained), _bytes(optimizer.state)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
 
 
 def _try(run: Run, make_step: Callable[..., Any], training: TrainingConfig, windows: int) -> Trial:

@@ -8,7 +8,6 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_gpt import models
-from mlx_gpt.chat_template import read_chat
 from mlx_gpt.config import Config
 from mlx_gpt.device import Device
 from mlx_gpt.distributed import Ranks
@@ -17,6 +16,7 @@ from mlx_gpt.models import adapters, lora, quantized
 from mlx_gpt.models.base import set_dropout
 from mlx_gpt.models.directory import load_model
 from mlx_gpt.models.growing import grow_vocabulary, tables_of_vocabulary
+from mlx_gpt.models.tokenizer_files import read_chat
 from mlx_gpt.tokenizer import Tokenizer
 
 
@@ -60,7 +60,7 @@ def make_model(
     # Files hold some matrices transposed. In that memory layout, products may round differently.
     model.update(tree_map(mx.contiguous, model.parameters()))
     if base:
-        lora.hold(model, here.dtype(config.training.precision))
+        lora.set_dtypes(model, here.dtype(config.training.precision))
     if tokenizer.vocab_size > models.vocab_size(model):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} entries and the weights in {weights} have "
@@ -98,7 +98,8 @@ def _follow_rank_0(model: nn.Module, ranks: Ranks) -> None:
 
     Only rank 0 reads checkpoints, so after a resume the weights of the other ranks have not grown yet.
     """
-    size, extra = ranks.broadcast((models.vocab_size(model), list(lora.extra(model)) if lora.adapters(model) else []))
+    names = list(lora.fully_trained(model)) if lora.adapted_layers(model) else []
+    size, names = ranks.broadcast((models.vocab_size(model), names))
     if size > models.vocab_size(model):
         grow_vocabulary(model, range(models.vocab_size(model), size), seed=0)
-    lora.keep_training(model, extra)
+    lora.keep_training(model, names)

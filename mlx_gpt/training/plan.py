@@ -178,7 +178,7 @@ def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
         step_seconds=step_seconds,
         ranks_here=run.ranks.here,
         facts=tuple(run.windows.facts),
-        extra=tuple(lora.extra(run.model)) if run.config.lora.lora_rank else (),
+        extra=tuple(lora.fully_trained(run.model)) if run.config.lora.lora_rank else (),
     )
 
 

@@ -238,7 +238,7 @@ def network(place: Place, kind: str = "gpt2", dropout: float = 0.0, frozen: str 
     if frozen:
         lora.adapt_blocks(model, rank=4, scale=2.0, dropout=0.0, blocks=None, seed=3)
         draw = np.random.default_rng(4)
-        for adapter in lora.adapters(model).values():
+        for adapter in lora.adapted_layers(model).values():
             adapter.lora_b = mx.array(draw.normal(0, 0.1, adapter.lora_b.shape).astype(np.float32))
     return place.device.accelerate(model)
 
@@ -281,7 +281,7 @@ def train(
     losses, norms, gradients = [], [], {}
     with place.default():
         model = network(place, kind, dropout, frozen)
-        lora.hold(model, place.device.dtype(precision))
+        lora.set_dtypes(model, place.device.dtype(precision))
         optimizer = make_optimizer(training, model)
         objective = place.device.accelerate(OBJECTIVES["documents"]())
         step = make_step(model, optimizer, objective, training, place.device)

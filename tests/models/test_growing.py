@@ -14,8 +14,9 @@ from mlx_lm.utils import load_tokenizer as mlx_lm_tokenizer
 from mlx_gpt import models
 from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.errors import UserError
-from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
+from mlx_gpt.models.directory import load_model, save_model
 from mlx_gpt.models.growing import grow_vocabulary
+from mlx_gpt.models.tokenizer_files import load_tokenizer
 from mlx_gpt.tokenizer import Tokenizer
 
 NETWORKS = {"gpt2": {}, "qwen3": {"model_type": "qwen3"}, "untied": {"model_type": "qwen3", "tie_embeddings": False}}

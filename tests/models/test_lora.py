@@ -75,7 +75,7 @@ def adapted(base, rank=4, dropout=0.0, blocks=None, trained=True):
     model.base = str(base)
     lora.adapt_blocks(model, rank, 2.0, dropout, blocks, seed=3)
     if trained:
-        for i, layer in enumerate(lora.adapters(model).values()):
+        for i, layer in enumerate(lora.adapted_layers(model).values()):
             layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(i))
     return device().accelerate(model).eval()
 
@@ -127,7 +127,7 @@ def reference(base, bpe, tmp_path):
     theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     theirs.requires_grad_(False)
     layers = {}
-    for name, ours in lora.adapters(model).items():
+    for name, ours in lora.adapted_layers(model).items():
         path, _, leaf = ("transformer." * name.startswith("h.") + name).rpartition(".")
         layers[name] = TorchLoRA(getattr(theirs.get_submodule(path), leaf), ours)
         setattr(theirs.get_submodule(path), leaf, layers[name])
@@ -161,7 +161,7 @@ def test_a_step_is_that_of_pytorch(reference, batch, recompute):
     assert norm == pytest.approx(expected_norm, rel=1e-4)
     assert norm > TRAINING.max_grad_norm
     means = {name.removeprefix("states.0."): np.array(m) for name, m in tree_flatten(optimizer.state)}
-    for name, ours in lora.adapters(reference.model).items():
+    for name, ours in lora.adapted_layers(reference.model).items():
         for leaf, theirs in (("lora_a", reference.layers[name].a), ("lora_b", reference.layers[name].b)):
             gradient = theirs.grad.numpy()
             found = means[f"{name}.{leaf}.m"] / (1 - TRAINING.beta1)
@@ -205,7 +205,7 @@ def test_a_base_in_half_precision_is_held_as_it_is(make_model, bpe, batch, tmp_p
     save_model(tmp_path, make_model(), bpe)
     model = load_model(tmp_path, dtype=mx.bfloat16)
     lora.adapt_blocks(model, 4, 2.0, 0.0, None, seed=1)
-    lora.hold(model, mx.bfloat16)
+    lora.set_dtypes(model, mx.bfloat16)
     assert {w.dtype for _, w in tree_flatten(lora.frozen(model))} == {mx.bfloat16}
     assert {w.dtype for _, w in tree_flatten(model.trainable_parameters())} == {mx.float32}
     plain = dataclasses.replace(device(), accelerated=False)
@@ -238,6 +238,14 @@ def test_a_written_model_is_whole_and_its_adapters_are_beside(written, ids):
     with torch.no_grad():
         logits = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_written_model_keeps_the_dtype_of_its_base(base, bpe, tmp_path):
+    model = adapted(base)
+    model.set_dtype(mx.bfloat16)
+    save_model(tmp_path, model, bpe)
+    assert {w.dtype for _, w in tree_flatten(load_model(tmp_path, None).parameters())} == {mx.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def greedy(folder):

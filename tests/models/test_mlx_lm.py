@@ -25,7 +25,8 @@ from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Token
 from mlx_gpt.models import directory
-from mlx_gpt.models.directory import load_model, load_tokenizer, save_model
+from mlx_gpt.models.directory import load_model, save_model
+from mlx_gpt.models.tokenizer_files import load_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.training.loop import make_step
