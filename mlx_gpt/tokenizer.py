@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -123,9 +124,9 @@ class Tokenizer:
         if set(before.values()) & set(self.added):
             raise UserError("The tokenizer has gaps between its ids, so no token can be added to it: use another one.")
         self.vocab_size = max(self.vocab_size, *(token + 1 for token in self.added), 0)
-        end_of_text = self.backend.id_to_token(self.end_of_text) or END_OF_TEXT
-        self.chat = {"chat_template": template, "bos_token": end_of_text, "eos_token": END_OF_TURN}
-        for made_of_vocabulary in ("token_bytes", "fingerprint", "_with_special", "ends"):
+        bos_token = self.backend.id_to_token(self.beginning_of_text) or END_OF_TEXT
+        self.chat = {"chat_template": template, "bos_token": bos_token, "eos_token": END_OF_TURN}
+        for made_of_vocabulary in ("token_bytes", "_pieces", "fingerprint", "_with_special", "ends"):
             self.__dict__.pop(made_of_vocabulary, None)
 
     def end_at(self, ids: Iterable[int]) -> None:
@@ -138,6 +139,24 @@ class Tokenizer:
         """The ids that end a text or an answer: `end_of_text`, `<|im_end|>`, and the ids that a model names."""
         end_of_turn: int | None = self.backend.token_to_id(END_OF_TURN)
         return self._further_ends | {self.end_of_text} | (set() if end_of_turn is None else {end_of_turn})
+
+    @functools.cached_property
+    def start(self) -> list[int]:
+        """The ids with which its model expects each text to begin, as Llama's and Gemma's do; usually there are none.
+
+        They are those that the library puts before a text.
+        """
+        try:
+            with failing_as(CANNOT_ENCODE):
+                whole, plain = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+        except UserError:
+            return []
+        return whole[: -len(plain)] if plain and whole[-len(plain) :] == plain else []
+
+    @property
+    def beginning_of_text(self) -> int:
+        """The id that begins a text: the last of `start`, or else `end_of_text`, which ends the text before it."""
+        return [self.end_of_text, *self.start][-1]
 
     def state(self) -> dict[str, Any]:
         """Return everything about the tokenizer in a form that JSON can hold, for `from_state`."""
@@ -188,6 +207,23 @@ class Tokenizer:
             found = self._with_special.encode_batch(list(texts), add_special_tokens=False)
         return [Encoded(np.array(one.ids, np.uint32), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in found]
 
+    def continuation(self, prompt: Sequence[int], text: str, whole: Sequence[int]) -> list[int]:
+        """Return the ids of a text that follows the ids of a prompt.
+
+        A tokenizer may put a space before any text that it encodes. So the text is encoded after other text, and the
+        ids are used only if prompt and text decode to the same text as `whole`, the ids of both encoded together.
+
+        Raises:
+            UserError: there are no such ids.
+        """
+        end_of_text = self.name_of(self.end_of_text)
+        for before in (end_of_text, f"{end_of_text}\n"):
+            [encoded] = self.encode_with_places([before + text])
+            ids: list[int] = encoded.ids[encoded.places[:, 0] >= len(before)].tolist()
+            if self.decode([*prompt, *ids]) == self.decode(whole):
+                return ids
+        raise UserError("the tokenizer joins a prompt and its answer.")
+
     def dividing_ids(self) -> list[int]:
         """Return the ids of the special tokens before and after which a text is encoded separately."""
         return [i for i, token in self.backend.get_added_tokens_decoder().items() if not token.normalized]
@@ -204,8 +240,8 @@ class Tokenizer:
         return b"".join(self.token_bytes[i] for i in ids if i < self.vocab_size).decode(errors="replace")
 
     def bytes_of(self, token: int) -> list[int]:
-        """Return the UTF-8 bytes of one id."""
-        return list(self.decode([token]).encode() if self.token_bytes is None else self.token_bytes[token])
+        """Return the UTF-8 bytes that one id adds to a text."""
+        return list(self._pieces[token])
 
     def name_of(self, token: int) -> str:
         r"""Return the text of one id.
@@ -226,9 +262,7 @@ class Tokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         """Return the number of UTF-8 bytes of each id, (vocab_size,) int64; 0 for the end of a document."""
-        if self.token_bytes is None:
-            return np.array([len(self.decode([i]).encode()) for i in range(self.vocab_size)])
-        return np.array([len(piece) for piece in self.token_bytes])
+        return np.array([len(piece) for piece in self._pieces])
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -289,6 +323,21 @@ class Tokenizer:
             and all(token.special for token in self.backend.get_added_tokens_decoder().values())
             and not getattr(self.backend.model, "dropout", None)  # it would give a word other ids each time
         )
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes that each id adds to a text, for any kind of tokenizer.
+
+        Decoded alone, an id of a SentencePiece model may lose the space before its word, or be half of a character.
+        """
+        if self.token_bytes is not None:
+            return self.token_bytes
+        pieces, steps = [b""] * self.vocab_size, _decoders(self.backend)
+        added = self.backend.get_added_tokens_decoder()
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i not in added or not added[i].special:
+                pieces[i] = _piece(token, steps)
+        return pieces
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes] | None:
@@ -370,13 +419,37 @@ def _check_merges(text: str) -> None:
 
 def _decoding_steps(backend: HFTokenizer) -> list[str]:
     """Return the types of a tokenizer's decoders in the order in which they are applied."""
+    return [step["type"] for step in _decoders(backend)]
 
-    def steps(decoder: dict[str, Any]) -> list[str]:
+
+def _decoders(backend: HFTokenizer) -> list[dict[str, Any]]:
+    """Return a tokenizer's decoders, as its file describes them, in the order in which they are applied."""
+
+    def steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
         if decoder["type"] == "Sequence":
             return [step for part in decoder["decoders"] for step in steps(part)]
-        return [decoder["type"]]
+        return [decoder]
 
     return steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
+
+
+def _piece(token: str, steps: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the bytes that an entry of the vocabulary adds to a text in front of which there is more text."""
+    for step in steps:
+        kind = step["type"]
+        if kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        if kind == "ByteLevel" and all(character in BYTE_OF for character in token):
+            return bytes(BYTE_OF[character] for character in token)
+        if kind == "Replace" and "String" in step["pattern"]:
+            token = token.replace(step["pattern"]["String"], step["content"])
+        elif kind == "Metaspace":
+            token = token.replace(step["replacement"], " ")
+        elif kind == "WordPiece":
+            token = token.removeprefix(step["prefix"]) if token.startswith(step["prefix"]) else f" {token}"
+        elif kind == "BPEDecoder":
+            token = token.replace(step["suffix"], " ")
+    return token.encode()
 
 
 def _byte_characters() -> dict[int, str]:

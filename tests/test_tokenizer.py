@@ -5,7 +5,7 @@ import random
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, failing_as
@@ -132,6 +132,29 @@ def test_byte_lengths_add_up_to_the_length_of_the_text(tokenizer):
         assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
+@pytest.mark.parametrize("kind", ["Llama 2's", "Metaspace", "Gemma's"])
+def test_sizes_and_names_of_a_sentencepiece_model_include_the_space_before_a_word(kind):
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the"]
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {word: 256 + i for i, word in enumerate(words)}
+    backend = HFTokenizer(models.BPE(vocabulary, [("▁", "t"), ("h", "e"), ("▁t", "he")], byte_fallback=True))
+    if kind == "Metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(steps)
+    if kind == "Gemma's":  # whose runs of spaces are added tokens
+        backend.add_tokens(["▁▁"])
+        assert Tokenizer(backend).name_of(backend.token_to_id("▁▁") or 0) == "  "
+    tokenizer, text = Tokenizer(backend), "the the é"
+    ids = tokenizer.encode(text)
+    assert [tokenizer.name_of(i) for i in ids] == [" the", " the", " ", "bytes:\\xc3", "bytes:\\xa9"]
+    assert bytes(byte for i in ids for byte in tokenizer.bytes_of(i)) == f" {text}".encode()
+    assert tokenizer.byte_lengths()[ids].sum() == len(f" {text}".encode())
+    assert tokenizer.byte_lengths()[tokenizer.end_of_text] == 0
+
+
 @pytest.mark.parametrize("vocab_size", [259, 280, 300])
 def test_training_fills_the_vocabulary_and_no_more(sentences, vocab_size):
     assert Tokenizer.train(sentences, vocab_size).vocab_size == vocab_size
@@ -246,7 +269,7 @@ def odd(path, model=None, **changes):
 def test_a_later_failure_of_the_library_is_one_sentence(tmp_path, changes, why):
     tokenizer = odd(tmp_path / "tokenizer.json", **changes)
     if "decoder" in changes:
-        actions = [lambda: tokenizer.decode([2]), tokenizer.byte_lengths, lambda: detokenized(tokenizer, [2])]
+        actions = [lambda: tokenizer.decode([2]), lambda: detokenized(tokenizer, [2])]
     else:
         actions = [lambda: tokenizer.encode("c")]
     for action in actions:

@@ -21,6 +21,7 @@ from mlx_gpt.tokenizer_training import Sample
 
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
+NAMES = {"train": "training", "val": "validation"}  # of the splits, for messages
 ID = np.uint32((1 << 29) - 1)  # these bits are the token; in conversations the other bits are marks
 # A document may be cut before a space that begins a word, because there GPT-2's split into words stays the same.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
@@ -29,6 +30,8 @@ WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 @dataclass(frozen=True)
 class Tokens:
     """The token ids of a corpus. Each split is one long row, in which every document ends with the end-of-text token.
+
+    Documents begin with the tokenizer's `start`.
 
     Attributes:
         train, val: (tokens,) uint16 or uint32, memory-mapped.
@@ -82,7 +85,8 @@ def tokens_fingerprint(corpus: Corpus, tokenizer: Tokenizer) -> str:
 
     It depends on the text and the tokenizer alone. A text that was moved or copied keeps it.
     """
-    return hash_of(corpus.fingerprint, tokenizer.to_json())[:16]
+    start = [tokenizer.start] if tokenizer.start else []
+    return hash_of(corpus.fingerprint, tokenizer.to_json(), *start)[:16]
 
 
 def tokenize(
@@ -188,19 +192,20 @@ def lost_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def check_windows(tokens: Tokens, seq_len: int) -> None:
-    """Refuse a corpus that is shorter than one window, which is `seq_len` tokens and the token after them.
+def check_length(ids: np.ndarray, split: str, seq_len: int) -> None:
+    """Refuse a training text that is shorter than one window, which is `seq_len` tokens and the token after them.
+
+    A validation text only needs two tokens, because its last window may be shorter.
 
     Raises:
         UserError: the sentence says how short the text is and which window would fit.
     """
-    for split, ids in (("training", tokens.train), ("validation", tokens.val)):
-        if len(ids) < 2:
-            raise UserError(f"The {split} text has {len(ids)} tokens: add text, or change --val-fraction.")
-    if len(tokens.train) <= seq_len:
+    if len(ids) < 2:
+        raise UserError(f"The {NAMES[split]} text has {len(ids)} tokens: add text, or change --val-fraction.")
+    if split == "train" and len(ids) <= seq_len:
         raise UserError(
-            f"The training text has {len(tokens.train):,} tokens, fewer than the {seq_len + 1:,} of one window: "
-            f"add text, or use --seq-len {len(tokens.train) - 1} or less."
+            f"The training text has {len(ids):,} tokens, fewer than the {seq_len + 1:,} of one window: add text, or "
+            f"use --seq-len {len(ids) - 1} or less."
         )
 
 
@@ -216,14 +221,15 @@ def _is_whole(path: Path) -> bool:
 def _encode(documents: Iterable[str], tokenizer: Tokenizer, advance: Callable[[int], None], path: Path) -> None:
     """Write the ids of documents to a .npy file, calling `advance` with the characters encoded so far."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    end_of_text = np.array([tokenizer.end_of_text], dtype).tobytes()
+    start, end_of_text = (np.array(ids, dtype).tobytes() for ids in (tokenizer.start, [tokenizer.end_of_text]))
     encoder = CorpusEncoder(tokenizer, dtype)
 
     def encoded() -> Iterator[bytes]:
-        done = 0
+        done, is_first = 0, True
         for pieces in _batches(_pieces(documents)):
             for ids, (_, is_last) in zip(encoder.encode_batch([text for text, _ in pieces]), pieces, strict=True):
-                yield ids + end_of_text if is_last else ids
+                yield (start if is_first else b"") + ids + (end_of_text if is_last else b"")
+                is_first = is_last
             done += sum(len(text) for text, _ in pieces)
             advance(done)
 

@@ -102,7 +102,7 @@ def samples_at_once(model: nn.Module, count: int, capacity: int) -> int:
 
 
 def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the ids of a prompt.
+    """Return the ids of a prompt, with those that its model expects at the start.
 
     Raises:
         UserError: it is not text, or empty, or longer than the context.
@@ -112,6 +112,7 @@ def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[in
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("The prompt is empty: give a few words to continue.")
+    ids = [*tokenizer.start, *ids]
     if len(ids) > models.context_length(model):
         raise UserError(
             f"The prompt has {len(ids):,} tokens, more than the model's context of {models.context_length(model):,}: "

@@ -1,6 +1,5 @@
 """Token files have every document whole and with its end, and nothing is encoded twice."""
 
-import dataclasses
 import itertools
 import random
 import shutil
@@ -8,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import models
+from tokenizers import models, processors
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.data import tokens as tokens_module
@@ -17,7 +16,7 @@ from mlx_gpt.data.encoder import CorpusEncoder
 from mlx_gpt.data.prepare import prepare
 from mlx_gpt.data.tokens import (
     PIECE_CHARACTERS,
-    check_windows,
+    check_length,
     get_tokenizer,
     lost_text,
     tokenize,
@@ -45,15 +44,37 @@ def token_files(folder):
 def test_every_document_is_whole_and_has_its_end(tokenizer, make_corpus):
     train, val = ["one 🦆", "two\n\nlines ", "<|endoftext|>"], ["three"]
     tokens = tokenize(make_corpus(train, val), tokenizer)
-    end = tokenizer.end_of_text
-    assert tokens.train.tolist() == [i for text in train for i in [*tokenizer.encode(text), end]]
-    assert tokens.val.tolist() == [*tokenizer.encode("three"), end]
+    start, end = tokenizer.start, tokenizer.end_of_text
+    assert tokens.train.tolist() == [i for text in train for i in [*start, *tokenizer.encode(text), end]]
+    assert tokens.val.tolist() == [*start, *tokenizer.encode("three"), end]
+
+
+def test_a_document_begins_as_its_model_expects(sentences, make_corpus, long_text):
+    tokenizer = Tokenizer.train(sentences, 300)
+    tokenizer.backend.add_special_tokens(["<s>"])
+    begin = tokenizer.backend.token_to_id("<s>")
+    tokenizer.backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
+    again = Tokenizer(HFTokenizer.from_str(tokenizer.to_json()))
+    assert (again.start, again.beginning_of_text) == ([begin], begin)
+    tokens = tokenize(make_corpus(["one", long_text]), again)
+    expected = [i for text in ("one", long_text) for i in [begin, *again.encode(text), again.end_of_text]]
+    assert tokens.train.tolist() == expected
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_tokenizer_that_begins_no_text_adds_nothing(sentences, ends):
+    tokenizer = Tokenizer.train(sentences, 300)
+    if ends:  # as BERT's do, which no text model has
+        end = ("<|endoftext|>", tokenizer.end_of_text)
+        tokenizer.backend.post_processor = processors.TemplateProcessing("$A <|endoftext|>", special_tokens=[end])
+    assert (tokenizer.start, tokenizer.beginning_of_text) == ([], tokenizer.end_of_text)
 
 
 def test_a_long_document_has_the_ids_of_one_encoding(tokenizer, make_corpus, long_text):
     assert len(long_text) == 250_000
     tokens = tokenize(make_corpus(["before", long_text, "after"]), tokenizer)
-    expected = [i for text in ("before", long_text, "after") for i in [*tokenizer.encode(text), tokenizer.end_of_text]]
+    start, end = tokenizer.start, tokenizer.end_of_text
+    expected = [i for text in ("before", long_text, "after") for i in [*start, *tokenizer.encode(text), end]]
     assert tokens.train.tolist() == expected
 
 
@@ -308,15 +329,15 @@ def test_a_tokenizer_of_all_bytes_is_not_warned_of(tokenizer):
 
 def test_a_corpus_of_one_window_is_enough_and_a_shorter_one_is_refused(byte_tokenizer, make_corpus):
     tokens = tokenize(make_corpus(["twelve bytes"]), byte_tokenizer)
-    check_windows(tokens, seq_len=12)
+    check_length(tokens.train, "train", seq_len=12)
     with pytest.raises(UserError, match="use --seq-len 12 or less"):
-        check_windows(tokens, seq_len=13)
+        check_length(tokens.train, "train", seq_len=13)
 
 
 def test_a_split_with_nothing_to_predict_is_refused(byte_tokenizer, make_corpus):
     tokens = tokenize(make_corpus(["a duck"], ["b"]), byte_tokenizer)
     with pytest.raises(UserError, match="validation text has 1 tokens"):
-        check_windows(dataclasses.replace(tokens, val=tokens.val[:1]), seq_len=4)
+        check_length(tokens.val[:1], "val", seq_len=4)
 
 
 def test_rows_without_text_are_reported_when_a_corpus_of_ones_own_is_encoded(byte_tokenizer, tmp_path):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.models.directory import load_model, load_tokenizer, read_tokenizer, save_model
+from mlx_gpt.generation.stream import check_prompt
+from mlx_gpt.models.directory import load_model, save_model
+from mlx_gpt.models.tokenizer_files import load_tokenizer, read_tokenizer
 from mlx_gpt.tokenizer import Tokenizer
 
 TEXTS = [
@@ -128,6 +131,19 @@ def test_half_precision_opens_as_float32(theirs, ids, tmp_path, dtype):
     model = load_model(tmp_path)
     assert model.wte.weight.dtype == mx.float32
     np.testing.assert_allclose(logits_of(model, ids), transformers_logits(theirs.float(), ids), atol=1e-4)
+
+
+def test_the_token_that_begins_texts_is_kept(make_model, sentences, tmp_path):
+    tokenizer = Tokenizer.train(sentences, 300)
+    tokenizer.backend.add_special_tokens(["<s>"])
+    begin = tokenizer.backend.token_to_id("<s>")
+    tokenizer.backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer = Tokenizer(tokenizer.backend)
+    save_model(tmp_path, model := make_model(vocab_size=301), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "<|endoftext|>")
+    assert theirs("the duck").input_ids == check_prompt(model, load_tokenizer(tmp_path, model), "the duck")
+    assert json.loads((tmp_path / "generation_config.json").read_text())["bos_token_id"] == begin
 
 
 def test_a_model_says_which_id_ends_its_texts(saved, model):
