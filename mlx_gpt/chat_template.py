@@ -1,12 +1,11 @@
 """Turns conversations into text and ids, with the chat template of a model's tokenizer."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from mlx_gpt.errors import UserError, os_errors_explained, shown
+from mlx_gpt.errors import UserError, shown
 from mlx_gpt.tokenizer import Tokenizer
 
 # ChatML (OpenAI 2023): mlx-gpt trains on conversations with this template, unless the model has one already.
@@ -27,12 +26,13 @@ class ChatTemplate:
     Args:
         source: the template.
         variables: further variables for the template, such as `eos_token`.
+        now: the time for templates that write today's date.
 
     Raises:
         UserError: the template has a syntax error.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, source: str, variables: Mapping[str, str], now: Callable[[], datetime] = datetime.now) -> None:
         from jinja2.ext import Extension, loopcontrols
         from jinja2.nodes import Node
         from jinja2.parser import Parser
@@ -51,17 +51,18 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
         )
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # a syntax error, or brackets nested too deeply
             raise UserError(f"{UNUSABLE}: {shown(error, 200).rstrip('.')}.") from None
-        self._variables = dict(variables)
+        # Templates ask whether these two are none, and transformers always passes them.
+        self._variables = {"tools": None, "documents": None, **variables}
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate | None":
-        """Return the template that a tokenizer brings along; None if it has none.
+    def of(cls, tokenizer: Tokenizer, now: Callable[[], datetime] = datetime.now) -> "ChatTemplate | None":
+        """Return the template that a tokenizer brings along; None if it has none. `now` is as in `ChatTemplate`.
 
         Raises:
             UserError: the template cannot be used.
@@ -69,7 +70,7 @@ class ChatTemplate:
         chat = tokenizer.chat
         if not chat:
             return None
-        return cls(chat["chat_template"], {name: chat[name] for name in VARIABLES if name in chat})
+        return cls(chat["chat_template"], {name: chat[name] for name in VARIABLES if name in chat}, now)
 
     def text(self, messages: Sequence[Mapping[str, Any]], answering: bool = True) -> str:
         """Return the text of a conversation, up to the place where the assistant answers.
@@ -87,43 +88,30 @@ class ChatTemplate:
         except Exception as error:  # a template is somebody else's program and may fail in any way
             raise UserError(f"{REFUSED}: {shown(error, 200).rstrip('.')}.") from None
 
-    def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
-        """Return the ids of the text that `text` returns, with its special tokens. Errors as in `text`."""
-        return tokenizer.encode(self.text(messages), special=True)
+    def ids(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, begun: str = "") -> list[int]:
+        """Return the ids of the text that `text` returns, with its special tokens, and of an answer that has begun.
 
+        They are those that the same answer has in training (see `tokenize_conversations`), except for today's date.
 
-def read_chat(folder: Path) -> dict[str, str]:
-    """Return the chat template of a model directory, in the form of `Tokenizer.chat`; {} if there is none.
-
-    The template is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
-
-    Raises:
-        UserError: `chat_template.jinja` cannot be read, or is not UTF-8.
-    """
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = {}
-    config = config if isinstance(config, dict) else {}
-    source = config.get("chat_template")
-    if isinstance(source, list):  # several templates with names
-        named = [one for one in source if isinstance(one, dict)]
-        source = next((one.get("template") for one in named if one.get("name") == "default"), None)
-    if (file := folder / "chat_template.jinja").is_file():
+        Raises:
+            UserError: the template refuses the messages, or the tokenizer can't encode them or the answer.
+        """
+        prompt = self.text(messages)
+        ids = tokenizer.encode(prompt, special=True)
+        if not begun:
+            return ids
+        whole = tokenizer.encode(prompt + begun, special=True)
         try:
-            with os_errors_explained(f"read {file}"):
-                source = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{UNUSABLE}: {file} is not UTF-8 text: save it as UTF-8.") from None
-    if not isinstance(source, str):
-        return {}
-    chat = {"chat_template": source}
-    for name in VARIABLES:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            chat[name] = token
-    return chat
+            return whole if whole[: len(ids)] == ids else ids + tokenizer.continuation(ids, begun, whole)
+        except UserError as error:
+            raise UserError(f"The answer can't be continued, because {error}") from None
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Return a value as JSON; templates call this as `tojson`, as in transformers."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.errors import UserError
-from mlx_gpt.models.directory import read_tokenizer
+from mlx_gpt.models.tokenizer_files import read_tokenizer
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
 DEEP = "[" * 100_000
@@ -67,6 +67,8 @@ def test_a_file_that_is_not_utf8_is_named(model_with, tmp_path):
 def test_what_templates_for_transformers_may_use_works(model_with):
     source = "{% generation %}{{ strftime_now('%Y') }} {{ messages[0].role }}{% endgeneration %}!"
     assert re.fullmatch(r"\d{4} user!", model_with({"chat_template": source}).text(MESSAGES))
+    source = "{% if tools is none %}{{ {'b': documents, 'a': 'é'} | tojson(indent=1, sort_keys=true) }}{% endif %}"
+    assert model_with({"chat_template": source}).text(MESSAGES) == '{\n "a": "é",\n "b": null\n}'
 
 
 @pytest.mark.parametrize(

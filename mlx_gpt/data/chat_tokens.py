@@ -1,13 +1,14 @@
 """Turns conversations into token ids in memory-mapped files.
 
-The ids are exactly those of a conversation with the model: a prompt up to the place of the answer, encoded as a whole,
-then the answer.
+The ids are exactly those of a conversation with the model, except for today's date: a prompt up to the place of the
+answer, encoded as a whole, then the answer.
 
 A file is one row of uint32. The bits `ID` of a number are a token, and the other bits are marks for training.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,10 @@ COUNTS = np.uint32(1 << 31)  # the token counts in the loss
 BEGINS = np.uint32(1 << 30)  # the token begins a conversation
 MAY_END = np.uint32(1 << 29)  # a conversation that is too long may be cut before the token
 AT_ONCE = 200  # conversations
+# For templates that write today's date: with the real one, a run could not be resumed the next day.
+WRITTEN = datetime(2026, 1, 1)
 REASONS = 10  # further reasons are counted together, because a template can word each refusal differently
-FORMAT_VERSION = 2  # raise it when the ids or their marks change, so that the files are made again
+FORMAT_VERSION = 3  # raise it when the ids or their marks change, so that the files are made again
 
 
 class Transcript(NamedTuple):
@@ -56,7 +59,7 @@ def tokenize_conversations(
     Raises:
         UserError: the corpus cannot be read, was changed since it was opened, or has no conversation that can be used.
     """
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.of(tokenizer, now=lambda: WRITTEN)
     assert template is not None
     ends = [tokenizer.end_of_text, *sorted(tokenizer.ends)]
     chat = sorted(tokenizer.chat.items())
@@ -168,8 +171,9 @@ def _marked(
         if np.array_equal(whole.ids[: len(prompt)], prompt):
             _mark_answer(row, len(prompt), stop, ends)
         else:
-            answer = _continuation(prompt, whole.ids[:stop], transcript.text[begin:end], tokenizer)
-            rows.append(np.append(prompt, answer))
+            text = transcript.text[begin:end]
+            answer = tokenizer.continuation(prompt.tolist(), text, whole.ids[:stop].tolist())
+            rows.append(np.append(prompt, np.array(answer, np.uint32)))
             _mark_answer(rows[-1], len(prompt), len(rows[-1]), ends)
     rows = [each for each in [row, *rows] if np.any(each & COUNTS)]
     if not rows:
@@ -183,24 +187,6 @@ def _mark_answer(row: np.ndarray, start: int, stop: int, ends: np.ndarray) -> No
     stop = start + int(found[0]) + 1 if len(found) else stop
     row[start:stop] |= COUNTS
     row[stop : stop + 1] |= MAY_END
-
-
-def _continuation(prompt: np.ndarray, whole: np.ndarray, answer: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids of an answer that follows a prompt.
-
-    A tokenizer may put a space before any text that it encodes. So the answer is encoded after other text, and the
-    ids are used only if they decode to the same text as the ids `whole`.
-
-    Raises:
-        UserError: there are no such ids.
-    """
-    end_of_text = tokenizer.name_of(tokenizer.end_of_text)
-    for before in (end_of_text, f"{end_of_text}\n"):
-        [encoded] = tokenizer.encode_with_places([before + answer])
-        ids = encoded.ids[encoded.places[:, 0] >= len(before)]
-        if tokenizer.decode([*prompt.tolist(), *ids.tolist()]) == tokenizer.decode(whole.tolist()):
-            return ids
-    raise UserError("the tokenizer joins a prompt and its answer.")
 
 
 def _written(conversations: Iterable[Conversation], template: ChatTemplate, drops: Drops) -> Iterator[Transcript]:

@@ -82,7 +82,7 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
             raise APIError(400, message, "continue_final_message")
         begun = messages.pop()["content"]
     try:
-        ids = model.template.ids(messages, model.tokenizer) + model.tokenizer.encode(begun)
+        ids = model.template.ids(messages, model.tokenizer, begun)
     except UserError as error:
         raise APIError(400, str(error), "messages") from None
     _check_ids(ids, model, "messages")
@@ -101,7 +101,8 @@ def _encode(prompt: str | list[int], model: ServedModel) -> list[int]:
     if isinstance(prompt, list):
         return prompt
     try:
-        return model.tokenizer.encode(prompt) if prompt else [model.tokenizer.end_of_text]  # which starts a new text
+        tokenizer = model.tokenizer
+        return [*tokenizer.start, *tokenizer.encode(prompt)] if prompt else tokenizer.start or [tokenizer.end_of_text]
     except UserError as error:
         raise APIError(400, str(error), "prompt") from None
 

@@ -127,6 +127,36 @@ def test_later_turns_have_the_ids_of_the_conversation_where_parts_get_a_space_be
     assert not (row & COUNTS)[end:].any()
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "normalizer"])
+def test_an_answer_that_has_begun_has_the_ids_of_training(encode, scheme):
+    tokenizer, talk = sentencepiece(scheme), TALKS[1]
+    template: Any = ChatTemplate.of(tokenizer)
+    (row,) = encode(tokenizer, [talk])
+    begun = talk[-1]["content"][:5]
+    found = template.ids(talk[:-1], tokenizer, begun)
+    assert found == (row & ID).tolist()[: len(found)]
+    assert tokenizer.decode(found[len(template.ids(talk[:-1], tokenizer)) :]) == begun
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "normalizer"])
+def test_an_answer_that_has_begun_has_the_ids_of_training_where_a_token_would_span_both(encode, scheme):
+    tokenizer = sentencepiece(scheme, [("▁", "I"), ("▁I", "n")])
+    tokenizer.converse(ZEPHYR.replace("\n", " "))
+    template: Any = ChatTemplate.of(tokenizer)
+    talk = turns("Does the duck swim?", "In a pond.", "the geese?", "look on")
+    rows = encode(tokenizer, [talk])
+    found = template.ids(talk[:1], tokenizer, "In a")
+    assert found == (rows[1] & ID).tolist()[: len(found)]
+    assert found[: len(template.ids(talk[:1], tokenizer))] == template.ids(talk[:1], tokenizer)
+
+
+def test_a_template_with_todays_date_writes_the_same_on_any_day(encode):
+    tokenizer = Tokenizer.of_bytes()
+    tokenizer.converse("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    (row,) = encode(tokenizer, TALKS[:1])
+    assert tokenizer.decode((row & ID).tolist()).startswith("2026-01-01")
+
+
 @pytest.mark.parametrize("scheme", ["always", "first", "normalizer", "bytes"])
 def test_an_answer_continues_the_ids_of_its_prompt_where_a_token_would_span_both(encode, scheme):
     if scheme == "bytes":
