@@ -50,6 +50,7 @@ class Evaluator:
     Args:
         windows: the validation windows.
         byte_lengths: (vocab_size,) UTF-8 bytes of each id.
+        objective: the class of the objective that computes the loss.
         limit: take only this many windows, spread evenly; 0 takes all.
         dtype: the type to compute in; None for the type of the parameters.
         ranks: the ranks, which share the windows and all get the result.
@@ -62,6 +63,7 @@ class Evaluator:
         byte_lengths: np.ndarray,
         *,
         batch_size: int,
+        objective: type[Text] = Text,
         limit: int = 0,
         dtype: mx.Dtype | None = None,
         on: Device | None = None,
@@ -71,7 +73,7 @@ class Evaluator:
         self._batch_size, self._limit, self._dtype = batch_size, limit, dtype
         self._ranks, self._shard = ranks, Shard(ranks.rank, ranks.size)
         self._device = on or device()
-        self._objective = self._device.accelerate(Text()).eval()
+        self._objective = self._device.accelerate(objective()).eval()
         self._sums = self._device.in_slices(mx.compile(self._summed_loss))
 
     @property

@@ -71,7 +71,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             both = objective.encode(corpus, tokenizer, config.training, display.progress("Encoding"), display.line)
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
                 raise UserError(other_text)
-            tokens, windows = both.val, objective.windows(both, seq_len)[1]
+            tokens, windows = both.val, objective.windows(both, "val", seq_len, context=positions)
             for line in windows.warnings:
                 display.line(line)
         else:

@@ -1,16 +1,16 @@
 """Packs whole conversations into training windows with little padding.
 
-The longest conversations are placed first, each in the window where it leaves the least room (best-fit decreasing:
-Johnson 1973). A window holds the same conversations in every epoch. Each epoch shuffles the windows, and the
-conversations inside each window: people begin with any question, so each must sometimes stand first in training.
+The longest conversations are placed first. A window holds the same conversations in every epoch. Each
+epoch shuffles the windows, and the conversations inside each window: people begin with any question, so each must
+sometimes stand first in training.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mlx_gpt.data.batches import Windows, generator_of
+from mlx_gpt.data.batches import WHOLE, Shard, Windows, generator_of
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
@@ -20,7 +20,7 @@ SCANNED = 2**24  # tokens that are searched at a time
 
 
 class PackedWindows(Windows):
-    """Windows of whole conversations. Validation reads each conversation once.
+    """Windows of whole conversations. Validation reads each conversation by itself, as a person will.
 
     A conversation that is longer than a window keeps its beginning, and is cut after the last answer that fits. If not
     even the first answer fits, the conversation is left out.
@@ -52,8 +52,9 @@ class PackedWindows(Windows):
             raise UserError(_nothing_fits(marked, begins, name, context))
         self._begins, self._ends = begins[kept], ends[kept]
         lengths = self._ends - self._begins
-        self._windows = best_fit(lengths, self._length, seed)
-        super().__init__(len(self._windows), len(self._windows))
+        self._windows = pack(lengths, self._length, seed)
+        self._by_length = np.argsort(lengths, kind="stable").tolist()
+        super().__init__(len(self._windows), len(lengths))
         count = len(begins)
         if shortened:
             self.warnings.append(
@@ -71,8 +72,18 @@ class PackedWindows(Windows):
         )
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a window; its conversations are in the order in which they were packed."""
-        return self._drawn(self._windows[number])
+        """Return a window with the conversation that is at this place among all conversations, the shortest first."""
+        return self._drawn([self._by_length[number]])
+
+    def validation(
+        self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield each conversation alone, as `Windows.validation` does; batches of short ones have shorter windows."""
+        for windows, weights in super().validation(batch_size, limit, shard):
+            longest, width = int(np.flatnonzero(weights.any(axis=0))[-1]) + 1, weights.shape[1]
+            while width % 2 == 0 and width // 2 >= longest:  # by halves, because each width is compiled
+                width //= 2
+            yield windows[:, : width + 1], weights[:, :width]
 
     def _order(self, seed: int, start: int) -> Iterator[list[int]]:
         """Yield the conversations of each window in order."""
@@ -96,8 +107,63 @@ class PackedWindows(Windows):
         return int(self._begins[drawn[0]])
 
 
+def pack(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[list[int]]:
+    """Divide items of these lengths among windows with `room` each, and return the indices of the items in each.
+
+    Lengths that vary much fit well with `best_fit`. If they hardly vary, it can leave much room, and `fill` less.
+    """
+    windows = best_fit(lengths, room, seed)
+    if np.sum(lengths) > 0.99 * room * len(windows):
+        return windows
+    return min(windows, fill(lengths, room, seed), key=len)
+
+
+def fill(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[list[int]]:
+    """Fill one window after the other. Arguments and result are as in `pack`.
+
+    Each begins with the longest item that is left, and gets those that fill it best (minimum bin slack: Gupta & Ho
+    1999).
+    """
+    items: dict[int, list[int]] = {}  # by length
+    for i in np.random.Generator(np.random.Philox(seed)).permutation(len(lengths)).tolist():
+        items.setdefault(int(lengths[i]), []).append(i)
+    windows = []
+    while items:
+        counts = {length: len(left) for length, left in items.items()}
+        longest = max(counts)
+        counts[longest] -= 1
+        window = []
+        for length in [longest, *_best_sum(counts, room - longest)]:
+            window.append(items[length].pop())
+            if not items[length]:
+                del items[length]
+        windows.append(window)
+    return windows
+
+
+def _best_sum(counts: Mapping[int, int], room: int) -> list[int]:
+    """Return those lengths, each at most as often as its count, whose sum comes closest to `room` from below."""
+    sums, steps = 1, []  # bit s of `sums` is set if there are lengths whose sum is s
+    for length in sorted(counts, reverse=True):
+        left, copies = min(counts[length], room // length), 1
+        while left and not sums >> room & 1:
+            copies = min(copies, left)
+            steps.append((length, copies, sums))
+            sums |= sums << copies * length & (1 << room + 1) - 1
+            left, copies = left - copies, 2 * copies
+    best, chosen = sums.bit_length() - 1, list[int]()
+    for length, copies, before in reversed(steps):
+        if not before >> best & 1:
+            chosen += [length] * copies
+            best -= length * copies
+    return chosen
+
+
 def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[list[int]]:
-    """Divide items of these lengths among windows with `room` each, and return the indices of the items in each."""
+    """Place the longest items first, each in the window where it leaves the least room (Johnson 1973).
+
+    Arguments and result are as in `pack`.
+    """
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(lengths))
     order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
     windows: list[list[int]] = []

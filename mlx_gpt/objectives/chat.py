@@ -5,7 +5,7 @@ from mlx_gpt.data.batches import Windows
 from mlx_gpt.data.chat_tokens import tokenize_conversations
 from mlx_gpt.data.corpus import Corpus
 from mlx_gpt.data.packing import PackedWindows
-from mlx_gpt.data.tokens import Tokens
+from mlx_gpt.data.tokens import NAMES, Tokens
 from mlx_gpt.objectives.text import Text
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 from mlx_gpt.tokenizer import Tokenizer
@@ -26,13 +26,10 @@ class Chat(Text):
         return tokenize_conversations(corpus, tokenizer, training.loss_on, progress, echo)
 
     @staticmethod
-    def windows(tokens: Tokens, seq_len: int, seed: int = 0, context: int = 0) -> tuple[Windows, Windows]:
-        """Return the windows for training and those for validation; arguments as in `Text`.
+    def windows(tokens: Tokens, split: str, seq_len: int, seed: int = 0, context: int = 0) -> Windows:
+        """Return the windows of a split; arguments as in `Text`.
 
         Raises:
             UserError: no conversation fits into a window.
         """
-        return (
-            PackedWindows(tokens.train, seq_len, seed, context=context),
-            PackedWindows(tokens.val, seq_len, name="validation", context=context),
-        )
+        return PackedWindows(getattr(tokens, split), seq_len, seed, NAMES[split], context)

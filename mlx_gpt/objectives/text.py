@@ -7,7 +7,7 @@ from mlx_gpt import models
 from mlx_gpt.config import TrainingConfig
 from mlx_gpt.data.batches import TextWindows, Windows
 from mlx_gpt.data.corpus import Corpus
-from mlx_gpt.data.tokens import Tokens, check_windows, tokenize
+from mlx_gpt.data.tokens import Tokens, check_length, tokenize
 from mlx_gpt.models.base import LinearCrossEntropy
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 from mlx_gpt.tokenizer import Tokenizer
@@ -28,11 +28,12 @@ class Text(nn.Module):
         return tokenize(corpus, tokenizer, progress, echo)
 
     @staticmethod
-    def windows(tokens: Tokens, seq_len: int, seed: int = 0, context: int = 0) -> tuple[Windows, Windows]:
-        """Return the windows for training and those for validation.
+    def windows(tokens: Tokens, split: str, seq_len: int, seed: int = 0, context: int = 0) -> Windows:
+        """Return the windows of a split.
 
         Args:
             tokens: what `encode` returned.
+            split: "train" or "val".
             seq_len: targets per window.
             seed: decides between windows that would be equally good.
             context: the highest number of targets for this model; 0 if it can be raised.
@@ -40,8 +41,9 @@ class Text(nn.Module):
         Raises:
             UserError: there is too little text for one window.
         """
-        check_windows(tokens, seq_len)
-        return TextWindows(tokens.train, seq_len), TextWindows(tokens.val, seq_len)
+        ids = getattr(tokens, split)
+        check_length(ids, split, seq_len)
+        return TextWindows(ids, seq_len)
 
     def __init__(self) -> None:
         super().__init__()

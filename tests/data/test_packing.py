@@ -7,7 +7,7 @@ import pytest
 
 from mlx_gpt.data.batches import Shard
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
-from mlx_gpt.data.packing import PackedWindows, best_fit
+from mlx_gpt.data.packing import PackedWindows, best_fit, fill, pack
 from mlx_gpt.errors import UserError
 
 SEQ_LEN = 63
@@ -45,7 +45,8 @@ def read(windows):
 
 
 def test_an_epoch_has_each_conversation_whole_and_once_with_little_padding(packed, lengths):
-    windows = [packed.window(number) for number in range(packed.per_epoch)]
+    batches = islice(packed.training(1, 0), packed.per_epoch)
+    windows = [(window, weights) for ((window,), (weights,)) in batches]
     tokens, counting = read(windows)
     assert sorted(tokens) == list(range(1, lengths.sum() + 1))
     ends = np.cumsum(lengths)
@@ -61,18 +62,27 @@ def test_an_epoch_has_each_conversation_whole_and_once_with_little_padding(packe
     assert packed.warnings == []
 
 
+@pytest.mark.parametrize("packed_by", [best_fit, fill, pack])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_lengths_are_packed_whole_and_once(seed):
+def test_any_lengths_are_packed_whole_and_once(seed, packed_by):
     draw = np.random.default_rng(seed)
     room = int(draw.integers(2, 300))
     lengths = draw.integers(1, room + 1, size=int(draw.integers(1, 400)))
-    windows = best_fit(lengths, room, seed)
+    windows = packed_by(lengths, room, seed)
     assert sorted(i for window in windows for i in window) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in window) <= room for window in windows)
     # No two windows would fit into one (any-fit: Johnson 1973).
     used = sorted(int(sum(lengths[i] for i in window)) for window in windows)
     assert len(used) < 2 or used[0] + used[1] > room
-    assert windows == best_fit(lengths, room, seed)
+    assert windows == packed_by(lengths, room, seed)
+
+
+@pytest.mark.parametrize(("shortest", "longest", "room"), [(27, 46, 257), (60, 90, 513), (20, 400, 513)])
+def test_lengths_that_hardly_vary_leave_little_padding_too(shortest, longest, room):
+    lengths = np.random.default_rng(0).integers(shortest, longest, size=250)
+    windows = pack(lengths, room)
+    assert 1 - lengths.sum() / (room * len(windows)) < 0.05
+    assert len(windows) <= len(best_fit(lengths, room))
 
 
 def epochs(packed, count, seed=0):
@@ -123,12 +133,29 @@ def test_validation_has_each_conversation_once(packed, lengths, ranks):
     shards = [list(packed.validation(8, 0, Shard(rank, ranks))) for rank in range(ranks)]
     windows = [pair for shard in shards for batch in shard for pair in zip(*batch, strict=True)]
     assert sorted(read(windows)[0]) == list(range(1, lengths.sum() + 1))
-    assert sum(packed.validation_count(0, Shard(rank, ranks)) for rank in range(ranks)) == packed.per_epoch
+    assert sum(packed.validation_count(0, Shard(rank, ranks)) for rank in range(ranks)) == len(lengths)
+
+
+def test_validation_reads_each_conversation_alone_in_a_window_that_is_not_much_longer(packed, lengths):
+    begins = set((np.cumsum(lengths) - lengths + 1).tolist())
+    widths = set()
+    for windows, weights in packed.validation(8):
+        assert windows.shape == (8, weights.shape[1] + 1)
+        widths.add(weights.shape[1])
+        used = [window[window > 0] for window in windows if window.any()]
+        assert all(int(tokens[0]) in begins and (np.diff(tokens) == 1).all() for tokens in used)
+        assert weights.shape[1] == SEQ_LEN or max(map(len, used)) <= weights.shape[1] + 1
+    assert widths == {SEQ_LEN}  # an odd number can't be halved
+    even = PackedWindows(conversations(lengths.clip(4, 61)), 60)
+    assert {weights.shape[1] for _, weights in even.validation(8)} == {60, 30, 15}
+    assert sorted(read([pair for batch in even.validation(8) for pair in zip(*batch, strict=True)])[0]) == list(
+        range(1, lengths.clip(4, 61).sum() + 1)
+    )
 
 
 def test_a_long_conversation_keeps_its_first_turns_and_says_so():
     packed = PackedWindows(conversations([150, 10], turn=20), SEQ_LEN)
-    tokens, _ = read([packed.window(number) for number in range(packed.per_epoch)])
+    tokens, _ = read([packed.window(number) for number in range(2)])
     assert sorted(tokens) == [*range(1, 61), *range(151, 161)]
     (line,) = packed.warnings
     assert line == (

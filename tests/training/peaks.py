@@ -58,7 +58,7 @@ def make_run(on: Device | None = None, **settings: Any) -> Run:
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, windows * config.training.seq_len)
     tokens = ids.astype(np.uint32)
     split = Tokens(tokens, tokens[: 2 * config.training.batch_size * config.training.seq_len + 1], "")
-    train, val = OBJECTIVES["documents"].windows(split, config.training.seq_len)
+    train, val = (OBJECTIVES["documents"].windows(split, name, config.training.seq_len) for name in ("train", "val"))
     return Run(
         settings=config,
         config=config,
