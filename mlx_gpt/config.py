@@ -120,12 +120,13 @@ class TrainingConfig:
     seq_len: int = setting(512, "Tokens per training window.", at_least=1)
     batch_size: int = setting(
         16,
-        "Windows per micro-step; `auto` takes as many of a step's windows as fit in memory.",
+        "Windows per micro-batch; `auto` takes as many of a step's windows as fit in memory, and may turn on "
+        "--grad-checkpoint.",
         at_least=1,
         auto="auto_batch_size",
     )
     auto_batch_size: bool = False  # true until the memory plan has chosen a batch size
-    gradient_accumulation_steps: int = setting(4, "Micro-steps per step; their gradients are added up.", at_least=1)
+    gradient_accumulation_steps: int = setting(4, "Micro-batches per step; their gradients are added up.", at_least=1)
     grad_checkpoint: bool = setting(
         False, "Compute each block's activations twice instead of keeping them: less memory, more time."
     )
@@ -146,13 +147,14 @@ class TrainingConfig:
     )
     optimizer: str = setting(
         "adamw",
-        "Optimizer: adamw for all parameters, or muon for the matrices of the blocks and adamw for the rest.",
+        "Optimizer: adamw for all parameters, or muon for the matrices of the blocks, with projections that begin at "
+        "zero, and adamw for the rest.",
         choices=("adamw", "muon"),
     )
     learning_rate: float = setting(
         3e-4,
         "Highest learning rate, reached after the warm-up. Default with --from: 0.128 / width, or twice that for "
-        "adapters.",
+        "adapters; otherwise 4e-3 with muon.",
         above=0,
     )
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)

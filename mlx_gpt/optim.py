@@ -34,7 +34,7 @@ class Groups(optim.MultiOptimizer):
     @property
     def learning_rate(self) -> mx.array:
         """The learning rate, before any multiple; set for each update."""
-        return self.optimizers[-1].learning_rate
+        return self.optimizers[-1].learning_rate / self.multiples[-1]
 
     @learning_rate.setter
     def learning_rate(self, rate: mx.array) -> None:
@@ -45,8 +45,9 @@ class Groups(optim.MultiOptimizer):
 class Muon(optim.Muon):
     """`mlx.optimizers.Muon` (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), all matrices at once.
 
-    Matrices of one shape are orthogonalised together, which takes a tenth of the kernels. Weight decay is decoupled
-    from the gradient, as in AdamW: added to the gradient, it would disappear in the orthogonalisation.
+    Matrices of one shape are orthogonalised together, which takes fewer kernels. Each is treated as a whole, even if it
+    joins the queries, keys and values, as GPT-2's does. Weight decay is decoupled from the gradient, as in AdamW: added
+    to the gradient, it would disappear in the orthogonalisation.
     """
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
@@ -67,40 +68,56 @@ class Muon(optim.Muon):
         return tree_unflatten([(name, new[name]) for name in flat])
 
     def _orthogonalised(self, updates: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        wide = {name: update if len(update) <= update.shape[1] else update.T for name, update in updates.items()}
         by_shape: dict[tuple[int, ...], list[str]] = {}
-        for name, update in wide.items():
+        for name, update in updates.items():
             by_shape.setdefault(update.shape, []).append(name)
         found: dict[str, mx.array] = {}
         for names in by_shape.values():
-            found |= zip(names, self.orthogonalise(mx.stack([wide[name] for name in names])), strict=True)
-        return {name: found[name] if update is wide[name] else found[name].T for name, update in updates.items()}
+            found |= zip(names, self.orthogonalise(mx.stack([updates[name] for name in names])), strict=True)
+        return found
 
     def orthogonalise(self, x_nrc: mx.array) -> mx.array:
-        """Move the singular values of N matrices (R <= C) to about 1, by an odd polynomial that is applied repeatedly.
+        """Move the singular values of N matrices (R, C) to about 1, by an odd polynomial that is applied repeatedly.
 
-        The coefficients are Jordan's: they lift small values fast and leave all within about [0.7, 1.2].
+        The coefficients are Jordan's. In five steps they bring values from 0.01 of the norm on to between 0.7 and 1.2;
+        smaller ones stay smaller.
         """
         a, b, c = 3.4445, -4.7750, 2.0315
-        rows, columns = x_nrc.shape[-2:]
+        short, long = sorted(x_nrc.shape[-2:])
+        wide = x_nrc.shape[-1] == long
+        identity = mx.eye(short)
+
+        def gram(x_nrc: mx.array) -> mx.array:
+            x_ncr = x_nrc.swapaxes(-1, -2)
+            return x_nrc @ x_ncr if wide else x_ncr @ x_nrc
+
+        def factor(gram_nss: mx.array) -> mx.array:
+            return mx.addmm(a * identity + b * gram_nss, gram_nss, gram_nss, alpha=c)
+
+        def times(factor_nss: mx.array, x_nrc: mx.array) -> mx.array:
+            return factor_nss @ x_nrc if wide else x_nrc @ factor_nss
+
         x_nrc = x_nrc / (mx.linalg.norm(x_nrc, axis=(-2, -1), keepdims=True) + 1e-7)
-        if columns < 2 * rows:
+        if long < 2 * short:
             for _ in range(self.ns_steps):
-                gram_nrr = x_nrc @ x_nrc.swapaxes(-1, -2)
-                x_nrc = mx.addmm(a * x_nrc, mx.addmm(b * gram_nrr, gram_nrr, gram_nrr, alpha=c), x_nrc)
+                x_nrc = times(factor(gram(x_nrc)), x_nrc)
             return x_nrc
-        # Every step multiplies by a polynomial of the Gram matrix, and these are multiplied with each other first,
-        # because they are smaller.
-        gram_nrr, product_nrr = x_nrc @ x_nrc.swapaxes(-1, -2), None
+        # Every step multiplies by a function of the Gram matrix. These are multiplied with each other first, because
+        # they are smaller.
+        gram_nss, product_nss = gram(x_nrc), None
         for _ in range(self.ns_steps):
-            factor_nrr = mx.addmm(a * mx.eye(rows) + b * gram_nrr, gram_nrr, gram_nrr, alpha=c)
-            product_nrr = factor_nrr if product_nrr is None else factor_nrr @ product_nrr
-            gram_nrr = factor_nrr @ gram_nrr @ factor_nrr  # never computed after the last step
-        return product_nrr @ x_nrc
+            factor_nss = factor(gram_nss)
+            product_nss = factor_nss if product_nss is None else factor_nss @ product_nss
+            gram_nss = factor_nss @ gram_nss @ factor_nss  # never computed after the last step
+        return times(product_nss, x_nrc)
 
 
 def spectral_scale(update: mx.array) -> float:
-    """Return the factor that makes an orthogonal (out, in) update change outputs by the same amount in every shape."""
+    """Return the factor that makes an orthogonal (out, in) update change outputs by the same amount in every shape.
+
+    The source is Jordan's post (see `Muon`). Adapters are stored as (in, out), and get the factor of an (out, in)
+    matrix of that shape, as in mlx-lm.
+    """
     rows, columns = update.shape
     return max(1.0, rows / columns) ** 0.5
 
@@ -129,6 +146,11 @@ def make_optimizer(training: TrainingConfig, model: nn.Module) -> Groups:
     )
 
 
+def warmup_steps(training: TrainingConfig, total_steps: int) -> int:
+    """Return how many steps the rate rises for: as many as asked for, or a tenth of all, but at most 100."""
+    return min(100, total_steps // 10) if training.warmup_steps is None else training.warmup_steps
+
+
 def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
     """Return the learning rate of step 0, 1, ... `total_steps` - 1: a linear warm-up, then down to `min_lr`.
 
@@ -136,7 +158,7 @@ def make_schedule(training: TrainingConfig, total_steps: int) -> Schedule:
     """
     highest = training.learning_rate
     lowest = highest / 10 if training.min_lr is None else training.min_lr
-    warmup = min(100, total_steps // 10) if training.warmup_steps is None else training.warmup_steps
+    warmup = warmup_steps(training, total_steps)
     decay_steps = max(1, total_steps - 1 - warmup)
     falling = {
         "cosine": lambda: optim.cosine_decay(highest, decay_steps, lowest),

@@ -97,7 +97,7 @@ class Reference:
 def block(seed):
     """Matrices of several shapes, two of them alike, and a vector."""
     layer = nn.Module()
-    shapes = {"wide": (4, 6), "tall": (6, 4), "tall_too": (6, 4), "gain": (6,)}
+    shapes = {"wide": (4, 6), "tall": (6, 4), "tall_too": (6, 4), "long": (4, 12), "high": (12, 4), "gain": (6,)}
     for i, (name, shape) in enumerate(shapes.items()):
         setattr(layer, name, mx.array(numbers(shape, seed + i)))
     return layer
@@ -123,7 +123,7 @@ def test_muon_trains_the_matrices_of_the_blocks_as_it_is_defined_and_adamw_the_r
         for name, reference in references.items():
             reference(gradients[name], 2 * rate)  # Muon's highest rate is twice the other
     found, rest = (dict(tree_flatten(tree)) for tree in trees)
-    assert len(references) == 6
+    assert len(references) == 10
     for name in before:
         if name in references:
             np.testing.assert_allclose(np.array(found[name]), references[name].weight, rtol=1e-4, atol=1e-5)
@@ -131,30 +131,39 @@ def test_muon_trains_the_matrices_of_the_blocks_as_it_is_defined_and_adamw_the_r
             assert mx.array_equal(found[name], rest[name]), name
 
 
-def with_singular_values(values, seed=0):
+def with_singular_values(values, columns, seed=0):
     rows = len(values)
     left, _ = np.linalg.qr(numbers((rows, rows), seed))
-    right, _ = np.linalg.qr(numbers((rows + 8, rows + 8), seed + 1))
+    right, _ = np.linalg.qr(numbers((columns, columns), seed + 1))
     return (left * values) @ right[:rows]
 
 
+def as_float32(matrix):
+    return np.array(Muon(0.1).orthogonalise(mx.array(matrix, mx.float32)[None])[0])
+
+
+# With twice as many columns as rows, the Gram matrices are multiplied first, which is less exact.
+@pytest.mark.parametrize(("columns", "error"), [(24, 2e-5), (48, 5e-4)])
 @pytest.mark.parametrize(
     "values",
     [np.logspace(0, -6, 16), np.logspace(3, -3, 16), np.zeros(16), np.eye(16)[0], np.ones(16), np.full(16, 1e-12)],
     ids=["1 to 1e-6", "1000 to 1e-3", "zero", "rank 1", "orthogonal", "tiny"],
 )
-def test_float32_is_enough_to_orthogonalise(values):
+def test_float32_is_enough_to_orthogonalise(values, columns, error):
     """However ill-conditioned the update is."""
-    matrix = with_singular_values(values)
-    found = np.array(Muon(0.1).orthogonalise(mx.array(matrix, mx.float32)[None])[0])
+    matrix = with_singular_values(values, columns)
+    found = as_float32(matrix)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, newton_schulz(matrix), atol=2e-5)
+    np.testing.assert_allclose(found, newton_schulz(matrix), atol=error)
+    np.testing.assert_allclose(as_float32(matrix.T).T, found, atol=error)
 
 
-def test_large_singular_values_end_near_1():
-    values = np.linalg.svd(np.array(Muon(0.1).orthogonalise(mx.array(numbers((1, 16, 64), 0)))[0]), compute_uv=False)
-    assert values.min() > 0.6
-    assert values.max() < 1.3
+@pytest.mark.parametrize("columns", [24, 64])
+def test_singular_values_from_a_hundredth_of_the_norm_end_near_1(columns):
+    spread = np.logspace(0, -2, 16)
+    values = np.linalg.svd(as_float32(with_singular_values(spread / np.linalg.norm(spread), columns)), compute_uv=False)
+    assert values.min() > 0.65
+    assert values.max() < 1.25
 
 
 # ---- learning rate --------------------------------------------------------------------------------------------------

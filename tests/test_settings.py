@@ -63,6 +63,20 @@ def test_a_flag_wins_over_the_file_the_file_over_the_preset_the_preset_over_the_
     assert config.preset == "small"
 
 
+def test_a_recipe_stands_for_its_settings():
+    config = resolve({"recipe": "quick"})
+    training = config.training
+    assert (config.preset, config.model.model_type, config.model.auto_dropout) == ("tiny", "qwen3", True)
+    assert (training.optimizer, training.muon_momentum, training.schedule, training.min_lr) == ("muon", 0.9, "wsd", 0.0)
+    assert (training.learning_rate, training.muon_learning_rate) == (4e-3, 0.02)
+
+
+def test_muon_has_a_learning_rate_of_its_own_for_the_rest():
+    assert resolve({"preset": "tiny"}).training.learning_rate == 2e-3
+    assert resolve({"preset": "tiny", "optimizer": "muon"}).training.learning_rate == 4e-3
+    assert resolve({"preset": "tiny", "optimizer": "muon", "learning_rate": 1e-3}).training.learning_rate == 1e-3
+
+
 def test_the_file_wins_over_a_preset_that_a_flag_names(toml):
     config = resolve({"preset": "large"}, read_toml(toml('preset = "tiny"\nn_embd = 64\n')))
     assert (config.preset, config.model.n_layer, config.model.n_embd) == ("large", 24, 64)

@@ -1,8 +1,8 @@
-"""The optimizers' updates on a CPU, half of the work on each stream.
+"""The optimizers' updates on a CPU, a part of the work on each stream.
 
 `mlx.optimizers.AdamW`, followed by a choice between new and old arrays, compiles to six kernels, which read and write
 each array several times. Here scalars make the choice, so that one kernel reads and writes each array once. A Muon
-computes as it is, but half of its matrices on each stream.
+computes as it is, but a part of its matrices on each stream.
 """
 
 import copy
@@ -61,19 +61,20 @@ def _adamw(one: optim.AdamW, gradients: dict, weights: dict, old: dict, sound: m
 
 
 def _muon(one: Any, gradients: dict, weights: dict, old: dict, sound: mx.array) -> tuple[dict, dict]:
-    # Every second matrix of each shape, so that both streams have as much to do.
-    names = sorted(gradients, key=lambda name: sorted(gradients[name].shape))
+    # The matrices of each shape take turns between the streams, so that all streams have as much to do.
+    count = streams.stream_count()
+    names = sorted(gradients, key=lambda name: gradients[name].shape)
     new_weights, state = {}, dict(tree_flatten(one.state))
     before = dict(tree_flatten(old))
-    for half in streams.side_by_side(half for half in (names[::2], names[1::2]) if half):
-        part = copy.copy(one)
-        part.state = _tree({name: array for name, array in state.items() if name.removesuffix(".v") in half}) | {
+    for chosen in streams.side_by_side(part for i in range(count) if (part := names[i::count])):
+        own = copy.copy(one)
+        own.state = _tree({name: array for name, array in state.items() if name.removesuffix(".v") in chosen}) | {
             name: one.state[name] for name in ("step", "learning_rate")
         }
-        new = part.apply_gradients(_tree({name: gradients[name] for name in half}), _tree(weights))
+        new = own.apply_gradients(_tree({name: gradients[name] for name in chosen}), _tree(weights))
         for name, weight in tree_flatten(new):
             new_weights[name] = mx.where(sound, weight, weights[name])
-        for name, array in tree_flatten(part.state):
+        for name, array in tree_flatten(own.state):
             state[name] = mx.where(sound, array, before[name])
     return new_weights, _tree(state)
 

@@ -2,8 +2,8 @@
 
 A network has the interface of mlx-lm: `Model(args)`, which turns ids and caches into logits, and has `layers`, `args`
 and `sanitize`. Ours have more: `hidden` and `head` apart, `head_weight`, `residual_projections` and `flops_per_token`,
-and `to_file` if a file has other names or orientations. The functions here also work with a network of mlx-lm, which
-lacks these.
+and `to_file` if a file has other names or orientations. The CPU's decoder also needs `with_layers`, and `stages` of a
+block. The functions here also work with a network of mlx-lm, which lacks all of these.
 """
 
 import dataclasses

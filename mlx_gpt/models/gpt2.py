@@ -70,6 +70,7 @@ class ModelArgs:
 class Attention(nn.Module):
     """Causal self-attention with H heads."""
 
+    # For cpu/decoding.py: the matrices that are divided by outputs, with how many each joins, and those by inputs.
     split_by_output, split_by_input = {"c_attn": 3}, ("c_proj",)
 
     def __init__(self, args: ModelArgs) -> None:
@@ -100,6 +101,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward half of a block, four times as wide inside."""
 
+    # As in Attention.
     split_by_output, split_by_input = {"c_fc": 1}, ("c_proj",)
 
     def __init__(self, args: ModelArgs) -> None:

@@ -70,6 +70,7 @@ class ModelArgs:
         """Return the sizes in a `config.json`.
 
         Raises:
+            KeyError: a value is missing.
             ValueError: a value is of another kind, or out of its range.
         """
         found = {field.name: config[field.name] for field in fields(cls) if field.default is MISSING}
@@ -133,6 +134,7 @@ def _is_plain(rope: Mapping[str, Any]) -> bool:
 class Attention(nn.Module):
     """Causal self-attention with H heads, groups of which share one of K heads of keys and values."""
 
+    # For cpu/decoding.py: the matrices that are divided by outputs, with how many each joins, and those by inputs.
     split_by_output, split_by_input = {"q_proj": 1, "k_proj": 1, "v_proj": 1}, ("o_proj",)
 
     def __init__(self, args: ModelArgs) -> None:
@@ -171,6 +173,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward half of a block, with a gate (Shazeer 2020, arXiv:2002.05202)."""
 
+    # As in Attention.
     split_by_output, split_by_input = {"gate_proj": 1, "up_proj": 1}, ("down_proj",)
 
     def __init__(self, args: ModelArgs) -> None:

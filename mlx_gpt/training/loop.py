@@ -22,7 +22,7 @@ from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models import lora
 from mlx_gpt.models.base import cast_parameters, has_dropout, recompute_in_backward, seed_dropout, set_precision
 from mlx_gpt.models.directory import save_model
-from mlx_gpt.optim import make_optimizer, make_schedule
+from mlx_gpt.optim import make_optimizer, make_schedule, warmup_steps
 from mlx_gpt.progress import Display
 from mlx_gpt.seeds import seed_from
 from mlx_gpt.signals import acknowledged
@@ -208,17 +208,22 @@ def fit(
     """
     training, plan, monitor, batches = run.training, run.plan, run.monitor, run.batches()
     schedule, evaluate = make_schedule(training, plan.scheduled_steps), run.evaluator()
+    warmup = warmup_steps(training, plan.scheduled_steps)
     number = began = run.progress.step
 
     def out_of_time() -> bool:
         return run.ranks.first and training.max_minutes is not None and monitor.seconds >= 60 * training.max_minutes
 
-    def scheduled(number: int) -> float:
-        """Where a step stands in the schedule: with a time limit, as far as the used time or the steps are."""
+    def rate_of(number: int) -> float:
+        """Return the learning rate of a step. With a time limit the schedule is as far as the used time or the steps.
+
+        The warm-up goes by steps all the same, because the first evaluation may take much of the time.
+        """
         if training.max_minutes is None:
-            return number
+            return schedule(number)
         done = max(number / plan.total_steps, monitor.seconds / (60 * training.max_minutes))
-        return run.ranks.broadcast(done) * plan.scheduled_steps
+        rate = schedule(run.ranks.broadcast(done) * plan.scheduled_steps)
+        return min(rate, schedule(number)) if number < warmup else rate
 
     with contextlib.closing(display.bar("Training", plan.scheduled_steps, done=number)) as bar:
         over, stopping = number >= plan.total_steps or run.ranks.broadcast(out_of_time()), False
@@ -228,8 +233,7 @@ def fit(
         unread: tuple[int, StepResult] | None = None
         saved = began > 0
         while not (over or stopping):
-            rate = schedule(scheduled(number))
-            result = step(number, rate, itertools.islice(batches, training.micro_steps))
+            result = step(number, rate := rate_of(number), itertools.islice(batches, training.micro_steps))
             if unread:
                 review(run, *unread)  # the step before is done by now, so the device never waits for this
             number, unread = number + 1, (number + 1, result)

@@ -102,7 +102,7 @@ class Monitor:
             learning_rate=learning_rate,
             grad_norm=finite(grad_norm),
             tokens_per_second=round(speed, 1),
-            peak_memory_gb=round(mx.get_peak_memory() / GIB, 3),
+            peak_memory_gb=round(mx.get_peak_memory() / 1e9, 3),
         )
 
     def log_validation(self, step: int, epoch: int, tokens: int, evaluation: Evaluation, is_best: bool) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 from mlx_gpt.api import load
 from mlx_gpt.device import Device, device
+from mlx_gpt.distributed import ALONE
 from mlx_gpt.errors import RunError
 from mlx_gpt.settings import read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import memory
+from mlx_gpt.training import loop, memory
+from mlx_gpt.training.network import make_model
 
 from .conftest import Silent, contents, copy_of, refusal
 
@@ -264,12 +266,39 @@ def test_it_ends_at_the_limit_that_comes_first(train, tmp_path, clock, eager, li
 def test_the_rate_has_come_down_when_time_is_up_however_few_steps_that_are(train, tmp_path, clock, eager, limit):
     rate = {"learning_rate": 1e-3, "min_lr": 0.0, "warmup_steps": 2, "log_every": 1}
     train(tmp_path / "run", tick=clock.pass_a_minute, max_minutes=9.5, max_steps=None, **rate, **limit)
-    first, *rates = column(tmp_path / "run", "learning_rate")
-    assert first < rates[0]  # the warm-up
-    assert rates[0] > 0.95e-3
+    first, second, *rates = column(tmp_path / "run", "learning_rate")
+    assert first < second < rates[0]  # the warm-up
+    assert rates[0] > 0.85e-3
     assert rates == sorted(rates, reverse=True)
-    assert rates[4] == pytest.approx(0.5e-3, rel=0.1)  # five minutes of nine and a half
+    assert rates[3] == pytest.approx(0.46e-3, rel=0.1)  # five minutes of nine and a half
     assert rates[-1] < 1e-5
+
+
+def test_the_warm_up_goes_by_steps_when_the_first_evaluation_takes_most_of_the_minutes(
+    train, tmp_path, clock, eager, monkeypatch
+):
+    validate = loop.validate
+
+    def slowly(*args):
+        clock.now += 300 if not args[1] else 0  # the first takes five minutes
+        return validate(*args)
+
+    monkeypatch.setattr(loop, "validate", slowly)
+    rate = {"learning_rate": 1e-3, "min_lr": 0.0, "warmup_steps": 3, "log_every": 1, "max_steps": None}
+    train(tmp_path / "run", tick=clock.pass_a_minute, max_minutes=29.5, **rate)
+    rates = column(tmp_path / "run", "learning_rate")
+    assert rates[:3] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3], rel=1e-3)
+    assert rates[3] == max(rates) < 0.9e-3  # eight minutes of twenty-nine and a half
+    assert rates[-1] < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_projections_begin_at_zero_with_muon(bpe, weights_of, optimizer):
+    config = resolve({"preset": "tiny", "optimizer": optimizer})
+    weights = weights_of(make_model(config, None, bpe, None, device(), ALONE))
+    projections = [weight for name, weight in weights.items() if name.endswith("c_proj.weight")]
+    assert len(projections) == 8
+    assert all((weight == 0).all() == (optimizer == "muon") for weight in projections)
 
 
 def test_minutes_count_across_a_resume(train, tmp_path, clock, eager):
