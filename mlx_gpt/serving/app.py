@@ -52,6 +52,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "mlx-gpt"
     context: int
+    max_tokens: int
     parameters: int
     chat: bool
     special_tokens: list[str]
@@ -90,6 +91,7 @@ class Service:
             id=model.name,
             created=self._started,
             context=model.n_positions,
+            max_tokens=self._config.max_tokens,
             parameters=model.n_params,
             chat=model.template is not None,
             special_tokens=model.tokenizer.special_names(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
+from mlx_gpt.settings import name_of_weights
 from mlx_gpt.tokenizer import Tokenizer
 
 
@@ -74,8 +75,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     """Return the name of each model: that of its run, with a number if another model already has that name."""
     names: list[str] = []
     for folder in folders:
-        path = folder.resolve()
-        name = path.parent.name if path.name in ("best", "final") else path.name
+        name = name_of_weights(folder)
         candidates = (f"{name}-{i}" if i > 1 else name for i in itertools.count(1))
         names.append(next(candidate for candidate in candidates if candidate not in names))
     return names

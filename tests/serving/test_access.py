@@ -21,6 +21,7 @@ OURS = ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]:8080", "192.168.1.7
 NOT_OURS = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[", "a b", "evil.example:8080"]
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 BODY = {"prompt": "The duck", "max_tokens": 3}
+NEVER_ENDS = {"0": -100, "1": -100, "2": -100}  # the ids of the special tokens
 
 
 def post(url, body=BODY, **headers):
@@ -160,7 +161,7 @@ def test_a_client_that_reads_nothing_frees_its_slot(folders, monkeypatch):
     monkeypatch.setattr(access, "WRITE_SECONDS", 0.5)
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**6) as url:
         host, port = url.removeprefix("http://").split(":")
-        asked = {"prompt": "The duck", "max_tokens": 10**6, "stream": True, "logprobs": 20, "logit_bias": {"0": -100}}
+        asked = {"prompt": "The duck", "max_tokens": 10**6, "stream": True, "logprobs": 20, "logit_bias": NEVER_ENDS}
         body = json.dumps(asked).encode()
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -189,7 +190,7 @@ def until(condition, seconds=30):
 def test_a_client_that_never_reads_the_end_of_an_answer_is_cut_off(folders, monkeypatch, caplog):
     caplog.set_level("INFO", "mlx_gpt")
     monkeypatch.setattr(connection, "IDLE_SECONDS", 0.5)
-    asked = {"prompt": "The duck", "n": 32, "max_tokens": 200, "logprobs": 20, "logit_bias": {"0": -100}}
+    asked = {"prompt": "The duck", "n": 32, "max_tokens": 200, "logprobs": 20, "logit_bias": NEVER_ENDS}
     body = json.dumps(asked).encode()
     with served(folders / "plain", max_batch=32, max_queue=0) as url, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -208,7 +209,7 @@ def test_a_client_that_never_reads_the_end_of_an_answer_is_cut_off(folders, monk
 
 def test_a_client_that_sends_requests_ahead_and_disconnects_frees_its_slot(folders):
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**7) as url:
-        body = json.dumps(BODY | {"max_tokens": 10**7, "logit_bias": {"0": -100}}).encode()
+        body = json.dumps(BODY | {"max_tokens": 10**7, "logit_bias": NEVER_ENDS}).encode()
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
             client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -224,7 +225,7 @@ def test_a_client_that_sends_requests_ahead_and_disconnects_frees_its_slot(folde
 
 def test_a_client_that_disconnects_frees_its_slot(folders, caplog):
     with served(folders / "plain", max_batch=1, max_queue=0, max_tokens=10**7) as url:
-        endless = BODY | {"max_tokens": 10**7, "logit_bias": {"0": -100}}
+        endless = BODY | {"max_tokens": 10**7, "logit_bias": NEVER_ENDS}
         for streams in (True, False):
             body = json.dumps(endless | {"stream": streams}).encode()
             raw(url, HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body, wait=0.3, most=1)
@@ -235,7 +236,7 @@ def test_a_client_that_disconnects_frees_its_slot(folders, caplog):
 
 def test_beyond_the_queue_a_client_learns_when_to_try_again(folders):
     with served(folders / "plain", max_batch=1, max_queue=1, max_tokens=10**7) as url:
-        endless = BODY | {"max_tokens": 10**7, "stream": True, "logit_bias": {"0": -100}}
+        endless = BODY | {"max_tokens": 10**7, "stream": True, "logit_bias": NEVER_ENDS}
         asked = ("POST", f"{url}/v1/completions")
         # Both streams start at once, although the second waits for its first token.
         with httpx.stream(*asked, json=endless), httpx.stream(*asked, json=endless):
@@ -255,7 +256,7 @@ def test_beyond_the_queue_a_client_learns_when_to_try_again(folders):
 def test_the_log_has_a_line_per_request_and_no_prompt(folders, caplog):
     caplog.set_level("INFO", "mlx_gpt")
     with served(folders / "plain") as url:
-        post(url, {"prompt": "A secret duck", "max_tokens": 3, "seed": 1, "logit_bias": {"0": -100}})
+        post(url, {"prompt": "A secret duck", "max_tokens": 3, "seed": 1, "logit_bias": NEVER_ENDS})
         httpx.get(f"{url}/a%0Ab%1b[31mc")
     lines = [record.getMessage() for record in caplog.records if record.name == "mlx_gpt"]
     assert re.fullmatch(r"POST /v1/completions 200 \d+\.\d+ s \d+ \+ 3 tokens", lines[0])

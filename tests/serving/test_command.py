@@ -62,6 +62,7 @@ def test_models_with_the_same_name_get_different_ones(folders, start):
         (["x/a", "y/a", "z/a/best"], ["a", "a-2", "a-3"]),
         (["x/a-2", "x/a", "y/a"], ["a-2", "a", "a-3"]),
         (["demo-long", "demo"], ["demo-long", "demo"]),
+        (["run/best/adapters", "run/checkpoints/step-200"], ["run", "run-2"]),
     ],
 )
 def test_names_in_use_get_a_number(paths, names):

@@ -12,7 +12,7 @@ import pytest
 from tests.serving.conftest import served
 from tests.serving.load import expected, load
 
-BODY = {"prompt": "The duck", "max_tokens": 40, "logit_bias": {"0": -100}, "temperature": 0}
+BODY = {"prompt": "The duck", "max_tokens": 40, "logit_bias": {"0": -100, "1": -100, "2": -100}, "temperature": 0}
 
 
 @pytest.mark.parametrize("clients", [1, 8, 24])

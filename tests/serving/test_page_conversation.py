@@ -20,12 +20,18 @@ ANSWER = ".turn.assistant .text"
 
 
 @pytest.fixture(scope="module")
-def address(folders, make_model, sentences, tmp_path_factory):
+def duck(make_model, sentences, tmp_path_factory):
+    """A model with a chat template."""
     folder = tmp_path_factory.mktemp("conversing") / "duck"
     save_model(folder, make_model(vocab_size=300, n_positions=4096), Tokenizer.train(sentences, 300))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": CHATML}))
-    with served(folders / "plain", folder, max_tokens=10**6) as url:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folders, duck):
+    with served(folders / "plain", duck, max_tokens=10**6) as url:
         yield url
 
 
@@ -261,6 +267,30 @@ def test_two_tabs_show_the_same_conversation(page, context, address):
     expect(other.get_by_label("Message", exact=True)).to_have_value("Not sent yet")
 
 
+def test_two_tabs_lose_no_turn_of_each_other(page, context, address):
+    other = context.new_page()
+    other.goto(address)
+    other.get_by_text("Conversation", exact=True).click()
+    send(page, "Ducks")
+    press(page, "Edit")  # while it edits, this tab does not follow the other
+    other.get_by_role("spinbutton", name="Length").fill("8")
+    send(other, "Geese")
+    editor = page.get_by_label("Edit the answer")
+    editor.fill("Quack.")
+    editor.press("Enter")
+    page.reload()
+    expect(page.locator(".turn")).to_have_count(4)
+    assert turns(page)[:3] == ["Ducks", "Quack.", "Geese"]
+    press(page, "Edit")
+    other.get_by_role("button", name="New conversation").click()
+    send(other, "Swans")
+    page.get_by_label("Edit the answer").press("Enter")
+    page.reload()
+    expect(page.locator(".turn")).to_have_count(4)
+    assert turns(page)[:3] == ["Ducks", "Quack.", "Geese"]
+    assert "Swans" in page.evaluate("localStorage['mlx-gpt last conversation']")
+
+
 def test_a_browser_without_room_keeps_the_text_or_says_so(page):
     allow = "limit => Storage.prototype.setItem = function (key, value) {{ if ({}) throw Error(); this[key] = value; }}"
     page.evaluate(allow.format("value.includes('[[')"))  # no room for probabilities
@@ -273,6 +303,11 @@ def test_a_browser_without_room_keeps_the_text_or_says_so(page):
     page.evaluate(allow.format("true"))
     send(page, "Geese")
     expect(page.locator(".status.error")).to_contain_text("no room to keep this conversation")
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator(".status.error")).to_contain_text("press the button again to discard it")
+    expect(page.locator(".turn")).to_have_count(4)
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator(".status.error")).to_have_count(0)
 
 
 def test_a_conversation_is_copied_and_saved_as_a_row_for_training(page, context):
@@ -345,6 +380,18 @@ def test_the_conversation_fits_a_phone(page):
         "(style => [style.color, style.backgroundColor])(getComputedStyle(document.querySelector('.turn.user .text')))"
     )
     assert contrast(ink, paper) > 7
+
+
+def test_the_length_is_at_most_what_the_server_allows(context, duck):
+    with served(duck, max_tokens=5) as url:
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_text("Conversation", exact=True).click()
+        expect(page.get_by_role("spinbutton", name="Length")).to_have_value("5")
+        page.get_by_label("Seed").fill("7")
+        send(page, "Ducks")
+        expect(page.locator(".status")).to_contain_text("The answer has reached the length in the settings")
+        page.close()
 
 
 def test_the_sheet_has_the_same_seed(page):

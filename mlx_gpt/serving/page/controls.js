@@ -112,11 +112,21 @@ export class Controls {
     const model = this.models.find(model => model.id === this.model.value);
     const size = model.parameters >= 1e6 ? `${(model.parameters / 1e6).toFixed(1)} million` : model.parameters;
     this.special = model.special_tokens;
+    this.limitLength(Math.min(1000, model.max_tokens));
     this.facts.lastChild.textContent = `${size} parameters, a context of ${model.context.toLocaleString("en")} tokens.`;
     const answer = await ask(`/v1/models/${encodeURIComponent(model.id)}/curves`).catch(() => null);
     const curves = answer ? await answer.json() : { train: [], val: [] };
     this.run.hidden = curves.train.length + curves.val.length < 2;
     if (!this.run.hidden) this.run.querySelector(".curve").replaceChildren(curve(curves));
+  }
+
+  // Lower the highest length, and the lengths of both views.
+  limitLength(most) {
+    const { number, set } = this.fields.max_tokens;
+    number.max = number.parentNode.querySelector("[type=range]").max = most;
+    number.value = Math.min(most, this.values.max_tokens);
+    set(number);
+    this.kept.max_tokens = Math.min(most, this.kept.max_tokens);
   }
 
   // Show a token and its alternatives. `take` is called with the alternative that is clicked.

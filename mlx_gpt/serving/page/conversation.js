@@ -31,6 +31,7 @@ export class Conversation {
   // Show the conversation that the browser keeps.
   load() {
     this.tree = Tree.load();
+    this.warned = false;
     this.instructions.value = this.tree.system;
     this.system.open = this.tree.system !== "";
     this.message.value = this.tree.message;
@@ -39,9 +40,12 @@ export class Conversation {
     this.draw();
   }
 
-  // Go to another conversation.
+  // Go to another conversation. If this one can't be kept, that takes a second click.
   change(exchange) {
-    this.tree.save();
+    if (!this.tree.save() && !this.warned) {
+      this.warned = true;
+      return this.say("The browser has no room to keep this conversation: save it, or press the button again to discard it.", true);
+    }
     exchange();
     this.load();
     this.message.focus();
@@ -255,7 +259,7 @@ export class Conversation {
     turn.open = true;
     this.controls.leave();
     const writer = new Writer(turn.pieces), utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
-    let start = 0;
+    let start = 0, made = 0;
     const read = ({ delta, logprobs }) => {
       const tokens = (logprobs?.content ?? []).map(({ bytes, logprob, top_logprobs }) => {
         const token = { start, logprob, others: top_logprobs.map(({ token, logprob }) => [token, logprob]) };
@@ -263,6 +267,7 @@ export class Conversation {
         return token;
       });
       writer.add(delta.content ?? "", tokens);
+      made += tokens.length;
       return tokens.length;
     };
     const show = () => draw(this.texts.get(turn), turn.pieces);
@@ -273,7 +278,10 @@ export class Conversation {
     this.keep();
     const reason = await writing;
     turn.open = reason !== "stop";
-    if (reason === "length") this.say(`${this.status.textContent}. The answer has reached the length in the settings.`);
+    if (reason === "length") {
+      const why = made < body.max_tokens ? "The conversation fills the model's context" : "The answer has reached the length in the settings";
+      this.say(`${this.status.textContent}. ${why}.`);
+    }
     if (turn.open && !turn.pieces.length) remove?.();
     const stopFocused = document.activeElement === this.stop;
     this.draw();

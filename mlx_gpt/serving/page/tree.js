@@ -2,20 +2,21 @@
 // and the chosen versions make up the conversation that is shown. Editing a turn or answering it anew adds a version
 // beside the others, so nothing is lost.
 //
-// A turn is {role, pieces, next, chosen}. An answer also has the model's name and, while it is unfinished, `open`.
+// A turn is {id, role, pieces, next, chosen}. An answer also has the model's name and, while it is unfinished, `open`.
 
 import { textOf } from "./pieces.js";
 import { keep, kept } from "./storage.js";
 
 const NOW = "mlx-gpt conversation", LAST = "mlx-gpt last conversation";  // keys in the browser's storage
 
-export const newTurn = (role, pieces = []) => ({ role, pieces, next: [], chosen: 0 });
+export const newTurn = (role, pieces = []) => ({ id: Math.random().toString(36).slice(2), role, pieces, next: [], chosen: 0 });
 
 export class Tree {
   constructor({ system = "", message = "", root = newTurn("root") } = {}) {
     this.system = system;
     this.message = message;  // not sent yet
     this.root = root;
+    this.removed = new Set();  // ids of turns that another tab may have kept
   }
 
   // The root and the chosen turns.
@@ -32,6 +33,7 @@ export class Tree {
 
   // Remove a version that was added, and choose the earlier one again.
   remove(parent, turn, chosen) {
+    this.removed.add(turn.id);
     parent.next.splice(parent.next.indexOf(turn), 1);
     parent.chosen = chosen;
   }
@@ -45,12 +47,25 @@ export class Tree {
   }
 
   // Keep the conversation in the browser. Returns whether its text fits; its probabilities are left out if they do not.
+  // What another tab has kept since is not lost: its turns join this conversation, or another conversation is put aside.
   save() {
+    const theirs = Tree.load().root;
+    if (theirs.id !== this.root.id) theirs.next.length && Tree.putAside();
+    else if (theirs.id) this.join(this.root, theirs);
     const pack = ({ text, logprob, others }) => logprob === undefined ? text
       : [text, round(logprob), others.map(([text, logprob]) => [text, round(logprob)])];
     const packed = pack => JSON.stringify(this, (name, value) =>
-      name === "pieces" ? value.map(pack) : name === "draft" ? undefined : value);
+      name === "pieces" ? value.map(pack) : name === "draft" || name === "removed" ? undefined : value);
     return [pack, ({ text }) => text].some(pack => keep(NOW, packed(pack)));
+  }
+
+  // Add the turns that follow a turn in another copy of the conversation.
+  join(turn, copy) {
+    for (const other of copy.next) {
+      const own = turn.next.find(({ id }) => id === other.id);
+      if (own) this.join(own, other);
+      else if (!this.removed.has(other.id)) turn.next.push(other);
+    }
   }
 
   // Return the kept conversation, or a new one.
