@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import operator
 import os
+import re
 import sys
 import tomllib
 import types
@@ -89,7 +90,7 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
         given["preset"] = recipe.get("preset") or ("tiny" if given["data"] == "builtin" else "medium")
     if not given.get("out"):
         name = printable(Path(str(given["data"])).resolve().stem)  # resolved, because "." has no name
-        given["out"] = f"weights/{given['preset'] or _name_of_weights(start)}-{name}"
+        given["out"] = f"weights/{given['preset'] or name_of_weights(start)}-{name}"
     optimizer = OPTIMIZERS.get(str(given.get("optimizer") or recipe.get("optimizer")), {})
     values = PRESETS.get(str(given["preset"]), {}) | optimizer | recipe | given
     if start:
@@ -105,11 +106,20 @@ def resolve(flags: Mapping[str, Any], in_file: Mapping[str, Any] = types.Mapping
     return sound
 
 
-def _name_of_weights(path: str) -> str:
+def name_of_weights(path: str | Path) -> str:
     """Return the name of the run that weights belong to, else that of their directory."""
-    inner = ("best", "final", "base", "adapters", "checkpoints")
-    names = [name for name in Path(path).resolve().parts if name not in inner and not name.startswith("step-")]
-    return printable(names[-1])
+    folder = Path(path).resolve()
+    if folder.name == "adapters" and re.fullmatch("best|final|step-[0-9]+", folder.parent.name):
+        folder = folder.parent
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    elif folder.name in ("best", "final", "base") and _is_inside_run(folder):
+        folder = folder.parent
+    return printable(folder.name)
+
+
+def _is_inside_run(folder: Path) -> bool:
+    return not (folder / "run.toml").exists() and (folder.name != "base" or (folder.parent / "run.toml").exists())
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

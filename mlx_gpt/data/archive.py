@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from mlx_gpt.errors import UserError, os_errors_explained
+from mlx_gpt.errors import UserError, is_utf8, os_errors_explained
 from mlx_gpt.files import DiskFullError, check_free_space, size_in_words, sync
 from mlx_gpt.progress import Echo, ignore_line
 
@@ -84,6 +84,8 @@ def extract(
 def fault_in_name(name: str) -> str | None:
     """Return why a downloaded file's name is unsafe, as words to put after the name; None if it is harmless."""
     path = PurePosixPath(name)
+    if not is_utf8(name):
+        return "has a name that is not valid Unicode"
     if any(unicodedata.category(letter) == "Cc" for letter in name):
         return "has control characters in its name"
     if "\\" in name:

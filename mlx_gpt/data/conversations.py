@@ -20,7 +20,7 @@ ROLES = (
 TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
 CALLS = ("tool_calls", "function_call")
 # Rows with a value in these columns are dropped: without it, they would be other conversations.
-UNREAD = ("tools", "functions", "history", "images", "image", "videos", "audios")
+UNREAD = ("tools", "functions", "history", "images", "image", "videos", "video", "audios", "audio")
 INPUTS = ("input", "context")  # the column's text is put below the `instruction`
 
 

@@ -24,6 +24,7 @@ from mlx_gpt.packages import install as install_command
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 
 PREFIX = "hf:"
+COMMIT_DIGITS = 12  # of a commit, in the name of an unfinished download
 LICENCE_NOTE = "It has its own licence; please check on its page that it allows what you plan to do: {page}"
 
 
@@ -183,7 +184,7 @@ def _bring(
 ) -> None:
     """Fetch files of a commit, and move them to `target` when all have arrived."""
     size = size_in_words(sum(file.size for file in files))
-    part = target.with_name(f".{target.name}.{commit[:12]}.download")
+    part = target.with_name(f".{target.name}.{commit[:COMMIT_DIGITS]}.download")
     with os_errors_explained(f"write to {target.parent}"), _alone(part, echo) as waited:
         if waited and record_of(target).get("commit") == commit and complete_files(target, source):
             part.rmdir()  # another process has fetched the same files
@@ -224,7 +225,7 @@ def _alone(part: Path, echo: Echo) -> Iterator[bool]:
 
 def _remove_leftovers(target: Path, part: Path, wanted: set[str]) -> None:
     """Remove the leftovers of interrupted downloads of other commits, or of other files, to the same place."""
-    for other in target.parent.glob(f".{glob.escape(target.name)}.*.download"):
+    for other in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * COMMIT_DIGITS}.download"):
         if other != part:
             with suppress(OSError), locked(other, wait=False):
                 shutil.rmtree(other)

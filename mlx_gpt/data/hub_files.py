@@ -30,7 +30,11 @@ def model_files(listing: Listing, repository: Repository) -> list[HubFile]:
     Raises:
         UserError: a file that is needed is missing.
     """
-    top = [file for file in listing.files if any(fnmatch.fnmatchcase(file.path, name) for name in MODEL_FILES)]
+    top = [
+        file
+        for file in listing.files
+        if "/" not in file.path and any(fnmatch.fnmatchcase(file.path, name) for name in MODEL_FILES)
+    ]
     for needed in NEEDED:
         if not fnmatch.filter([file.path for file in top], needed):
             raise UserError(

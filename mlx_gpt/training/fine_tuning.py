@@ -67,8 +67,13 @@ def _sizes(folder: Path) -> dict[str, Any]:
     """Return those sizes of the model in a directory that are settings."""
     config = read_config(adapters.base_of(folder) if adapters.are_in(folder) else folder)
     found = {name: next((config[key] for key in keys if key in config), None) for name, keys in SIZES.items()}
-    sizes = {name: size for name, size in found.items() if type(size) is int and size > 0}
-    return sizes | ({"model_type": config["model_type"]} if config["model_type"] in models.OURS else {})
+    sizes: dict[str, Any] = {name: size for name, size in found.items() if type(size) is int and size > 0}
+    if config["model_type"] not in models.OURS:
+        return sizes
+    sizes["model_type"] = config["model_type"]
+    if config["model_type"] != "gpt2" and isinstance(tied := config.get("tie_word_embeddings"), bool):
+        sizes["tie_embeddings"] = tied
+    return sizes
 
 
 def base_of(config: Config, resumes: bool) -> Path | None:

@@ -25,7 +25,7 @@ from mlx_gpt.device import Device, device
 from mlx_gpt.distributed import ALONE, Ranks, join
 from mlx_gpt.errors import UserError, typed
 from mlx_gpt.evaluation import Evaluator
-from mlx_gpt.models.directory import read_tokenizer
+from mlx_gpt.models.tokenizer_files import read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
@@ -45,14 +45,24 @@ class Run:
 
     Attributes:
         settings: the settings that run.toml keeps.
+        config: the settings as they apply here, with the tokenizer's real size and the number of ranks.
+        device: the device that trains.
+        tokenizer: the tokenizer of the text and the model.
+        tokens: the encoded text.
         windows: the training windows.
         val_windows: the validation windows.
-        config: the settings as they apply here, with the tokenizer's real size and the number of ranks.
+        model: the network, in the form for this device.
+        objective: the loss, in the form for this device.
+        progress: how far the run is.
         source: the checkpoint to resume from.
         damaged: newer checkpoints, each with the reason why it is unusable.
         resumes: whether the run existed before.
+        resources: the lock and the logs, which are closed at the end.
+        ranks: the processes that train together.
         best_loss: lowest validation loss so far, which is the loss of `best/`; None before there is one.
         failed_saves: number of failed saves since a checkpoint was last saved.
+        plan: what the run is expected to take; set once it is known.
+        monitor: the logs; set when the folder is taken.
     """
 
     settings: Config
@@ -111,6 +121,7 @@ class Run:
             self.val_windows,
             self.tokenizer.byte_lengths(),
             batch_size=self.training.micro_batch_size,
+            objective=type(self.objective),
             limit=self.training.eval_windows,
             dtype=self.device.dtype(self.training.precision),
             on=self.device,
@@ -170,7 +181,8 @@ def set_up(
         encoding = display.progress("Encoding")
         tokens = ranks.in_turns(lambda: objective.encode(corpus, tokenizer, training, encoding, display.line))
         context = config.model.n_positions if config.init_from else 0
-        windows, val_windows = objective.windows(tokens, training.seq_len, training.seed, context)
+        windows = objective.windows(tokens, "train", training.seq_len, training.seed, context)
+        val_windows = objective.windows(tokens, "val", training.seq_len, context=context)
         lost = lost_text([tokens.train, tokens.val], tokenizer)
         for line in [*lost, *windows.warnings, *val_windows.warnings]:
             display.line(line)
@@ -219,7 +231,9 @@ def open_run(
         config = resolve(settings, in_file)
         reporters.check(config.training.report_to)
         resources.enter_context(run_folder.claim(Path(config.out), overwrite))
-        if hub.is_hub_name(config.init_from):  # names the commit in run.toml, so that the run can be repeated
+        if hub.is_hub_name(config.init_from):
+            open_data(config, display)  # so that a mistake there is found before a long download
+            # run.toml names the commit, so that the run can be repeated.
             pinned = hub.model(config.init_from, echo=display.line, progress=display.progress("Downloading"))[1]
             config = dataclasses.replace(config, init_from=pinned)
         if config.init_from:

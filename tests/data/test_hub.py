@@ -57,7 +57,7 @@ def weights(tmp_path, make_model, bpe, server):
     """The server has a model instead, with files that must never be fetched."""
     save_model(tmp_path / "made", make_model(0), bpe)
     made = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
-    traps = ("modeling_duck.py", "pytorch_model.bin", "onnx/model.onnx", "original/model.safetensors", "vocab.txt")
+    traps = ("modeling_duck.py", "pytorch_model.bin", "onnx/model.onnx", "model_fp16/x.safetensors", "vocab.txt")
     server.files = made | dict.fromkeys(traps, b"do not fetch")
     return made
 
@@ -294,6 +294,15 @@ def test_a_download_that_gave_up_is_continued_by_the_next(server: FakeHub, folde
     assert ranges(server) == ["bytes=1000-"]
     assert lines[0].startswith("Continuing")
     assert [path.name for path in (folder / "hf/owner").iterdir()] == ["name"]
+
+
+def test_an_unfinished_download_of_another_repository_is_kept(server: FakeHub, folder: Path) -> None:
+    other = folder / "hf/owner/.name.v2.0123456789ab.download/train.jsonl"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"half")
+    download("hf:owner/name", folder)
+    assert other.exists()
+    assert not list(folder.glob("hf/owner/.name.[0-9a-f]*.download"))
 
 
 def test_a_server_that_cannot_continue_sends_everything_again(server: FakeHub, folder: Path) -> None:
@@ -565,12 +574,13 @@ def test_a_run_starts_from_a_model_of_the_hub_and_notes_its_commit(
         "serve --host 0.0.0.0",
         "serve --allow-origin a.example",
         "train --resume",
+        "train --data missing.txt --from",
     ],
 )
 def test_a_mistake_is_refused_before_a_model_is_fetched(
     arguments: str, server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flag = [] if arguments.endswith("--resume") else ["--model"]
+    flag = [] if arguments.endswith(("--resume", "--from")) else ["--model"]
     assert cli.run([*arguments.split(), *flag, "hf:owner/name"]) == 2
     assert server.requests == []

@@ -12,6 +12,7 @@ import transformers
 
 from mlx_gpt.api import load
 from mlx_gpt.errors import UserError
+from mlx_gpt.settings import read_toml
 from mlx_gpt.training import checkpoint, setup
 
 from .conftest import Silent
@@ -85,6 +86,15 @@ def test_a_size_that_is_not_that_of_the_weights_is_refused(train, whole, name, v
 def test_a_setting_of_the_network_that_the_weights_do_not_have_is_refused(train, whole, name, value):
     with pytest.raises(UserError, match=rf"`{name}` can't be set for the weights in .*: omit it"):
         train("run", init_from=str(whole.folder), **{name: value})
+
+
+def test_another_run_starts_from_the_weights_of_an_untied_qwen3_with_its_own_settings(train):
+    """As the message for a run without an intact checkpoint advises."""
+    train("run", model_type="qwen3", tie_embeddings=False, max_steps=1)
+    settings = read_toml("run/run.toml") | {"init_from": "run/best", "out": "run-2"}
+    train("run-2", only=settings)
+    assert read_toml("run-2/run.toml")["tie_embeddings"] is False
+    assert "lm_head.weight" in mx.load("run-2/best/model.safetensors")
 
 
 def test_a_run_from_weights_takes_small_steps_and_enough_of_them(train, whole, sentences):
