@@ -123,6 +123,10 @@ def chat(session: Session) -> None:
             return
         except UserError as error:
             click.echo(str(error), err=True)
+        except RuntimeError as error:  # of MLX, as when the GPU's memory is full
+            click.echo(
+                f"\nThis failed: {shown(error, 300).rstrip('.')}. Nothing that was written before is lost.", err=True
+            )
         except KeyboardInterrupt:
             if not keyboard.terminal:
                 raise

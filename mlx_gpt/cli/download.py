@@ -22,8 +22,8 @@ from mlx_gpt.errors import UserError
     "patterns",
     multiple=True,
     metavar="PATTERN",
-    help="Take this file of an hf: dataset instead of its training split, such as 'data/train-*.parquet'; may be given "
-    "several times.",
+    help="Take the files of an hf: dataset that match PATTERN, such as 'data/train-*.parquet', instead of its training "
+    "split; may be given several times.",
 )
 @click.option("--from-file", metavar="FILE", help="Zip or CSV that was downloaded by hand, to use instead of Kaggle.")
 @click.option(

@@ -36,7 +36,7 @@ def read_entry(next_line: Callable[[str], str]) -> Entry:
         UserError: the entry is not valid Unicode.
     '''
     text = next_line("> ")
-    quoted = QUOTED.match(text)
+    quoted, pasted = QUOTED.match(text), "\n" in text.strip()
     with contextlib.suppress(EOFError):  # the end of the input also ends the entry
         if quoted:
             name, text = (quoted["command"] or "").strip(), text[quoted.end() :]
@@ -52,7 +52,7 @@ def read_entry(next_line: Callable[[str], str]) -> Entry:
         text = text.replace(QUOTES, "", 1).strip("\n")
         return Entry(text, name.removeprefix("/") or None)
     text = text.strip()
-    if not text.startswith("/") or "\n" in text:
+    if pasted or not text.startswith("/"):
         return Entry(text)
     name, _, rest = text[1:].partition(" ")
     return Entry(rest.strip(), name)

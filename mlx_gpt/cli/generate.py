@@ -39,8 +39,8 @@ DIVIDER = "-" * 20
 def command(model: str | None, prompt: str | None, prompt_file: str | None, interactive: bool, **settings: Any) -> None:
     """Continue a prompt, or talk to a model.
 
-    Without a prompt and --interactive, this continues a few sample prompts. Only the text goes to stdout; the speed and
-    the memory go to stderr.
+    With neither a prompt nor --interactive, this continues a few sample prompts. Only the text goes to stdout; speed
+    and memory go to stderr.
     """
     if (prompt is not None) + (prompt_file is not None) + interactive > 1:
         raise UserError("--prompt, --prompt-file and --interactive exclude each other: give one of them.")

@@ -28,9 +28,10 @@ def command(paths: tuple[str, ...], out: str, overwrite: bool, **settings: str) 
     """Turn files, or folders of files, into a corpus to train on.
 
     This reads CSV, TSV, JSON, JSONL, plain text and, with the extra `parquet`, Parquet. The columns of each row say
-    whether it is a document, a conversation or a pair of a chosen and a rejected answer. This leaves out empty and
-    repeated rows, and rows of another kind than nearly all are. The hash of a row decides whether it goes to training
-    or validation, unless validation would get far less or far more than its fraction.
+    whether it is a document, a conversation or a pair of a chosen and a rejected answer. This leaves out empty rows,
+    repeated rows, and the few rows that are not of the same kind as the others. A hash of each row decides whether it
+    goes to training or to validation. If that would give validation less than half or more than one and a half times
+    its share, the text is split by length instead.
     """
     prepare([Path(path) for path in paths], out, overwrite, settings)
 

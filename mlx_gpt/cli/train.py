@@ -19,7 +19,8 @@ from mlx_gpt.signals import StopSignals, say_on_stderr
     is_flag=False,
     flag_value="newest",
     metavar="[PATH]",
-    help="Resume the run or checkpoint at PATH; without PATH, the run that the flags name, else the newest run.",
+    help="Resume the run or checkpoint at PATH. Without PATH, resume the run that --out, --data or --preset names, or "
+    "else the newest run.",
 )
 @click.option(
     "--overwrite",
@@ -34,8 +35,8 @@ def command(
 ) -> int:
     """Train a model, or resume a run.
 
-    A flag overrides the --config file, which overrides the preset. Without prepared data, this trains the preset tiny
-    on a text that comes with Python.
+    A flag overrides the --config file, which overrides the recipe, which overrides the preset. Without prepared data,
+    this trains the preset tiny on a text that comes with Python.
     """
     from mlx_gpt.distributed import is_first
     from mlx_gpt.progress import Lines

@@ -1,13 +1,17 @@
 """Entries in `generate --interactive` have the right effects, and the screen shows the right things."""
 
+import io
 import json
 import os
 import re
 import readline
 import signal
 import subprocess
+import sys
 
 import pytest
+
+from mlx_gpt.cli.chat import chat
 
 # ---- beginnings of texts --------------------------------------------------------------------------------------------
 
@@ -266,6 +270,23 @@ def test_a_message_may_have_several_lines(start, quacking, tmp_path, converse, l
 
 def test_a_system_message_may_have_several_lines(converse):
     assert "The system message is: Be\nbrief.\n" in converse('/system """Be', 'brief."""').err
+    assert "The system message is: Be\nbrief.\n" in converse("/system Be\\", "brief.").err
+
+
+def test_an_error_of_mlx_is_one_sentence_and_the_conversation_goes_on(capsys):
+    said = []
+
+    class Session:
+        def say(self, text):
+            said.append(text)
+            if text == "Hi":
+                raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("Hi\nAgain\n"))
+        chat(Session())  # type: ignore[arg-type]
+    assert said == ["Hi", "Again"]
+    assert "This failed: [METAL] Command buffer execution failed: Insufficient Memory." in capsys.readouterr().err
 
 
 def test_the_oldest_exchanges_leave_a_full_context_and_it_says_so(converse, tmp_path):
