@@ -62,7 +62,8 @@ class FineTuning:
     def loss(self, folder: str, base: str, data: str, seq_len: int) -> float:
         """Return the validation loss of a model directory, in nats per token of the answers."""
         from mlx_gpt.evaluation import Evaluator
-        from mlx_gpt.models.directory import load_model, read_tokenizer
+        from mlx_gpt.models.directory import load_model
+        from mlx_gpt.models.tokenizer_files import read_tokenizer
 
         _, _, windows = self._encode(base, data, seq_len)
         model, lengths = load_model(folder), read_tokenizer(Path(base)).byte_lengths()
@@ -71,11 +72,11 @@ class FineTuning:
     def _encode(self, base: str, data: str, seq_len: int) -> tuple[Any, Any, Any]:
         from mlx_gpt.config import TrainingConfig
         from mlx_gpt.data.corpus import open_corpus
-        from mlx_gpt.models.directory import read_tokenizer
+        from mlx_gpt.models.tokenizer_files import read_tokenizer
         from mlx_gpt.objectives.chat import Chat
 
         tokens = Chat.encode(open_corpus(data), read_tokenizer(Path(base)), TrainingConfig())
-        return tokens, *Chat.windows(tokens, seq_len)
+        return tokens, Chat.windows(tokens, "train", seq_len), Chat.windows(tokens, "val", seq_len)
 
 
 if __name__ == "__main__":

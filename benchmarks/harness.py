@@ -271,7 +271,7 @@ def common_options(command: Callable[..., Any], threads: int = 0) -> Callable[..
             "--json",
             "json_file",
             metavar="FILE",
-            callback=check_json_file,
+            callback=check_file,
             help="Write the result to this file as well; in a folder, to a file named after the chip.",
         ),
     )
@@ -280,7 +280,7 @@ def common_options(command: Callable[..., Any], threads: int = 0) -> Callable[..
     return command
 
 
-def check_json_file(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+def check_file(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
     """Refuse a file in a folder that doesn't exist before anything is measured.
 
     Raises:

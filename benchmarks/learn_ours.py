@@ -1,6 +1,5 @@
 """`mlx-gpt train` with a time limit, in a process of its own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +31,28 @@ class Learning:
     def facts(self) -> dict[str, Any]:
         from mlx_gpt.device import device
 
-        return {"kind": device().kind}
+        here = device()
+        return {"device": here.kind, "dtype": str(here.dtype("auto")).removeprefix("mlx.core.")}
 
     def train(self) -> dict[str, Any]:
         """Train, and return the validation curve in bits per byte over minutes and steps, and the best model's."""
         from mlx_gpt import models, train
         from mlx_gpt.models.directory import load_model
+        from mlx_gpt.settings import read_toml
+        from mlx_gpt.training.metrics import read_records
 
         folder = Path(train(**self._settings))
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curve = [
             {"step": record["step"], "minutes": record["seconds"] / 60, "bits_per_byte": record["val_bits_per_byte"]}
-            for record in records
-            if "val_bits_per_byte" in record
+            for record in read_records(folder)
+            if record.get("val_bits_per_byte") is not None  # it is None if the loss was not finite
         ]
         return {
             "curve": curve,
             "bits_per_byte": min(point["bits_per_byte"] for point in curve),
             "steps": curve[-1]["step"],
             "parameters": models.n_params(load_model(folder / "final")),
+            "dropout": read_toml(folder / "run.toml")["dropout"],
         }
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/learning.py --minutes 5
 
-Each contender trains on the same text with the same threads for the same minutes, evaluations included, each by itself
-and in turns. Bits per byte over the whole validation side compare contenders with different tokenizers. A contender's
-result is its best evaluation, because that is the model which both programs keep.
+Each contender trains on the same text with the same threads for the same minutes, each by itself and in turns. The
+minutes include evaluations, but not the tokenizer's training and the trial steps before the first one. All
+contenders have a tokenizer of 2,048 entries, and are compared in bits per byte over the whole validation side. A
+contender's result is its best evaluation, because that is the model which both programs keep.
 """
 
 import installed  # noqa: F401  # isort: skip
@@ -23,7 +24,17 @@ import numpy as np
 
 import facts
 import report
-from harness import NotInstalledError, Worker, common_options, device_option, leave_out, need, summary, turns_bar
+from harness import (
+    NotInstalledError,
+    Worker,
+    check_file,
+    common_options,
+    device_option,
+    leave_out,
+    need,
+    summary,
+    turns_bar,
+)
 
 ADAMW, MUON, RECIPE, NANOGPT = "GPT-2, AdamW", "GPT-2, Muon", "recipe", "nanoGPT"
 OURS: dict[str, dict[str, Any]] = {
@@ -42,7 +53,9 @@ OURS: dict[str, dict[str, Any]] = {
 )
 @device_option
 @common_options
-@click.option("--plot", "picture", metavar="FILE", help="Draw bits per byte over minutes into this PNG.")
+@click.option(
+    "--plot", "picture", metavar="FILE", callback=check_file, help="Draw bits per byte over minutes into this PNG."
+)
 def main(
     data: str,
     minutes: float,
@@ -55,6 +68,9 @@ def main(
     picture: str | None,
 ) -> None:
     """Train each contender with several seeds, and compare what it has learned."""
+    if picture:
+        need("matplotlib")
+        picture = str(Path(picture).resolve())
     limit = {"steps": steps} if steps else {"minutes": minutes}
     result = facts.begin("learning", data=Path(data).stem, threads=threads, seeds=trials, **limit)
     names = list(names) or [*OURS, NANOGPT]
@@ -67,16 +83,19 @@ def main(
             except NotInstalledError as error:
                 leave_out(NANOGPT, error)
                 names.remove(NANOGPT)
+                if not names:
+                    raise
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         with turns_bar("learning", trials * len(names)) as turn:
             for seed in range(1, trials + 1):
-                for name in names:
+                first = seed % len(names)  # a laptop slows down when it heats up, so each comes first in turn
+                for name in names[first:] + names[:first]:
                     found[name].append(learn(name, data, seed, minutes, steps, device, threads))
                     turn()
     result["rows"] = [row(name, runs, found) for name, runs in found.items()]
-    if picture:
-        draw(found, Path(picture), Path(data).stem)
     report.finish(result, json_file)
+    if picture:
+        report.draw([result], Path(picture))
 
 
 def learn(
@@ -96,7 +115,7 @@ def learn(
         worker = Worker(name, ["learn_ours.py"], threads, given)
     with worker:
         result: dict[str, Any] = worker.ask("train")
-    return result
+        return result | worker.facts
 
 
 def write_tokens(data: str, folder: Path) -> None:
@@ -124,6 +143,7 @@ def row(name: str, runs: Sequence[dict[str, Any]], found: dict[str, list[dict[st
         "steps": summary([run["steps"] for run in runs]),
         "bits_per_byte": {"mean": statistics.mean(bits), "spread": statistics.stdev(bits) if len(bits) > 1 else None},
         "each": bits,
+        **{what: [run[what] for run in runs] for what in ("device", "dtype", "dropout")},
         "over_adamw": statistics.mean(bits) / baseline if baseline else None,
         "minutes_to_adamw": statistics.mean(reached) if len(reached) == len(runs) else None,
         "curves": [run["curve"] for run in runs],
@@ -138,22 +158,6 @@ def minutes_to(curve: Sequence[dict[str, float]], bits: float) -> float | None:
             part = (before["bits_per_byte"] - bits) / drop if drop > 0 else 1.0
             return before["minutes"] + min(1.0, max(0.0, part)) * (after["minutes"] - before["minutes"])
     return None
-
-
-def draw(found: dict[str, list[dict[str, Any]]], path: Path, text: str) -> None:
-    """Draw the curves of all seeds, a colour for each contender."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, runs) in enumerate(found.items()):
-        for j, run in enumerate(runs):
-            minutes, bits = ([point[what] for point in run["curve"][1:]] for what in ("minutes", "bits_per_byte"))
-            axes.plot(minutes, bits, color=f"C{i}", alpha=0.8, linewidth=1.3, label="" if j else name)
-    axes.set(xlabel="minutes", ylabel="bits per byte on the validation side", title=f"Learning from {text}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

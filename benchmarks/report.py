@@ -1,4 +1,4 @@
-"""Makes the tables in README.md from the files in results/.
+"""Makes the tables in README.md, and the picture learning.png, from the files in results/.
 
 python benchmarks/report.py
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from harness import write_json
+from harness import need, write_json
 
 HERE = Path(__file__).parent
 MISSING = "No result has been handed in yet."
@@ -129,7 +129,7 @@ COLUMNS: dict[str, Sequence[Column]] = {
         ("steps", "steps", number),
         ("bits per byte", "bits_per_byte", with_spread),
         ("of GPT-2 with AdamW", "over_adamw", ratio),
-        ("minutes to its end", "minutes_to_adamw", number),
+        ("minutes to GPT-2's best", "minutes_to_adamw", number),
     ),
     "finetuning": (
         ("program", "program", text),
@@ -172,11 +172,12 @@ def about(result: Mapping[str, Any]) -> list[str]:
         cores += f", {machine['gpu_cores']} GPU cores"
     if "gpu" in machine:
         cores += f", {machine['gpu']}"
+    summarised = "means ± standard deviations" if result["benchmark"] == "learning" else "medians (lowest to highest)"
     found = [
         f"{machine['chip']}, {cores}, {machine['memory_gib']:g} GiB, {machine['system']}; "
         f"{result['date']}, commit {result['commit'] or 'unknown'}, load before {machine['load_before']:g}",
         f"Python {machine['python']}, {versions}",
-        f"`{result['command']}`: {settings}; medians (lowest to highest)",
+        f"`{result['command']}`: {settings}; {summarised}",
     ]
     found += [f"{name}: {about_shape(shape, result.get('tf32'))}" for name, shape in result.get("shapes", {}).items()]
     return [f"- {line}" for line in found]
@@ -227,11 +228,31 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
+def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw what contenders of learning.py learn over time: a panel for each result, and a line for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.5 * len(results), 4.5), layout="constrained")
+    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        for i, contender in enumerate(result["rows"]):
+            for j, curve in enumerate(contender["curves"]):
+                minutes, bits = ([point[what] for point in curve[1:]] for what in ("minutes", "bits_per_byte"))
+                label = "" if j else contender["program"]
+                axes.plot(minutes, bits, color=f"C{i}", alpha=0.8, linewidth=1.2, label=label)
+        axes.set(xlabel="minutes", ylabel="bits per byte (validation)", title=result["settings"]["data"])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=75)
+
+
 @click.command()
 def main() -> None:
-    """Make the tables in README.md from results/*.json."""
-    readme = HERE / "README.md"
-    readme.write_text(regenerate(readme.read_text(encoding="utf-8"), read_results(HERE / "results")), encoding="utf-8")
+    """Make the tables in README.md, and learning.png, from results/*.json."""
+    readme, results = HERE / "README.md", read_results(HERE / "results")
+    readme.write_text(regenerate(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    if learned := [result for result in results if result["benchmark"] == "learning"]:
+        need("matplotlib")
+        draw(learned, HERE / "learning.png")
 
 
 if __name__ == "__main__":

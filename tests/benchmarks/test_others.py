@@ -71,7 +71,7 @@ def test_learning(benchmark, tmp_path):
         assert all(curve[0]["step"] == 0 and curve[-1]["step"] == 3 for curve in curves)
         # Before the first step every network knows nothing, whatever its tokenizer.
         assert 3 < curves[0][0]["bits_per_byte"] < 6
-    assert picture.stat().st_size > 10_000
+    assert picture.stat().st_size > 5_000
 
 
 def test_finetuning(benchmark, monkeypatch):
@@ -92,6 +92,33 @@ def test_the_minutes_to_a_result_lie_between_two_evaluations():
     assert learning.minutes_to(curve, 1.5) == 2.0
     assert learning.minutes_to(curve, 1.0) == 3.0
     assert learning.minutes_to(curve, 0.9) is None
+
+
+def test_a_row_compares_a_contender_with_gpt2_and_adamw():
+    def run(*points, **others):
+        curve = [{"minutes": float(minutes), "bits_per_byte": bits} for minutes, bits in points]
+        facts = {"steps": 100, "parameters": 5, "device": "cpu", "dtype": "float32", "dropout": 0.0}
+        return facts | {"curve": curve, "bits_per_byte": min(bits for _, bits in points), **others}
+
+    adamw = [run((0, 4.0), (4, 2.0)), run((0, 4.0), (4, 1.0))]
+    recipe = [run((0, 4.5), (2, 1.5), (4, 1.2), dropout=0.1), run((0, 4.5), (3, 1.5), (4, 1.2), dropout=0.1)]
+    found = learning.row("recipe", recipe, {learning.ADAMW: adamw, "recipe": recipe})
+    assert found["over_adamw"] == pytest.approx(1.2 / 1.5)
+    assert found["minutes_to_adamw"] == pytest.approx(2.5)
+    assert found["bits_per_byte"] == {"mean": pytest.approx(1.2), "spread": pytest.approx(0)}
+    assert (found["dropout"], found["steps"]["median"]) == ([0.1, 0.1], 100)
+    slow = [run((0, 4.0), (4, 1.6)), run((0, 4.0), (4, 1.4))]
+    assert learning.row("slow", slow, {learning.ADAMW: adamw})["minutes_to_adamw"] is None  # one never got there
+
+
+def test_learning_for_some_time(benchmark, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The {i} ducks of pond {i % 7} swim to shore {i * i}.\n\n" for i in range(3000)))
+    chosen = [word for name in ("GPT-2, AdamW", "nanoGPT") for word in ("--contender", name)]
+    done = benchmark("learning.py", "--data", str(text), "--minutes", "0.03", "--trials", "1", *chosen)
+    for _, steps, (curve,) in rows(done, "program", "steps", "curves"):
+        assert steps["median"] == curve[-1]["step"] > 0
+        assert 0.03 <= curve[-1]["minutes"] < 0.5
 
 
 def test_distributed(benchmark, monkeypatch):
