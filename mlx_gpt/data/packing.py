@@ -1,8 +1,8 @@
 """Packs whole conversations into training windows with little padding.
 
-The longest conversations are placed first. A window holds the same conversations in every epoch. Each
-epoch shuffles the windows, and the conversations inside each window: people begin with any question, so each must
-sometimes stand first in training.
+The longest conversations are placed first. Each epoch shuffles the windows, and the conversations inside each window:
+people begin with any question, so each must sometimes stand first in training. Conversations of the same length also
+change places, so that a model can't learn which ones stand together.
 """
 
 import bisect
@@ -88,9 +88,14 @@ class PackedWindows(Windows):
     def _order(self, seed: int, start: int) -> Iterator[list[int]]:
         """Yield the conversations of each window in order."""
         epoch, first = divmod(start, self.per_epoch)
+        lengths, instead = self._ends - self._begins, np.empty(self._count, np.int64)
         while True:
-            for index in generator_of(seed, epoch).permutation(self.per_epoch)[first:].tolist():
-                yield generator_of(seed_from(seed, epoch), index).permutation(self._windows[index]).tolist()
+            generator = generator_of(seed, epoch)
+            windows, shuffled = generator.permutation(self.per_epoch), generator.permutation(self._count)
+            instead[self._by_length] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+            for index in windows[first:].tolist():
+                drawn = generator_of(seed_from(seed, epoch), index).permutation(self._windows[index])
+                yield instead[drawn].tolist()
             epoch, first = epoch + 1, 0
 
     def _drawn(self, drawn: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

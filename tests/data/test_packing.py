@@ -99,6 +99,15 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own():
     assert epochs(packed, 1, seed=1) != [first]
 
 
+def test_conversations_of_one_length_have_other_neighbours_in_each_epoch():
+    packed = PackedWindows(conversations([30] * 8 + [20] * 8), SEQ_LEN)
+    assert packed.per_epoch == 7
+    neighbours = [
+        {tuple(sorted(np.unique((np.array(w) - 1) // 10).tolist())) for w in epoch} for epoch in epochs(packed, 4)
+    ]
+    assert len({frozenset(each) for each in neighbours}) == 4
+
+
 def test_each_conversation_is_the_first_of_its_window_in_some_epoch():
     """People begin with any question, so each question must sometimes stand first."""
     packed = PackedWindows(conversations([24, 22, 18, 14, 12, 10]), SEQ_LEN)
