@@ -54,7 +54,7 @@ export async function generate(path, body, read, draw, say) {
     frame = 0;
     draw();
     const seconds = (performance.now() - first) / 1000;
-    const speed = count > 1 && seconds > 0 ? `, ${((count - 1) / seconds).toFixed(0)} per second` : "";
+    const speed = count > 1 && seconds > 0.1 ? `, ${((count - 1) / seconds).toFixed(0)} per second` : "";
     say(`${count} ${count === 1 ? "token" : "tokens"}${speed}; the first after ${((first - started) / 1000).toFixed(2)} s`);
   };
   say("Reading ...");
