@@ -122,7 +122,9 @@ class MLXContender(Contender):
         self.config, self.training = resolved.model, dataclasses.replace(resolved.training, precision=precision)
 
     def facts(self) -> dict[str, Any]:
-        return device_facts(self.device) | {"dtype": str(self.dtype).removeprefix("mlx.core.")}
+        from mlx_gpt.device import name_of
+
+        return device_facts(self.device) | {"dtype": name_of(self.dtype)}
 
     def synchronize(self) -> None:
         self.mx.synchronize()

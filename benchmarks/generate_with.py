@@ -88,11 +88,12 @@ class Ours(MLXGenerator):
         from mlx.utils import tree_flatten
 
         from mlx_gpt import models
+        from mlx_gpt.device import name_of
         from mlx_gpt.generation.cache import bytes_per_token
 
         weights = sum(weight.nbytes for _, weight in tree_flatten(self._model.parameters()))
         return device_facts(self.device) | {
-            "dtype": str(self._model.wte.weight.dtype).removeprefix("mlx.core."),
+            "dtype": name_of(self._model.wte.weight.dtype),
             "n_params": models.n_params(self._model),
             # Decoding a token reads every weight except the positions, and the keys and values of each token so far.
             "weight_bytes": weights - self._model.wpe.weight.nbytes,

@@ -45,7 +45,7 @@ class NanoGPT:
         )
         self._bytes = np.load(folder / "bytes.npy")
         self._minutes, self._steps, self._evaluate_every = minutes, steps, evaluate_every
-        self._device = torch.device(TORCH_DEVICES[kind])
+        self._kind, self._device = kind, torch.device(TORCH_DEVICES[kind])
         self._network = GPT(LAYERS, HEADS, WIDTH, WINDOW, len(self._bytes)).to(self._device)
         for name, weight in self._network.named_parameters():
             if weight.ndim >= 2:
@@ -53,8 +53,7 @@ class NanoGPT:
                 nn.init.normal_(weight, std=scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
-        self._on_cuda = kind == "cuda"
-        self._loss = torch.compile(self._network) if self._on_cuda else self._network
+        self._loss = torch.compile(self._network) if kind == "cuda" else self._network
         matrices = [p for p in self._network.parameters() if p.ndim >= 2]
         others = [p for p in self._network.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -62,8 +61,8 @@ class NanoGPT:
         self._draw = torch.Generator().manual_seed(seed)
 
     def facts(self) -> dict[str, Any]:
-        dtype = "bfloat16 autocast" if self._on_cuda else "float32"
-        return {"threads": torch.get_num_threads(), "device": self._device.type, "dtype": dtype, "dropout": 0.0}
+        dtype = "bfloat16 autocast" if self._kind == "cuda" else "float32"
+        return {"threads": torch.get_num_threads(), "kind": self._kind, "dtype": dtype, "dropout": 0.0}
 
     def train(self) -> dict[str, Any]:
         """Train, and return the validation curve in bits per byte over minutes and steps, and the lowest of them."""
@@ -100,7 +99,7 @@ class NanoGPT:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast("cuda", torch.bfloat16) if self._on_cuda else contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16) if self._kind == "cuda" else contextlib.nullcontext()
 
     @torch.no_grad()
     def bits_per_byte(self) -> float:

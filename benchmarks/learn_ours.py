@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from contender import choose_device
+from contender import choose_device, device_facts
 from harness import serve
 
 
@@ -29,10 +29,10 @@ class Learning:
         self._settings = {**settings, **limit, **often}
 
     def facts(self) -> dict[str, Any]:
-        from mlx_gpt.device import device
+        from mlx_gpt.device import device, name_of
 
         here = device()
-        return {"device": here.kind, "dtype": str(here.dtype("auto")).removeprefix("mlx.core.")}
+        return device_facts(here) | {"dtype": name_of(here.dtype("auto"))}
 
     def train(self) -> dict[str, Any]:
         """Train, and return the validation curve in bits per byte over minutes and steps, and the best model's."""

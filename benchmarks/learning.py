@@ -3,9 +3,9 @@
     python benchmarks/learning.py --minutes 5
 
 Each contender trains on the same text with the same threads for the same minutes, each by itself and in turns. The
-minutes include evaluations, but not the tokenizer's training and the trial steps before the first one. All
-contenders have a tokenizer of 2,048 entries, and are compared in bits per byte over the whole validation side. A
-contender's result is its best evaluation, because that is the model which both programs keep.
+minutes include evaluations, but not the tokenizer's training and the trial steps before the first one. All contenders
+have a tokenizer of 2,048 entries, and are compared in bits per byte over the whole validation side. A contender's
+result is its best evaluation, because that is the model which both programs keep.
 """
 
 import installed  # noqa: F401  # isort: skip
@@ -143,7 +143,7 @@ def row(name: str, runs: Sequence[dict[str, Any]], found: dict[str, list[dict[st
         "steps": summary([run["steps"] for run in runs]),
         "bits_per_byte": {"mean": statistics.mean(bits), "spread": statistics.stdev(bits) if len(bits) > 1 else None},
         "each": bits,
-        **{what: [run[what] for run in runs] for what in ("device", "dtype", "dropout")},
+        **{what: [run[what] for run in runs] for what in ("kind", "dtype", "dropout")},
         "over_adamw": statistics.mean(bits) / baseline if baseline else None,
         "minutes_to_adamw": statistics.mean(reached) if len(reached) == len(runs) else None,
         "curves": [run["curve"] for run in runs],

@@ -184,6 +184,11 @@ def device() -> Device:
     return dataclasses.replace(found, accelerated=ACCELERATION and found.kind == "cpu")
 
 
+def name_of(dtype: mx.Dtype) -> str:
+    """Return the name of a dtype, such as "float32"."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def describe(on_metal: bool, on_cuda: bool, info: dict[str, str | int]) -> Device:
     """Return the device that `mx.device_info()` describes."""
     name = str(info.get("device_name", platform.processor() or platform.machine()))

@@ -75,7 +75,7 @@ def check() -> Iterator[str]:
 
 def device_rows(here: "Device", machine: mac.Mac | None) -> Iterator[tuple[str, str]]:
     """Yield the facts about the device that are known without computing anything."""
-    from mlx_gpt.device import GIB, blas
+    from mlx_gpt.device import GIB, blas, name_of
 
     yield "Device", str(here)
     if machine:
@@ -87,7 +87,7 @@ def device_rows(here: "Device", machine: mac.Mac | None) -> Iterator[tuple[str, 
         yield "Wired memory", wired_memory(machine)
         if machine.has_matrix_units:
             yield "Matrix units", "used" if machine.uses_matrix_units else "not used: MLX needs macOS 26.2 for them"
-    yield "Precision", f"{_name(here.dtype('auto'))} to compute in, float32 to keep"
+    yield "Precision", f"{name_of(here.dtype('auto'))} to compute in, float32 to keep"
     if rounds_to_tf32(here, machine):
         yield "float32", "products are rounded to TF32, which keeps 10 bits of 23; MLX_ENABLE_TF32=0 keeps all"
     elif here.kind != "cpu":
@@ -115,6 +115,8 @@ def rounds_to_tf32(here: "Device", machine: mac.Mac | None) -> bool:
 
 def measure(here: "Device", machine: mac.Mac | None) -> Iterator[str]:
     """Show how fast the device is and whether it computes the same as the CPU; yield each problem."""
+    from mlx_gpt.device import name_of
+
     gflops = product_gflops()
     _row("Matrix product", f"{gflops:,.0f} GFLOP/s (float32, {PRODUCT} cubed)")
     if here.kind == "cpu":
@@ -125,7 +127,7 @@ def measure(here: "Device", machine: mac.Mac | None) -> Iterator[str]:
                 yield "There is no g++, so MLX cannot compile the training step: install it."
                 return
             click.echo("Compiling a training step. The first time, this can take a minute.", err=True)
-    _row("Training", f"{training_speed(here):,.0f} tokens/s (preset tiny, {_name(here.dtype('auto'))})")
+    _row("Training", f"{training_speed(here):,.0f} tokens/s (preset tiny, {name_of(here.dtype('auto'))})")
 
     if here.kind == "cpu" and not here.accelerated:
         return  # nothing to compare: it is the reference itself
@@ -291,10 +293,6 @@ def _median_seconds(work: Callable[[], object], times: int = 5) -> float:
         work()
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[times // 2]
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def _row(name: str, value: str) -> None:

@@ -17,12 +17,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_gpt import models
-from mlx_gpt.device import GIB, device
+from mlx_gpt.device import GIB, device, name_of
 from mlx_gpt.errors import UserError, shown
 from mlx_gpt.files import write_whole
 from mlx_gpt.models import adapters, gpt2, lora, quantized
 from mlx_gpt.models.tensors import read_arrays, read_header, read_json, save_arrays, save_json
-from mlx_gpt.models.tokenizer_files import TRAINED_WITH, ends, save_tokenizer
+from mlx_gpt.models.tokenizer_files import TRAINED_WITH, ends_of_texts, save_tokenizer
 from mlx_gpt.tokenizer import Tokenizer
 
 # Decoding on a CPU reads some of the outputs of these weights at a time, so those should be contiguous.
@@ -46,8 +46,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer: Tokenizer, facts: Mapp
             save_adapters(folder / "adapters", model, tokenizer)
         model = lora.without_adapters(model)
     weights = _weights_in_file(model)
-    dtype = str(mx.result_type(*weights.values())).removeprefix("mlx.core.")
-    save_json(folder / "config.json", {**config_of(model), **ends(tokenizer), "dtype": dtype})
+    dtype = name_of(mx.result_type(*weights.values()))
+    save_json(folder / "config.json", {**config_of(model), **ends_of_texts(tokenizer), "dtype": dtype})
     # Without `format` transformers refuses the file.
     metadata = {"format": "pt", TRAINED_WITH: tokenizer.fingerprint, **(facts or {})}
     write_whole(folder / "model.safetensors", lambda part: save_arrays(part, weights, metadata))

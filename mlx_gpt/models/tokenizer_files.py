@@ -34,12 +34,12 @@ def save_tokenizer(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None
         "model_max_length": models.context_length(model),
         "clean_up_tokenization_spaces": False,
     }
-    save_json(folder / "generation_config.json", ends(tokenizer))
+    save_json(folder / "generation_config.json", ends_of_texts(tokenizer))
     save_json(folder / "tokenizer_config.json", config)
     write_text_whole(folder / "tokenizer.json", tokenizer.to_json())
 
 
-def ends(tokenizer: Tokenizer) -> dict[str, Any]:
+def ends_of_texts(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the ids of the tokens around a text, in the form of `generation_config.json`."""
     ends = {"bos_token_id": tokenizer.beginning_of_text, "eos_token_id": tokenizer.end_of_text}
     return ends | (_ends_of_answers(tokenizer) if tokenizer.chat else {})

@@ -97,7 +97,7 @@ def test_the_minutes_to_a_result_lie_between_two_evaluations():
 def test_a_row_compares_a_contender_with_gpt2_and_adamw():
     def run(*points, **others):
         curve = [{"minutes": float(minutes), "bits_per_byte": bits} for minutes, bits in points]
-        facts = {"steps": 100, "parameters": 5, "device": "cpu", "dtype": "float32", "dropout": 0.0}
+        facts = {"steps": 100, "parameters": 5, "kind": "cpu", "dtype": "float32", "dropout": 0.0}
         return facts | {"curve": curve, "bits_per_byte": min(bits for _, bits in points), **others}
 
     adamw = [run((0, 4.0), (4, 2.0)), run((0, 4.0), (4, 1.0))]

@@ -77,11 +77,13 @@ def test_any_lengths_are_packed_whole_and_once(seed, packed_by):
     assert windows == packed_by(lengths, room, seed)
 
 
-@pytest.mark.parametrize(("shortest", "longest", "room"), [(27, 46, 257), (60, 90, 513), (20, 400, 513)])
-def test_lengths_that_hardly_vary_leave_little_padding_too(shortest, longest, room):
+@pytest.mark.parametrize(
+    ("shortest", "longest", "room", "most"), [(27, 46, 257, 0.03), (60, 90, 513, 0.03), (20, 400, 513, 0.05)]
+)
+def test_lengths_that_hardly_vary_leave_little_padding_too(shortest, longest, room, most):
     lengths = np.random.default_rng(0).integers(shortest, longest, size=250)
     windows = pack(lengths, room)
-    assert 1 - lengths.sum() / (room * len(windows)) < 0.05
+    assert 1 - lengths.sum() / (room * len(windows)) < most
     assert len(windows) <= len(best_fit(lengths, room))
 
 
