@@ -58,6 +58,13 @@ def test_a_broken_template_is_refused(model_with, template):
         model_with({"chat_template": template})
 
 
+def test_a_tokenizer_config_may_be_large(model_with):
+    """Gemma 3's has 1.2 MB."""
+    template = model_with({"chat_template": PLAIN, "eos_token": "</s>", "added_tokens_decoder": "x" * 1_500_000})
+    assert template.text(MESSAGES) == "user: Are geese <|endoftext|> ducks?</s>\n"
+    assert model_with({"chat_template": PLAIN, "added_tokens_decoder": "x" * 10**7}) is None
+
+
 def test_a_file_that_is_not_utf8_is_named(model_with, tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes("{{ 'Gänse' }}".encode("latin-1"))
     with pytest.raises(UserError, match=r"can't be used: .*chat_template.jinja is not UTF-8 text: save it as UTF-8\.$"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt.data import archive as data_archive
-from mlx_gpt.data.archive import extract
+from mlx_gpt.data.archive import extract, fault_in_name
 from mlx_gpt.errors import UserError
 
 from .zips import CSV, FILES, make_zip, raw_zip, refused, tree, write
@@ -209,3 +209,8 @@ def test_extract_never_adds_to_a_folder(tmp_path: Path) -> None:
     mine = write(tmp_path / "here/mine.csv", b"")
     assert "already exists" in refused(lambda: extract(archive, tmp_path / "here"))
     assert mine.exists()
+
+
+def test_a_name_that_no_file_can_have_is_a_fault():
+    assert fault_in_name("train\ud800.jsonl") == "has a name that is not valid Unicode"
+    assert fault_in_name("tr\u00e4in.jsonl") is None

@@ -222,3 +222,10 @@ def test_images_in_parquet_are_not_read_to_see_that_they_are_there(tmp_path):
         file.seek(min(damaged.dictionary_page_offset or damaged.data_page_offset, damaged.data_page_offset))
         file.write(bytes(damaged.total_compressed_size))
     assert rows_of(path) == [Dropped("a column `images`, which is not supported"), FOUR, HELLO]
+
+
+@pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio", "audios"])
+def test_a_row_with_something_that_is_not_text_is_dropped(tmp_path, column):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": HELLO, column: value}) + "\n" for value in ("a.bin", None)))
+    assert rows_of(path) == [Dropped(f"a column `{column}`, which is not supported"), HELLO]
