@@ -61,7 +61,7 @@ class ModelConfig:
         "Heads of keys and values, each shared by a group of attention heads; qwen3 only. [default: --n-head]",
         at_least=1,
     )
-    tie_embeddings: bool = setting(True, "Use the token embedding as the head, too; gpt2 has no other.")
+    tie_embeddings: bool = setting(True, "Use the token embedding as the output head, too; gpt2 always does.")
     n_embd: int = setting(768, "Width: numbers per token between the blocks.", at_least=1)
     n_positions: int = setting(1024, "Longest context that the model can see, in tokens.", at_least=1)
     dropout: float = setting(
@@ -126,7 +126,7 @@ class TrainingConfig:
         auto="auto_batch_size",
     )
     auto_batch_size: bool = False  # true until the memory plan has chosen a batch size
-    gradient_accumulation_steps: int = setting(4, "Micro-batches per step; their gradients are added up.", at_least=1)
+    gradient_accumulation_steps: int = setting(4, "Micro-batches per step; their gradients are averaged.", at_least=1)
     grad_checkpoint: bool = setting(
         False, "Compute each block's activations twice instead of keeping them: less memory, more time."
     )
@@ -147,14 +147,14 @@ class TrainingConfig:
     )
     optimizer: str = setting(
         "adamw",
-        "Optimizer: adamw for all parameters, or muon for the matrices of the blocks, with projections that begin at "
-        "zero, and adamw for the rest.",
+        "Optimizer: adamw trains everything with AdamW; muon trains the matrices of the blocks with Muon and the rest "
+        "with AdamW, and starts the blocks' output projections at zero.",
         choices=("adamw", "muon"),
     )
     learning_rate: float = setting(
         3e-4,
-        "Highest learning rate, reached after the warm-up. Default with --from: 0.128 / width, or twice that for "
-        "adapters; otherwise 4e-3 with muon.",
+        "Highest learning rate, reached after the warm-up. The default differs with --from (0.128 / width, or twice "
+        "that for adapters), muon (4e-3) and the preset tiny (2e-3).",
         above=0,
     )
     min_lr: float | None = setting(None, "Learning rate at the end. [default: a tenth of --learning-rate]", at_least=0)

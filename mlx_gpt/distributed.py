@@ -6,7 +6,8 @@ writes and reports; the others follow.
 When a rank exits with an error or is killed, `mlx.launch` sends SIGTERM to the others. On a ring they also notice by
 themselves, since an exchange with a rank that has gone raises an error. JACCL and NCCL may wait for it forever, and
 Python handles no signal during that wait, so a thread ends the process 30 seconds after the first signal, or soon after
-the second. The thread knows only of the waits inside `Ranks`: on CUDA `sum` does not wait, so the next `any` must.
+the second. The thread sees only the waits inside `Ranks`. On CUDA `sum` returns without waiting, so the next `any` has
+to wait for its result.
 """
 
 import contextlib

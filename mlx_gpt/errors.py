@@ -63,7 +63,7 @@ def explain_os_error(error: OSError, task: str = "") -> str:
     if path and isinstance(error, PermissionError):
         return f"You have no permission to use {path}{therefore}: change its permissions or choose another."
     if path and error.errno == errno.EROFS:
-        return f"{path} is on a disk that can only be read{therefore}: choose another path."
+        return f"{path} is on a read-only disk{therefore}: choose another path."
     if path and isinstance(error, IsADirectoryError):
         return f"{path} is a folder: name a file."
     if path and isinstance(error, NotADirectoryError | FileExistsError):

@@ -201,7 +201,7 @@ def _wrong(value: Any, setting: Setting) -> str:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.5)
         return f"one of {', '.join(metadata['choices'])}" + (f" (did you mean {nearest[0]}?)" if nearest else "")
     if kind is str:
-        return "" if is_utf8(value) else "valid Unicode, as run.toml keeps it"
+        return "" if is_utf8(value) else "valid Unicode, so that run.toml can store it"
     if kind is float and not -sys.float_info.max <= value <= sys.float_info.max:
         return "a finite number"
     fits_bounds = all(COMPARE[words](value, bound) for words, bound in metadata["bounds"].items())
@@ -231,7 +231,7 @@ def _conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
         if given := changed(config.lora):
             yield (
                 {given, "init_from"},
-                f"`{given}` is for adapters for existing weights: name these with `init_from` (--from).",
+                f"`{given}` is for adapters, which need existing weights: name the weights with `init_from` (--from).",
             )
     if training.min_lr is not None and training.min_lr > training.learning_rate:
         yield (
@@ -260,8 +260,8 @@ def _conflicts_of_sizes(config: Config) -> Iterator[tuple[set[str], str]]:
     elif model.n_kv_head and model.n_head % model.n_kv_head:
         yield (
             {"n_kv_head", "n_head"},
-            f"`n_head` {model.n_head} is not a multiple of `n_kv_head` {model.n_kv_head}: each head of keys and values "
-            "is shared by as many attention heads.",
+            f"`n_head` {model.n_head} is not a multiple of `n_kv_head` {model.n_kv_head}, but all heads of keys and "
+            "values must serve the same number of attention heads: change one of the two.",
         )
     if model.model_type == "qwen3" and model.n_embd % model.n_head == 0 and model.n_embd // model.n_head % 2:
         yield (

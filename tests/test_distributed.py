@@ -255,7 +255,7 @@ def test_other_frozen_weights_on_another_host_are_refused_by_name(corpus, make_m
     assert not lines
     assert len(errors) == 1
     assert "Error: Rank 1: The weights in " in errors[0]  # mlx.launch may write a warning before it
-    assert "on this host are not those of rank 0" in errors[0]
+    assert "on this host differ from rank 0's" in errors[0]
     assert not Path("host0/run").exists()
 
 
@@ -285,7 +285,7 @@ def test_another_text_on_another_host_is_refused_by_name(corpus):
     lines, errors = Launch(2, "cli", "train", "--data=text", *flags(), "--out=run").end()
     assert not lines
     assert len(errors) == 1
-    assert errors[0].startswith("Error: Rank 1: The text in text on this host is not the one of rank 0")
+    assert errors[0].startswith("Error: Rank 1: The text in text on this host differs from rank 0's")
     assert not Path("host0/run").exists()
 
 

@@ -20,7 +20,7 @@ from mlx_gpt.tokenizer import Tokenizer
 class Conversation(Session):
     """A session in which each text is a message, and the model answers it."""
 
-    greeting = 'Write a message. """ begins and ends one of several lines, /help shows the commands, Ctrl-D quits.'
+    greeting = 'Write a message. Put """ around one of several lines. /help shows the commands, Ctrl-D quits.'
     help = """\
 Write a message and press Enter: the model answers it, and remembers what was said before.
 /again        asks for another answer to the newest message

@@ -37,7 +37,7 @@ def command() -> int:
     problems = list(check())
     for problem in problems:
         click.echo(f"Problem: {problem}")
-    click.echo("Ready." if not problems else "It works, but see above.")
+    click.echo("Ready." if not problems else "Not ready: fix the problems above.")
     return 1 if problems else 0
 
 
@@ -87,7 +87,7 @@ def device_rows(here: "Device", machine: mac.Mac | None) -> Iterator[tuple[str, 
         yield "Wired memory", wired_memory(machine)
         if machine.has_matrix_units:
             yield "Matrix units", "used" if machine.uses_matrix_units else "not used: MLX needs macOS 26.2 for them"
-    yield "Precision", f"{name_of(here.dtype('auto'))} to compute in, float32 to keep"
+    yield "Precision", f"computes in {name_of(here.dtype('auto'))}, keeps weights and optimizer state in float32"
     if rounds_to_tf32(here, machine):
         yield "float32", "products are rounded to TF32, which keeps 10 bits of 23; MLX_ENABLE_TF32=0 keeps all"
     elif here.kind != "cpu":

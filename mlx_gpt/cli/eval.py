@@ -23,7 +23,10 @@ LONGEST = 1024  # tokens per window by default, for models whose context is far 
     help="A run (its best model), a model directory or hf:owner/name.  [default: the newest run]",
 )
 @click.option(
-    "--seq-len", type=int, metavar="N", help="Tokens per window.  [default: as in training, else the context]"
+    "--seq-len",
+    type=int,
+    metavar="N",
+    help="Tokens per window.  [default: as in training; for a model without a run its context, at most 1024]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
 @settings_options(DataConfig, only=("documents", "column"))

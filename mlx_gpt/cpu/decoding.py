@@ -7,8 +7,8 @@ the MLP's inner width, and its own stream. Each weight is read once, by one core
 the cache is compiled.
 
 A network that can be divided has `with_layers`, and its blocks have `stages`: norm, attention, norm and MLP. Attention
-and MLP name the linear layers to divide by their outputs, with the number of matrices that each has one below the
-other (`split_by_output`), and those to divide by their inputs (`split_by_input`).
+and MLP name the linear layers to divide. `split_by_output` has those to divide by their outputs, each with the number
+of matrices stacked in its weight (3 for GPT-2's `c_attn`). `split_by_input` has those to divide by their inputs.
 """
 
 import copy

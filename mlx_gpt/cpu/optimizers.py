@@ -1,8 +1,8 @@
-"""The optimizers' updates on a CPU, a part of the work on each stream.
+"""Computes the optimizers' updates on a CPU, with a part of the work on each stream.
 
 `mlx.optimizers.AdamW`, followed by a choice between new and old arrays, compiles to six kernels, which read and write
-each array several times. Here scalars make the choice, so that one kernel reads and writes each array once. A Muon
-computes as it is, but a part of its matrices on each stream.
+each array several times. Here scalars make the choice, so that one kernel reads and writes each array once. Muon's own
+update is unchanged, but each stream computes a part of its matrices.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Turns conversations into token ids in memory-mapped files.
 
-The ids are exactly those of a conversation with the model, except for today's date: a prompt up to the place of the
-answer, encoded as a whole, then the answer.
+Training sees the ids that the model will see in a real conversation: the whole prompt, encoded at once, and then the
+answer. Only a date that the template writes differs, because training uses a fixed one.
 
 A file is one row of uint32. The bits `ID` of a number are a token, and the other bits are marks for training.
 """
@@ -104,7 +104,10 @@ def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Tran
         if message["role"] == "assistant":
             before, after = template.text(conversation[:i]), template.text(conversation[: i + 1], answering=False)
             if not after.startswith(before):
-                raise UserError("The model's chat template does not write an answer where it asks for one.")
+                raise UserError(
+                    "The model's chat template does not put an answer right after its generation prompt, so mlx-gpt "
+                    "can't train on it: use a model with another template."
+                )
             separate.append(Transcript(after, [(len(before), len(after))]))
             grows = grows and before.startswith(done)
             done = after

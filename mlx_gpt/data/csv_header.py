@@ -94,8 +94,8 @@ def _refuse_title(path: Path, header: list[str], cells: list[list[str]], sample:
         numbered = len(header) == 2 and not header[0] and all(NUMBER.fullmatch(cell.strip()) for cell in cells[0])
         if not numbered:
             raise UserError(
-                f"{path} has {len(header)} columns, but its first row has only {shown(names[0], 43)!r} in it: remove "
-                "it if it is a title, or else name every column there, with `text` for the one to read."
+                f"{path} has {len(header)} columns, but its first row names only {shown(names[0], 43)!r}. If that row "
+                "is a title, remove it. Otherwise name every column in it, and call the column to read `text`."
             )
 
 

@@ -37,8 +37,9 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
     faults = [(number, why) for number, row, fault in sample if (why := fault or _misfit(row, columns, index))]
     if len(faults) > len(sample) / 2:
         raise UserError(
-            f"{path} has {columns} columns by its first row, but most rows do not fit (row {faults[0][0]:,} has "
-            f"{faults[0][1]}): name every column there, and put quotation marks around text with separators in it."
+            f"The first row of {path} names {columns} columns, but most rows do not fit that (row {faults[0][0]:,} has "
+            f"{faults[0][1]}): name every column in the first row, and put quotation marks around text with "
+            "separators in it."
         )
     if not column and header[0] and sum(map(bool, header)) == 1 and not named_column(header, ""):
         yield Dropped("first row, taken for the column's name"), f"{path}, header row"

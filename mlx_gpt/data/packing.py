@@ -68,7 +68,7 @@ class PackedWindows(Windows):
             )
         padding = 1 - lengths.sum() / (self.per_epoch * self._length)
         self.facts.append(
-            f"{len(lengths):,} conversations packed into {self.per_epoch:,} windows, {padding:.1%} of which is padding"
+            f"{len(lengths):,} conversations packed into {self.per_epoch:,} windows, with {padding:.1%} padding"
         )
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -71,7 +71,8 @@ class Report:
         lines = [f"{a:8} {b:>{number},} {c:{word}}  {d}".rstrip() for a, b, c, d in rows]
         lines += [self.note] if self.note else []
         for path in self.skipped:
-            why = "a .json file, read only where it is named" if path.lower().endswith(".json") else "not text"
+            is_json = path.lower().endswith(".json")
+            why = "because a .json file in a folder is not read unless you name it" if is_json else "not text"
             lines.append(f"skipped, {why}: {path}")
         return [printable(line) for line in lines]
 

@@ -219,4 +219,4 @@ def _note(kind: str, rows: int, cut: int, val_fraction: float) -> str:
         how = f"{cut:,} documents are cut, and their ends are validation"
     if cut == 1:
         how = "one document is cut, and its end is validation"
-    return f"split by length, because the {kind} are few or their lengths differ much: {how}"
+    return f"split by length, because there are few {kind} or their lengths are very different: {how}"

@@ -187,8 +187,8 @@ def lost_text(tokens: Iterable[np.ndarray], tokenizer: Tokenizer) -> list[str]:
         shown(tokenizer.backend.id_to_token(tokenizer.unknown)),
     )
     return [
-        f"WARNING: {count} tokens of this text are {name}: the tokenizer does not know these words or characters, so "
-        "they are lost, and bits per byte mislead."
+        f"WARNING: {count} tokens of this text are {name}, because the tokenizer does not know these words or "
+        "characters. They are lost, so the bits per byte are misleading."
     ]
 
 

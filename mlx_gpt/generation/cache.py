@@ -1,6 +1,6 @@
 """The keys and values of the sequences that are decoded together.
 
-Shapes: B sequences of T new tokens, S tokens of the longest including those, H heads of width D.
+Shapes: B sequences, T new tokens in each, S tokens in the longest one with its new ones, H heads of width D.
 """
 
 import mlx.core as mx

@@ -221,7 +221,8 @@ def gpt2_args(path: Path, config: Mapping[str, Any]) -> gpt2.ModelArgs:
     for key, fine in asked.items():
         if key in config and config[key] not in fine:
             found = shown(repr(config[key]))
-            raise UserError(f"{path}: `{key}` {found} is not GPT-2's ({fine[0]!r}), and mlx-gpt has no other.")
+            only = f"mlx-gpt supports only GPT-2's {fine[0]!r}"
+            raise UserError(f"{path}: `{key}` is {found}, but {only}: use another model.")
     names = ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
     for name in names:
         if name not in config:
@@ -276,14 +277,18 @@ def _check_sizes(path: Path, config: Mapping[str, Any], stored: Mapping[str, tup
     dimensions = [size for shape in stored.values() for size in shape]
     for name in ("vocab_size", "hidden_size"):
         if (name == "vocab_size" or name in config) and config.get(name) not in dimensions:
-            raise UserError(f"{path}: no tensor has the `{name}`, {shown(repr(config.get(name)))}.")
+            asked = f"`{name}` as {shown(repr(config.get(name)))}"
+            raise UserError(f"{path} gives {asked}, but no tensor has that size: fetch the directory again.")
     for name, value in config.items():
         counts_layers = name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         most = len(stored) if counts_layers else max(len(stored), *dimensions)
         is_count = name.startswith(("num_", "n_")) or any(word in name for word in ("layer", "head", "expert"))
         if is_count and isinstance(value, int) and value > most:
-            asked = f"`{shown(name)}` {shown(value)}"
-            raise UserError(f"{path}: {asked} asks for more than the {len(stored)} tensors there hold.")
+            asked = f"`{shown(name)}` as {shown(value)}"
+            raise UserError(
+                f"{path} gives {asked}, but the {len(stored)} tensors beside it are too few or too small for that: "
+                "fetch the directory again."
+            )
 
 
 def _check_memory(

@@ -81,10 +81,11 @@ def read_header(path: Path, prefix: str = "", packed: bool = False) -> dict[str,
                 tensor = file.get_slice(name)
                 is_packed = packed and tensor.get_dtype() == PACKED and f"{name.removesuffix('weight')}scales" in names
                 if tensor.get_dtype() not in FLOATS and not is_packed:
-                    kind = f"{shown(name)} is {tensor.get_dtype()}"
-                    raise UserError(f"{path}: tensor {kind}; weights are one of {FLOATS}.")
+                    kind = f"{shown(name)} has the type {tensor.get_dtype()}"
+                    raise UserError(f"{path}: the tensor {kind}, but mlx-gpt reads only {FLOATS}: use another model.")
                 if name.removeprefix(prefix) in shapes:
-                    raise UserError(f"{path} has tensor {shown(name)} with the prefix and without: fetch it again.")
+                    both = f"{shown(name.removeprefix(prefix))} twice, with and without `{prefix}` before its name"
+                    raise UserError(f"{path} has the tensor {both}: fetch it again.")
                 shapes[name.removeprefix(prefix)] = tuple(tensor.get_shape())
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: mlx-gpt reads weights from safetensors only.") from None

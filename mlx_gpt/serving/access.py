@@ -1,7 +1,7 @@
 """The guard in front of the application: it limits who may send requests, how large, and for how long.
 
-It is ASGI middleware (https://asgi.readthedocs.io/en/latest/specs/www.html), so that it can refuse a body while that
-arrives, and end a stream while that is sent.
+It is ASGI middleware (https://asgi.readthedocs.io/en/latest/specs/www.html), so that it can refuse a body that is
+still arriving, and end a stream that is still being sent.
 """
 
 import asyncio

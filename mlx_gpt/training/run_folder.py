@@ -77,7 +77,7 @@ def check_room_for_run(folder: Path, model: int, saved: int, checkpoints: int) -
         if checkpoints > 2:
             fewer = f", keep fewer checkpoints (--keep-checkpoints 1: {size_in_words(2 * saved + 2 * model)})"
         count = "a checkpoint" if checkpoints == 1 else f"up to {checkpoints} checkpoints at a time"
-        held = f", besides {size_in_words(room - free)} that the run has already" if room > free else ""
+        held = f", and the run's old files take {size_in_words(room - free)}" if room > free else ""
         raise UserError(
             f"The run takes {size_in_words(needed)} ({count}, the best model and the final model), and the disk of "
             f"{folder} has {size_in_words(free)} left{held}: make room{fewer} or choose another --out."

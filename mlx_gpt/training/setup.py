@@ -375,7 +375,7 @@ def check_same_text(config: Config, tokens: Tokens, of_rank_0: str) -> None:
         UserError: it has a different text.
     """
     if tokens.fingerprint != of_rank_0:
-        raise UserError(f"The text in {config.data.data} on this host is not the one of rank 0: copy its text here.")
+        raise UserError(f"The text in {config.data.data} on this host differs from rank 0's: copy rank 0's text here.")
 
 
 def check_same_base(base: Path | None, fingerprint: str, of_rank_0: str) -> None:
@@ -385,7 +385,7 @@ def check_same_base(base: Path | None, fingerprint: str, of_rank_0: str) -> None
         UserError: the weights differ.
     """
     if fingerprint != of_rank_0:
-        raise UserError(f"The weights in {base} on this host are not those of rank 0: copy its weights here.")
+        raise UserError(f"The weights in {base} on this host differ from rank 0's: copy rank 0's weights here.")
 
 
 def take_folder(run: Run, display: Display) -> None:

@@ -43,8 +43,8 @@ def _save(run: Run, name: str, save: Callable[[], object], last: bool) -> tuple[
         newest = _newest(run)
         if last or run.failed_saves >= MAX_FAILED_SAVES:
             return False, (
-                f"{name} could not be saved ({why}){'' if last else ', the third failure'}; training ends, {newest}. "
-                f"Make room, then continue with: {typed('train', '--resume', run.folder)}"
+                f"{name} could not be saved ({why}){'' if last else '. This was the third failed save'}, so training "
+                f"ends; {newest}. Make room, then continue with: {typed('train', '--resume', run.folder)}"
             )
         run.monitor.line(
             f"WARNING: {name} could not be saved ({why}); {newest}. Training continues: make room, because it ends "
@@ -78,7 +78,7 @@ def _save_making_room(run: Run, name: str, save: Callable[[], object]) -> None:
             checkpoint.remove(older[0])
             removed = f"WARNING: the disk is full, so {older[0]} was removed to make room for {name}"
             if free_space(run.folder) <= free:
-                run.monitor.line(f"{removed}, which did not free any.")
+                run.monitor.line(f"{removed}, but that freed no space.")
                 raise
             run.monitor.line(f"{removed}.")
             made_room = True

@@ -327,7 +327,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(source, texts, tmp_path, mo
 
     for code, words in (
         (errno.EACCES, r"no permission to use .*out, .* cannot write to .*out.* choose another"),
-        (errno.EROFS, r"out is on a disk that can only be read, .* cannot write to .*out.* choose another path"),
+        (errno.EROFS, r"out is on a read-only disk, .* cannot write to .*out.* choose another path"),
     ):
 
         def locked(self, *args, code=code, **kwargs):  # because the tests may run as root, who has every permission

@@ -186,7 +186,7 @@ def test_a_llama_that_we_save_is_the_one_that_we_read(llama, ids, bpe, tmp_path)
     ("changes", "said"),
     [
         ({"num_hidden_layers": 3}, "no tensor model.layers.2."),
-        ({"hidden_size": 64}, "no tensor has the `hidden_size`"),
+        ({"hidden_size": 64}, "gives `hidden_size` as 64, but no tensor has that size"),
         ({"num_hidden_layers": 10**12}, "layers"),
         ({"num_attention_heads": None}, "can't be read as llama"),
     ],

@@ -196,8 +196,8 @@ def test_a_dropout_for_stored_adapters_needs_no_rank(tune, train):
     [
         ({"lora_rank": 33}, "`lora_rank` 33 is more than the model is wide"),
         ({"lora_layers": 3}, "`lora_layers` 3 is more than the model has: use 2 or less"),
-        ({"init_from": ""}, "`lora_rank` is for adapters for existing weights: name these with `init_from`"),
-        ({"init_from": "", "lora_rank": None}, "`lora_dropout` is for adapters for existing weights"),
+        ({"init_from": ""}, "`lora_rank` is for adapters, which need existing weights: name the weights"),
+        ({"init_from": "", "lora_rank": None}, "`lora_dropout` is for adapters, which need existing weights"),
         ({"lora_rank": None}, "`lora_dropout` is for adapters: give `lora_rank` as well"),
         ({"n_layer": 3}, "`n_layer` 3 contradicts the weights in .*, which have 2: omit it"),
     ],

@@ -283,7 +283,7 @@ def test_a_disk_that_keeps_what_is_deleted_loses_one_checkpoint_at_most(train, f
     outcome = train("run", **EACH_STEP, max_steps=5, keep_checkpoints=9, tick=fill_and_clear)
     freed, failed = warnings(outcome)
     assert freed.endswith(
-        "step-00000001 was removed to make room for the checkpoint of step 4, which did not free any."
+        "step-00000001 was removed to make room for the checkpoint of step 4, but that freed no space."
     )
     assert "the checkpoint of step 4 could not be saved" in failed
     assert steps_saved() == [2, 3, 5]
@@ -340,7 +340,7 @@ def test_a_folder_that_can_no_longer_be_written_to(train, take, give):
     outcome = train("run", **EACH_STEP, max_steps=4, tick=after({2: take, 3: give}))
     assert len(warnings(outcome)) == 1
     assert steps_saved() == [1, 3, 4]
-    with pytest.raises(RunError, match="the third failure"):
+    with pytest.raises(RunError, match="the third failed save"):
         train("run", resume="run", **(EACH_STEP | {"max_steps": 9}), tick=after({2: take}))
     give()
     assert steps_saved() == [3, 4, 5]
