@@ -42,7 +42,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     from mlx_gpt.data.tokens import encode_file, lost_text
     from mlx_gpt.evaluation import Evaluator
     from mlx_gpt.objectives import OBJECTIVES
-    from mlx_gpt.training import run_folder
+    from mlx_gpt.training import run_folder, run_settings
     from mlx_gpt.training.setup import open_data
 
     display = Terminal()
@@ -53,7 +53,7 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
         raise UserError(f"{model} is not a run, so it has no validation text: name a FILE.")
     path = Path(fetched(model)) if model else run_folder.newest_run(Path("weights"), with_model=True)
     network, tokenizer = load(path)
-    config = run_folder.config_of(path)
+    config = run_settings.config_of(path)
     positions = models.context_length(network)
     if seq_len is None:
         seq_len = config.training.seq_len if config else min(positions, LONGEST)

@@ -29,7 +29,8 @@ from mlx_gpt.signals import acknowledged
 from mlx_gpt.training import checkpoint, trouble
 from mlx_gpt.training.memory import plan_run
 from mlx_gpt.training.metrics import was_evaluated
-from mlx_gpt.training.setup import Run, set_up, take_folder
+from mlx_gpt.training.run import Run
+from mlx_gpt.training.setup import set_up, take_folder
 
 Batch = tuple[mx.array, ...]
 """Tokens (B, T + 1), and the weights (B, T) of all tokens except the first."""

@@ -28,7 +28,7 @@ from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Display
 from mlx_gpt.training import checkpoint, run_folder
 from mlx_gpt.training.plan import DROPOUT, HEADROOM, choose_dropout, in_words, make_plan
-from mlx_gpt.training.setup import Run
+from mlx_gpt.training.run import Run
 
 SHORTEST = 128  # windows that a suggestion cuts no shorter
 CHOSEN = ("batch_size", "gradient_accumulation_steps", "grad_checkpoint", "auto_batch_size")

@@ -149,7 +149,7 @@ class Plan:
 
 
 def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
-    """Work out the size of a `setup.Run`."""
+    """Work out the size of a `Run`."""
     training = run.training
     per_step = training.windows_per_step
     per_epoch = run.windows.per_epoch

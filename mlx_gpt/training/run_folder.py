@@ -7,18 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data import hub
-from mlx_gpt.data.sources import BUILTIN
 from mlx_gpt.errors import UserError, typed
-from mlx_gpt.files import free_space, locked, remove, size_in_words
+from mlx_gpt.files import free_space, remove, size_in_words
 from mlx_gpt.models import adapters
-from mlx_gpt.settings import build, flat, read_toml, resolve, write_toml
+from mlx_gpt.settings import resolve
 from mlx_gpt.training import checkpoint
+from mlx_gpt.training.lock import Lock
 
 SETTINGS = "run.toml"
 LOG = "training.log"
-LOCK = ".lock"
 # In the order in which they are removed: while run.toml is there, the folder is a run.
 CONTENTS = (
     "final", "best", "checkpoints", "metrics.jsonl", LOG, "curves.png", "tensorboard", "wandb",
@@ -26,17 +24,9 @@ CONTENTS = (
 )  # fmt: skip
 BASE = "base"  # the name of the folder with the base of a run's adapters
 FROM_ADAPTERS = f"../../{BASE}"  # the path to it from best/adapters, final/adapters and the folder of a checkpoint
-# Settings that may change on a resume. Any other would silently make it another run.
-MAY_CHANGE = {
-    "max_steps", "max_epochs", "max_minutes", "learning_rate", "min_lr", "warmup_steps", "muon_learning_rate",
-    "schedule", "max_bad_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "report_to", "out",
-    "data",  # because the text may have moved; its fingerprint says whether it is the same
-}  # fmt: skip
-# Settings that are a path, each with the values that are not.
-PATHS = {"data": ("", BUILTIN), "tokenizer": ("bpe", "bytes"), "init_from": ("",)}
 
 
-def claim(folder: Path, overwrite: bool) -> "Lock":
+def claim(folder: Path, overwrite: bool) -> Lock:
     """Lock `folder` for a new run.
 
     Raises:
@@ -138,50 +128,6 @@ def refuse_dead_links(run: Path) -> None:
             )
 
 
-class Lock:
-    """Keeps a second process out of a run. The system releases it when the process ends, however it ends.
-
-    Some network file systems have no locks. There it keeps nobody out.
-
-    Raises:
-        UserError: another process holds it; the sentence names it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._held = contextlib.ExitStack()
-        while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path.touch()
-            try:
-                self._held.enter_context(locked(self._path, wait=False))
-                break
-            except FileNotFoundError:
-                continue  # the process that had locked it has removed it
-            except BlockingIOError:
-                holder = self._path.read_text(encoding="utf-8").strip() or "unknown"
-                raise UserError(
-                    f"Process {holder} is training into {folder}: wait for it, stop it, or choose another --out."
-                ) from None
-        self._path.write_text(f"{os.getpid()}\n", encoding="utf-8")
-
-    def release(self) -> None:
-        """Let others in. Folders that were made for the lock alone are removed."""
-        if self._made and [path.name for path in self._path.parent.iterdir()] == [LOCK]:
-            self._path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                for folder in self._made:
-                    folder.rmdir()
-        self._held.close()
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-
 def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
     """Return the folder of the run to resume, and the checkpoint if one was named.
 
@@ -209,7 +155,7 @@ def run_to_resume(resume: str, given: Mapping[str, Any]) -> tuple[Path, Path | N
 
 def _not_a_run(path: Path) -> str:
     """Say what a folder is that can't be resumed, and what can be done with it."""
-    if path.exists() and (run := _run_around(path)):
+    if path.exists() and (run := run_around(path)):
         again = typed("train", "--resume", run)
         return f"{path} is only a part of the run {run}, and not a whole checkpoint: resume the run with `{again}`."
     with contextlib.suppress(UserError):
@@ -221,7 +167,7 @@ def _not_a_run(path: Path) -> str:
     return f"There is no run in {path}: leave --resume out to start one."
 
 
-def _run_around(path: Path) -> Path | None:
+def run_around(path: Path) -> Path | None:
     """Return the run that `path` is or lies in, by the path that the user gave if that contains the run."""
     for folder in (path, path.resolve()):
         for run in (folder, folder.parent, folder.parent.parent):
@@ -254,120 +200,12 @@ def newest_run(weights: Path, with_model: bool = False) -> Path:
     return max(runs, key=worked_on)
 
 
-def config_of(path: Path) -> Config | None:
-    """Return the settings of the run at `path`, or of the run that has the model directory at `path`."""
-    run = _run_around(path)
-    return resolve(read_settings(run)) if run else None
-
-
 def fingerprint_of(path: Path) -> str | None:
     """Return the fingerprint of the tokens that the run at `path` was trained on; None before its first checkpoint."""
-    for saved in checkpoint.all_checkpoints(_run_around(path) or path):
+    for saved in checkpoint.all_checkpoints(run_around(path) or path):
         with contextlib.suppress(UserError):
             return checkpoint.read_progress(saved).fingerprint
     return None
-
-
-def write_settings(config: Config) -> None:
-    """Write `run.toml` with absolute paths. `read_settings` finds them again after the run has moved."""
-    run, values = Path(config.out), flat(config)
-    for name in ("out", *PATHS):
-        if _is_path(name, values.get(name)):
-            values[name] = str(_absolute(values[name]))
-    was = Path(read_toml(run / SETTINGS).get("out", "")) if (run / SETTINGS).exists() else run
-    if was.is_absolute() and was.exists() and was.samefile(run):
-        values["out"] = str(was)  # a link that names the run now does not move with it
-    write_toml(build(Config, values), run / SETTINGS)
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """Return the settings in a run's `run.toml`, with its paths as they are now, seen from the current folder.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    saved = read_toml(run / SETTINGS)
-    for name in PATHS:
-        if _is_path(name, saved.get(name)):
-            path, here = _found(Path(saved[name]), Path(saved.get("out", "")), run), Path.cwd()
-            saved[name] = str(path.relative_to(here) if path.exists() and path.is_relative_to(here) else path)
-    return saved
-
-
-def read_config(file: str | Path) -> dict[str, Any]:
-    """Return the settings in a TOML file. If a run wrote it, paths are as in `read_settings`, and `out` is that run.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    run, saved = Path(file).parent, read_toml(file)
-    of_run = Path(file).name == SETTINGS and Path(str(saved.get("out", ""))).is_absolute() and (run / LOG).exists()
-    return read_settings(run) | {"out": str(run)} if of_run else saved
-
-
-def _found(path: Path, out: Path, run: Path) -> Path:
-    """Return where a path of a run is now: with the run, if both have moved together, else where it was.
-
-    Args:
-        path: the path as `run.toml` has it.
-        out: the run as `run.toml` has it.
-        run: the run as it is now.
-    """
-    moved = out.is_absolute() and not (out.exists() and out.samefile(run))
-    # The run may be named by a link, or be behind a link that has moved with the project.
-    for folder in (run.resolve(), _absolute(run)) if moved else ():
-        if (beside := _absolute(folder / os.path.relpath(path, out))).exists():
-            return beside
-    return path
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.normpath(Path(path).absolute()))
-
-
-def _is_path(name: str, value: Any) -> bool:
-    return isinstance(value, str) and value not in PATHS.get(name, ()) and not hub.is_hub_name(value)
-
-
-def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
-    """Return the settings of a run, with the given ones changed if they may change.
-
-    Raises:
-        UserError: a given setting would make it another run; the message names all of them. Or its text has moved.
-    """
-    saved = read_settings(run)
-    if given.get("batch_size") == "auto":  # the batch that was chosen then stays, if a step has as many windows
-        given = _chosen(saved, given)
-    if given.get("dropout") == "auto":
-        given = {name: value for name, value in given.items() if name != "dropout"}
-    config = resolve(saved | dict(given) | {"out": str(run)})
-    resolved = flat(config)
-
-    def whole(name: str, value: Any) -> Any:
-        return _absolute(value) if name in PATHS and _is_path(name, value) else value
-
-    was = {name: whole(name, value) for name, value in saved.items()}
-    changed = [name for name in given if name not in MAY_CHANGE and whole(name, resolved.get(name)) != was.get(name)]
-    if changed:
-        raise UserError(
-            "\n".join(
-                f"`{name}` was {saved.get(name)!r} when {run} began and can't become {given[name]!r}: "
-                "start another run with another --out."
-                for name in changed
-            )
-        )
-    data = config.data.data
-    if "data" not in given and _is_path("data", data) and not Path(data).exists():
-        raise UserError(f"The text of {run} is no longer in {data}: name its new place with --data.")
-    return config
-
-
-def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings, with the saved batch instead of "auto" where a step has as many windows as were asked for."""
-    count = given.get("gradient_accumulation_steps", 0)
-    same = TrainingConfig.batch_size * count == saved["batch_size"] * saved["gradient_accumulation_steps"]
-    left_to_us = {"batch_size", "gradient_accumulation_steps"} if same else {"batch_size"}
-    return {name: value for name, value in given.items() if name not in left_to_us}
 
 
 def model_directory(path: Path) -> Path:

@@ -6,127 +6,32 @@ its decisions. Nothing in the run's folder changes before `take_folder`.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_gpt import models
 from mlx_gpt.chat_template import CHATML
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data import hub
-from mlx_gpt.data.batches import Shard, Windows
 from mlx_gpt.data.corpus import Corpus, open_corpus
 from mlx_gpt.data.tokens import Tokens, get_tokenizer, lost_text
-from mlx_gpt.device import Device, device
-from mlx_gpt.distributed import ALONE, Ranks, join
+from mlx_gpt.device import device
+from mlx_gpt.distributed import Ranks, join
 from mlx_gpt.errors import UserError, typed
-from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.models.tokenizer_files import read_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.progress import Display, Lines
 from mlx_gpt.settings import build, flat, resolve
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.tokenizer_training import END_OF_TURN, START_OF_TURN
-from mlx_gpt.training import checkpoint, fine_tuning, reporters, run_folder
+from mlx_gpt.training import checkpoint, fine_tuning, reporters, run_folder, run_settings
 from mlx_gpt.training.checkpoint import Progress
+from mlx_gpt.training.lock import Lock
 from mlx_gpt.training.metrics import Monitor
 from mlx_gpt.training.network import make_model
-from mlx_gpt.training.plan import Plan
-from mlx_gpt.training.run_folder import Lock
-
-
-@dataclass
-class Run:
-    """Everything that training needs.
-
-    Attributes:
-        settings: the settings that run.toml keeps.
-        config: the settings as they apply here, with the tokenizer's real size and the number of ranks.
-        device: the device that trains.
-        tokenizer: the tokenizer of the text and the model.
-        tokens: the encoded text.
-        windows: the training windows.
-        val_windows: the validation windows.
-        model: the network, in the form for this device.
-        objective: the loss, in the form for this device.
-        progress: how far the run is.
-        source: the checkpoint to resume from.
-        damaged: newer checkpoints, each with the reason why it is unusable.
-        resumes: whether the run existed before.
-        resources: the lock and the logs, which are closed at the end.
-        ranks: the processes that train together.
-        best_loss: lowest validation loss so far, which is the loss of `best/`; None before there is one.
-        failed_saves: number of failed saves since a checkpoint was last saved.
-        plan: what the run is expected to take; set once it is known.
-        monitor: the logs; set when the folder is taken.
-    """
-
-    settings: Config
-    config: Config
-    device: Device
-    tokenizer: Tokenizer
-    tokens: Tokens
-    windows: Windows
-    val_windows: Windows
-    model: nn.Module
-    objective: nn.Module
-    progress: Progress
-    source: Path | None
-    damaged: dict[Path, str]
-    resumes: bool
-    resources: contextlib.ExitStack
-    ranks: Ranks = ALONE
-    best_loss: float | None = None
-    failed_saves: int = 0
-    plan: Plan = field(init=False)
-    monitor: Monitor = field(init=False)
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the run is written to."""
-        return Path(self.config.out)
-
-    @property
-    def training(self) -> TrainingConfig:
-        """The settings of its training."""
-        return self.config.training
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        """Close the logs and let others into the folder; an error ends all ranks."""
-        self.resources.__exit__(*exception)
-
-    def batches(self) -> Iterator[tuple[mx.array, ...]]:
-        """Return this rank's micro-batches without end, from the first one that has not been trained on."""
-        training = self.training
-        start = self.progress.step * training.windows_per_step
-        shard = Shard(self.ranks.rank, self.ranks.size, training.windows_per_step)
-        batches = self.windows.training(training.micro_batch_size, training.seed, start, shard)
-        return ((mx.array(windows_bt), mx.array(weights_bt)) for windows_bt, weights_bt in batches)
-
-    def window_numbers(self, start: int, count: int) -> list[int]:
-        """Return where windows begin in the text, in tokens."""
-        return self.windows.places(self.training.seed, start, count)
-
-    def evaluator(self) -> Evaluator:
-        """Return the evaluator of the model on the validation text."""
-        return Evaluator(
-            self.model,
-            self.val_windows,
-            self.tokenizer.byte_lengths(),
-            batch_size=self.training.micro_batch_size,
-            objective=type(self.objective),
-            limit=self.training.eval_windows,
-            dtype=self.device.dtype(self.training.precision),
-            on=self.device,
-            ranks=self.ranks,
-        )
+from mlx_gpt.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -226,7 +131,7 @@ def open_run(
     Raises:
         UserError: a setting is wrong, the folder is taken, or there is no checkpoint to resume from.
     """
-    in_file = run_folder.read_config(file) if file else {}
+    in_file = run_settings.read_config(file) if file else {}
     if not resume:
         config = resolve(settings, in_file)
         reporters.check(config.training.report_to)
@@ -244,7 +149,7 @@ def open_run(
         return Resumed(config, None, Progress(), {})
     given = in_file | dict(settings)
     folder, chosen = run_folder.run_to_resume(resume, given)
-    config = run_folder.resumed_config(folder, given)
+    config = run_settings.resumed_config(folder, given)
     reporters.check(config.training.report_to)
     resources.enter_context(Lock(folder))
     if overwrite and not chosen:
@@ -411,7 +316,7 @@ def _clear_and_write(run: Run, display: Display) -> None:
     if checkpoint.later_than(out, step):  # with --overwrite
         checkpoint.remove_after(out, step)
     checkpoint.remove_older(out, step, run.training.keep_checkpoints)  # which a kill may have prevented
-    run_folder.write_settings(run.settings)
+    run_settings.write_settings(run.settings)
     if run.config.lora.lora_rank:
         run.model.base = run_folder.keep_base(out, Path(run.model.base))
     best = checkpoint.best_model(out)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from mlx_gpt.errors import RunError, typed
 from mlx_gpt.files import DiskFullError, free_space
 from mlx_gpt.training import checkpoint, run_folder
-from mlx_gpt.training.setup import Run
+from mlx_gpt.training.run import Run
 
 MAX_FAILED_SAVES = 3
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -23,7 +23,7 @@ from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training import memory
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.loop import make_step
-from mlx_gpt.training.setup import Run
+from mlx_gpt.training.run import Run
 
 # Small and large micro-batches; where attention, the logits or the weights are the most.
 SHAPES: list[dict[str, Any]] = [

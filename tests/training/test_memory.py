@@ -15,7 +15,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.models.base import has_dropout
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.settings import resolve
-from mlx_gpt.training import checkpoint, loop, memory, run_folder
+from mlx_gpt.training import checkpoint, loop, memory, run_settings
 from mlx_gpt.training.memory import Estimate, Line, Trial
 from mlx_gpt.training.plan import HEADROOM, duration, in_words
 from tests.training.conftest import TINY, Silent
@@ -243,7 +243,7 @@ def test_a_text_that_is_read_often_is_trained_on_with_dropout(train, tmp_path, m
     monkeypatch.chdir(tmp_path)
     often = {"dropout": "auto", "max_epochs": epochs, "max_steps": None}
     started = train("run", **often, stop_after=1)
-    assert run_folder.read_settings(Path("run"))["dropout"] == dropout
+    assert run_settings.read_settings(Path("run"))["dropout"] == dropout
     assert any(line.split() == ["Dropout", "0.1"] for line in started.lines) == (dropout > 0)
     train("told", **often | {"dropout": dropout}, stop_after=1)
     stopped = [checkpoint.all_checkpoints(Path(run))[-1] / "model.safetensors" for run in ("run", "told")]

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.training import run_folder
-from mlx_gpt.training.run_folder import Lock
+from mlx_gpt.training.lock import Lock
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt.settings import read_toml
-from mlx_gpt.training.run_folder import config_of
+from mlx_gpt.training.run_settings import config_of
 
 from .conftest import TINY, contents, copy_of, refusal
 
