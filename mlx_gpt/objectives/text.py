@@ -8,7 +8,7 @@ from mlx_gpt.config import TrainingConfig
 from mlx_gpt.data.batches import TextWindows, Windows
 from mlx_gpt.data.corpus import Corpus
 from mlx_gpt.data.tokens import Tokens, check_length, tokenize
-from mlx_gpt.models.base import LinearCrossEntropy
+from mlx_gpt.models.cross_entropy import LinearCrossEntropy
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 from mlx_gpt.tokenizer import Tokenizer
 

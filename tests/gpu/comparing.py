@@ -26,18 +26,18 @@ from mlx_gpt.generation.requests import Continuation, Request, choose
 from mlx_gpt.models import lora
 from mlx_gpt.models.base import (
     GELU,
-    LinearCrossEntropy,
     ScaledDotProductAttention,
     SwiGLU,
     cast_parameters,
     set_precision,
 )
+from mlx_gpt.models.cross_entropy import LinearCrossEntropy
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Lines
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.loop import make_step
-from mlx_gpt.training.memory import measure
+from mlx_gpt.training.measuring import measure
 from mlx_gpt.training.setup import set_up
 
 Arrays = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ two to three times what bfloat16 differs from float32 on the CPU, and an eighth 
 import mlx.core as mx
 import pytest
 
-from mlx_gpt.models import base
+from mlx_gpt.models import cross_entropy
 from tests.gpu import comparing
 from tests.gpu.comparing import (
     NETWORKS,
@@ -50,7 +50,7 @@ def test_the_device_is_the_gpu(gpu):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_gives_the_same(gpu, reference, monkeypatch, name, dtype, tolerance):
     """Values and gradients; the cross-entropy 128 rows at a time."""
-    monkeypatch.setattr(base, "CHUNK", 1)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 1)
     operation = OPERATIONS[name]
     found, expected = comparing.operate(gpu, operation, dtype), comparing.operate(reference, operation, mx.float32)
     assert_close(found, expected, tolerance)

@@ -16,12 +16,12 @@ from mlx_gpt.distributed import ALONE
 from mlx_gpt.errors import RunError
 from mlx_gpt.settings import read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import loop, memory
+from mlx_gpt.training import loop, measuring, memory
 from mlx_gpt.training.network import make_model
 
 from .conftest import Silent, contents, copy_of, refusal
 
-MEASURE = memory.measure  # the real one: the tests here are `unmeasured`
+MEASURE = measuring.measure  # the real one: the tests here are `unmeasured`
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
 MODEL_DIRECTORY = {
     "config.json",
@@ -227,7 +227,7 @@ def test_a_dry_run_makes_no_folder_while_it_measures(train, monkeypatch, eager):
         there.append(Path("deep").exists())
         return line
 
-    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01),))
+    line = measuring.Line((measuring.Trial(1, 2**20, 2**20, 0, 0.01),))
     monkeypatch.setattr(memory, "measure", measure)
     train("deep/run", dry_run=True)
     assert there == [False]

@@ -15,8 +15,8 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.models.base import has_dropout
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.settings import resolve
-from mlx_gpt.training import checkpoint, loop, memory, run_settings
-from mlx_gpt.training.memory import Estimate, Line, Trial
+from mlx_gpt.training import checkpoint, loop, measuring, memory, run_settings
+from mlx_gpt.training.measuring import Estimate, Line, Trial
 from mlx_gpt.training.plan import HEADROOM, duration, in_words
 from tests.training.conftest import TINY, Silent
 from tests.training.peaks import SHAPES, VARIANTS, expected, make_run, measured
@@ -57,7 +57,7 @@ def test_the_plain_path_is_measured_as_well():
 
 
 def test_the_line_goes_on_where_trying_takes_too_long(monkeypatch):
-    monkeypatch.setattr(memory, "BUDGET", 0)
+    monkeypatch.setattr(measuring, "BUDGET", 0)
     run = make_run(**SHAPES[1])
     assert expected(run) == pytest.approx(measured(run), rel=0.25)
 
@@ -75,7 +75,7 @@ def test_an_update_that_takes_the_most_in_small_batches_hides_no_activations():
 
 def test_no_trial_is_made_where_the_weights_alone_do_not_fit():
     run = make_run(with_room(1e6))
-    assert memory.measure(run, loop.make_step, run.training) is None
+    assert measuring.measure(run, loop.make_step, run.training) is None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -84,7 +84,7 @@ def test_what_a_run_holds_is_counted_without_making_it(optimizer):
     mx.eval(run.model.parameters())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    weights, gradients, state = memory.held_bytes(run)
+    weights, gradients, state = measuring.held_bytes(run)
     assert mx.get_peak_memory() - before < 10_000
     made = make_optimizer(run.training, run.model)
     made.init(run.model.trainable_parameters())
