@@ -219,7 +219,8 @@ def write_model(folder: Path, settings: dict[str, Any], device: Any) -> None:
     from mlx_gpt import models
     from mlx_gpt.models.directory import save_model
     from mlx_gpt.settings import resolve
-    from mlx_gpt.tokenizer import BYTE_OF, Tokenizer
+    from mlx_gpt.token_bytes import BYTE_OF
+    from mlx_gpt.tokenizer import Tokenizer
 
     config, dtype = resolve(settings).model, device.dtype("auto")
     model = models.init_weights(models.create(config), 0)

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 from mlx_gpt import tokenizer_training
 from mlx_gpt.errors import UserError, explain_os_error, shown
+from mlx_gpt.token_bytes import BYTE_OF, byte_level_pieces, decoding_steps, pieces_of
 from mlx_gpt.tokenizer_training import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN
 
 CANNOT_ENCODE = "The tokenizer can't encode this text, so use another one"
@@ -290,7 +290,7 @@ class Tokenizer:
 
         With ByteLevel alone, `token_bytes` decodes, and gives each added token as it is.
         """
-        if self.token_bytes is not None or "ByteLevel" not in _decoding_steps(self.backend):
+        if self.token_bytes is not None or "ByteLevel" not in decoding_steps(self.backend):
             return ""
         added = self.backend.get_added_tokens_decoder().values()
         names = (token.content for token in added if not token.special and not token.content.isascii())
@@ -329,28 +329,13 @@ class Tokenizer:
 
         Decoded alone, an id of a SentencePiece model may lose the space before its word, or be half of a character.
         """
-        if self.token_bytes is not None:
-            return self.token_bytes
-        pieces, steps = [b""] * self.vocab_size, _decoders(self.backend)
-        added = self.backend.get_added_tokens_decoder()
-        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i not in added or not added[i].special:
-                pieces[i] = _piece(token, steps)
-        return pieces
+        return pieces_of(self.backend) if self.token_bytes is None else self.token_bytes
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes] | None:
         """The bytes of each id if every token is a run of bytes, as in GPT-2; None for other kinds of tokenizer."""
-        if [step for step in _decoding_steps(self.backend) if step != "Fuse"] != ["ByteLevel"]:
-            return None
-        pieces = [b""] * self.vocab_size
-        added = self.backend.get_added_tokens_decoder()
-        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i not in added and all(character in BYTE_OF for character in token):
-                pieces[i] = bytes(BYTE_OF[character] for character in token)
-            elif i not in added or not added[i].special:
-                pieces[i] = token.encode()
-        return pieces
+        is_byte_level = [step for step in decoding_steps(self.backend) if step != "Fuse"] == ["ByteLevel"]
+        return byte_level_pieces(self.backend) if is_byte_level else None
 
 
 @contextlib.contextmanager
@@ -381,48 +366,3 @@ def _check_merges(text: str) -> None:
         second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):
             raise ValueError(f"its merge {merge!r} continues a word without {prefix!r}")
-
-
-def _decoding_steps(backend: HFTokenizer) -> list[str]:
-    """Return the types of a tokenizer's decoders in the order in which they are applied."""
-    return [step["type"] for step in _decoders(backend)]
-
-
-def _decoders(backend: HFTokenizer) -> list[dict[str, Any]]:
-    """Return a tokenizer's decoders, as its file describes them, in the order in which they are applied."""
-
-    def steps(decoder: dict[str, Any]) -> list[dict[str, Any]]:
-        if decoder["type"] == "Sequence":
-            return [step for part in decoder["decoders"] for step in steps(part)]
-        return [decoder]
-
-    return steps(json.loads(backend.decoder.__getstate__())) if backend.decoder else []
-
-
-def _piece(token: str, steps: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the bytes that an entry of the vocabulary adds to a text in front of which there is more text."""
-    for step in steps:
-        kind = step["type"]
-        if kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        if kind == "ByteLevel" and all(character in BYTE_OF for character in token):
-            return bytes(BYTE_OF[character] for character in token)
-        if kind == "Replace" and "String" in step["pattern"]:
-            token = token.replace(step["pattern"]["String"], step["content"])
-        elif kind == "Metaspace":
-            token = token.replace(step["replacement"], " ")
-        elif kind == "WordPiece":
-            token = token.removeprefix(step["prefix"]) if token.startswith(step["prefix"]) else f" {token}"
-        elif kind == "BPEDecoder":
-            token = token.replace(step["suffix"], " ")
-    return token.encode()
-
-
-def _byte_characters() -> dict[int, str]:
-    """Return the printable character for each byte in GPT-2's vocabulary: the byte's own if that is printable."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-BYTE_OF = {character: byte for byte, character in _byte_characters().items()}

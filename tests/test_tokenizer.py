@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from mlx_gpt.detokenizer import Detokenizer
 from mlx_gpt.errors import UserError
-from mlx_gpt.tokenizer import END_OF_TEXT, Detokenizer, Tokenizer, failing_as
+from mlx_gpt.tokenizer import END_OF_TEXT, Tokenizer, failing_as
 
 NASTY = [
     "",

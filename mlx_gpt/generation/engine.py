@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_gpt import models
+from mlx_gpt.detokenizer import Detokenizer
 from mlx_gpt.device import Device, device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.cache import make_cache
@@ -18,7 +19,7 @@ from mlx_gpt.generation.requests import Continuation, Past, Picked, Prompt, Requ
 from mlx_gpt.generation.sampling import Logprobs, likeliest, listed
 from mlx_gpt.generation.stop_strings import Piece, Reason, Token
 from mlx_gpt.seeds import fresh_seed
-from mlx_gpt.tokenizer import Detokenizer, Tokenizer
+from mlx_gpt.tokenizer import Tokenizer
 
 
 class Engine:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_gpt.tokenizer import Detokenizer, Tokenizer
+from mlx_gpt.detokenizer import Detokenizer
+from mlx_gpt.tokenizer import Tokenizer
 
 Reason = Literal["", "end", "stop", "length"]
 

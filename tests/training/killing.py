@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tokenizers.models import BPE
 
-from mlx_gpt.tokenizer import BYTE_OF
+from mlx_gpt.token_bytes import BYTE_OF
 from mlx_gpt.tokenizer_training import byte_level
 
 COMMAND = [
