@@ -43,18 +43,25 @@ class Windows(ABC):
     A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target.
 
     Args:
-        per_epoch: training windows in one pass.
         count: validation windows.
 
     Attributes:
-        facts: lines for the plan of a run.
         warnings: lines about text that is not read.
     """
 
-    def __init__(self, per_epoch: int, count: int) -> None:
-        self.per_epoch, self._count = per_epoch, count
-        self.facts: list[str] = []
+    def __init__(self, count: int) -> None:
+        self._count = count
         self.warnings: list[str] = []
+
+    @property
+    @abstractmethod
+    def per_epoch(self) -> int:
+        """Training windows in one pass."""
+
+    @property
+    def facts(self) -> list[str]:
+        """Lines about the training windows, for the plan of a run."""
+        return []
 
     @abstractmethod
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,8 +127,13 @@ class TextWindows(Windows):
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
-        super().__init__(len(tokens) // seq_len, -(-(len(tokens) - 1) // seq_len))
+        super().__init__(-(-(len(tokens) - 1) // seq_len))
         self._tokens, self._seq_len = tokens, seq_len
+
+    @property
+    def per_epoch(self) -> int:
+        """Training windows in one pass. Together they are shorter than the text by less than a window."""
+        return len(self._tokens) // self._seq_len
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a validation window; padding after the end of the text has weight 0."""

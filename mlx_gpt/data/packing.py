@@ -6,6 +6,7 @@ change places, so that a model can't learn which ones stand together.
 """
 
 import bisect
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -50,11 +51,10 @@ class PackedWindows(Windows):
         kept = ends > begins
         if not kept.any():
             raise UserError(_nothing_fits(marked, begins, name, context))
-        self._begins, self._ends = begins[kept], ends[kept]
-        lengths = self._ends - self._begins
-        self._windows = pack(lengths, self._length, seed)
-        self._by_length = np.argsort(lengths, kind="stable").tolist()
-        super().__init__(len(self._windows), len(lengths))
+        self._begins, self._ends, self._seed = begins[kept], ends[kept], seed
+        self._lengths = self._ends - self._begins
+        self._by_length = np.argsort(self._lengths, kind="stable").tolist()
+        super().__init__(len(self._lengths))
         count = len(begins)
         if shortened:
             self.warnings.append(
@@ -66,10 +66,22 @@ class PackedWindows(Windows):
                 f"WARNING: left out {left_out:,} of {count:,} {name} conversations, whose first answer does not fit "
                 f"into a window of {seq_len} tokens: raise --seq-len."
             )
-        padding = 1 - lengths.sum() / (self.per_epoch * self._length)
-        self.facts.append(
-            f"{len(lengths):,} conversations packed into {self.per_epoch:,} windows, with {padding:.1%} padding"
-        )
+
+    @functools.cached_property
+    def _windows(self) -> list[list[int]]:
+        """The conversations of each training window, packed when training asks, because validation never does."""
+        return pack(self._lengths, self._length, self._seed)
+
+    @property
+    def per_epoch(self) -> int:
+        """Training windows in one pass."""
+        return len(self._windows)
+
+    @property
+    def facts(self) -> list[str]:
+        """How tightly the conversations are packed."""
+        count, padding = len(self._lengths), 1 - self._lengths.sum() / (self.per_epoch * self._length)
+        return [f"{count:,} conversations packed into {self.per_epoch:,} windows, with {padding:.1%} padding"]
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a window with the conversation that is at this place among all conversations, the shortest first."""
@@ -88,11 +100,11 @@ class PackedWindows(Windows):
     def _order(self, seed: int, start: int) -> Iterator[list[int]]:
         """Yield the conversations of each window in order."""
         epoch, first = divmod(start, self.per_epoch)
-        lengths, instead = self._ends - self._begins, np.empty(self._count, np.int64)
+        instead = np.empty(self._count, np.int64)
         while True:
             generator = generator_of(seed, epoch)
             windows, shuffled = generator.permutation(self.per_epoch), generator.permutation(self._count)
-            instead[self._by_length] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+            instead[self._by_length] = shuffled[np.argsort(self._lengths[shuffled], kind="stable")]
             for index in windows[first:].tolist():
                 drawn = generator_of(seed_from(seed, epoch), index).permutation(self._windows[index])
                 yield instead[drawn].tolist()
