@@ -61,13 +61,13 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
     loaded = load(model)
     if interactive:
         from mlx_gpt.chat_template import ChatTemplate
-        from mlx_gpt.cli.chat import Session, chat
-        from mlx_gpt.cli.conversation import Conversation
+        from mlx_gpt.cli.conversing import ConversingSession
+        from mlx_gpt.cli.session import Session, interact
 
         if template := ChatTemplate.of(loaded[1]):
-            chat(Conversation(*loaded, template, build(GenerationConfig, {**CONVERSATION, **given(settings)})))
+            interact(ConversingSession(*loaded, template, build(GenerationConfig, {**CONVERSATION, **given(settings)})))
         else:
-            chat(Session(*loaded, config))
+            interact(Session(*loaded, config))
         return
     for i, text in enumerate([prompt] if prompt is not None else DEMO_PROMPTS):
         if i:

@@ -100,7 +100,7 @@ class Session:
         click.echo(f"{self.help}\n{EDITING} {names}", err=True)
 
 
-def chat(session: Session) -> None:
+def interact(session: Session) -> None:
     """Carry out entries until the input ends.
 
     Raises:

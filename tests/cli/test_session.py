@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from mlx_gpt.cli.chat import chat
+from mlx_gpt.cli.session import interact
 
 # ---- beginnings of texts --------------------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ def test_an_error_of_mlx_is_one_sentence_and_the_conversation_goes_on(capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO("Hi\nAgain\n"))
-        chat(Session())  # type: ignore[arg-type]
+        interact(Session())  # type: ignore[arg-type]
     assert said == ["Hi", "Again"]
     assert "This failed: [METAL] Command buffer execution failed: Insufficient Memory." in capsys.readouterr().err
 

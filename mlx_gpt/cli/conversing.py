@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_gpt.chat_template import ChatTemplate
-from mlx_gpt.cli.chat import Session
+from mlx_gpt.cli.session import Session
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError, os_errors_explained, shown
 from mlx_gpt.files import append_line, expanded
@@ -17,7 +17,7 @@ from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.tokenizer import Tokenizer
 
 
-class Conversation(Session):
+class ConversingSession(Session):
     """A session in which each text is a message, and the model answers it."""
 
     greeting = 'Write a message. Put """ around one of several lines. /help shows the commands, Ctrl-D quits.'
