@@ -1,4 +1,4 @@
-"""Reads conversations from rows, whose messages may have several shapes, and gives all of them one form."""
+"""Reads conversations from rows of several schemas, and gives all of them one form."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,21 +24,21 @@ UNREAD = ("tools", "functions", "history", "images", "image", "videos", "video",
 INPUTS = ("input", "context")  # the column's text is put below the `instruction`
 
 
-def read_conversation(fields: Mapping[str, Any], shape: Sequence[str]) -> Conversation:
+def read_conversation(fields: Mapping[str, Any], schema: Sequence[str]) -> Conversation:
     """Return the conversation of a row. Its last message may be a question without an answer.
 
     Args:
         fields: the row's values by the names of their columns, in small letters, without nulls.
-        shape: the column of messages, or the columns of the question and the answer.
+        schema: the column of messages, or the columns of the question and the answer.
 
     Raises:
         RowError: the row has no sound conversation.
     """
-    check_columns(fields, shape)
-    if len(shape) == 1:
-        messages = read_messages(fields[shape[0]], shape[0])
+    check_columns(fields, schema)
+    if len(schema) == 1:
+        messages = read_messages(fields[schema[0]], schema[0])
     else:
-        question, answer = shape
+        question, answer = schema
         messages = read_turns(fields, question, "user")
         if question == "instruction":
             messages[-1]["content"] += _input(fields)

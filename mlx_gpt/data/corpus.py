@@ -13,7 +13,7 @@ from mlx_gpt.data.documents import read_kind, read_rows
 from mlx_gpt.data.kinds import KINDS, Kinds, one_of
 from mlx_gpt.data.prepare import find_split, fingerprint_of, prepare
 from mlx_gpt.data.rows import Dropped, DroppedPart, Drops, normalise
-from mlx_gpt.data.shapes import Row
+from mlx_gpt.data.schemas import Row
 from mlx_gpt.data.sources import BUILTIN, find_sources, prepared_record, source_fingerprint
 from mlx_gpt.data.split import SPLITS, split_file
 from mlx_gpt.errors import UserError, os_errors_explained, printable

@@ -9,7 +9,7 @@ from mlx_gpt.data.csv_header import text_index
 from mlx_gpt.data.csv_layout import Layout, has_spaced_quotes, layout_of
 from mlx_gpt.data.decoding import MAX_DOCUMENT, lines, numbered
 from mlx_gpt.data.rows import SAMPLE, Dropped, named_column
-from mlx_gpt.data.shapes import COLUMNS, Row, Shape, read_row, shape_in
+from mlx_gpt.data.schemas import COLUMNS, Row, Schema, read_row, schema_in
 from mlx_gpt.errors import UserError
 
 
@@ -30,9 +30,9 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
     rows = table.rows()
     sample = list(islice(rows, SAMPLE))
     header = table.header
-    shape = None if column or named_column(header, "") else _shape(path, header)
+    schema = None if column or named_column(header, "") else _schema(path, header)
     # A conversation or preference needs all of its fields, and so does a row whose text is in the last column.
-    index = len(header) - 1 if shape else text_index(path, header, [row for _, row, _ in sample], column)
+    index = len(header) - 1 if schema else text_index(path, header, [row for _, row, _ in sample], column)
     columns = len(header)
     faults = [(number, why) for number, row, fault in sample if (why := fault or _misfit(row, columns, index))]
     if len(faults) > len(sample) / 2:
@@ -47,8 +47,8 @@ def read_csv(path: Path, column: str, advance: Callable[[int], None], *, tabs: b
         place = f"{path}, row {number:,}"
         if why := fault or _misfit(row, columns, index):
             yield Dropped(why), place
-        elif shape:
-            yield read_row(dict(zip(header, row, strict=False)), shape), place
+        elif schema:
+            yield read_row(dict(zip(header, row, strict=False)), schema), place
         else:
             yield row[index], place
 
@@ -82,17 +82,17 @@ class _Table:
             yield line
 
 
-def _shape(path: Path, header: list[str]) -> Shape | None:
-    """Return the shape of conversations or preferences by the header; None if the file has documents.
+def _schema(path: Path, header: list[str]) -> Schema | None:
+    """Return the schema of conversations or preferences by the header; None if the file has documents.
 
     Raises:
-        UserError: two of the shape's columns have the same name.
+        UserError: two of the schema's columns have the same name.
     """
     names = [name.lower() for name in header]
-    shape = shape_in(names, ())
-    if shape and (twice := next((name for name in names if name in COLUMNS and names.count(name) > 1), "")):
+    schema = schema_in(names, ())
+    if schema and (twice := next((name for name in names if name in COLUMNS and names.count(name) > 1), "")):
         raise UserError(f"{path} has {names.count(twice)} columns called {twice!r}: rename all but one.")
-    return shape
+    return schema
 
 
 def _misfit(row: list[str], columns: int, index: int) -> str:

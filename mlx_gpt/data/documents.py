@@ -12,7 +12,7 @@ from mlx_gpt.data.json_rows import read_json
 from mlx_gpt.data.kinds import kind_of, misplaced
 from mlx_gpt.data.parquet_rows import read_parquet
 from mlx_gpt.data.rows import Dropped, DroppedPart
-from mlx_gpt.data.shapes import Row
+from mlx_gpt.data.schemas import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, is_utf8, os_errors_explained
 
@@ -35,7 +35,7 @@ def read_rows(
     or in one array) or .parquet; anything else is plain text. Text is UTF-8 with or without a byte order mark, or
     UTF-16 or UTF-32 with one. Line endings stay as they are in the file.
 
-    In a table, the columns decide the kind of a row, by `SHAPES`. With a `column`, every row is a document.
+    In a table, the columns decide the kind of a row, by `SCHEMAS`. With a `column`, every row is a document.
 
     The text of a table is in the column `column`. If that is "", it is in the first of these that exists: the column
     `text`, in any capitals; the only column of strings, unless another holds lists or objects; the only column of

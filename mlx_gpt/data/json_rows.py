@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_gpt.data.decoding import MAX_LINE, not_decoded
 from mlx_gpt.data.rows import SAMPLE, Dropped, named_column, text_column
-from mlx_gpt.data.shapes import Row, read_row, shape_of, usual_shape
+from mlx_gpt.data.schemas import Row, read_row, schema_of, usual_schema
 from mlx_gpt.errors import UserError, shown
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -25,8 +25,8 @@ def read_json(path: Path, texts: Iterator[str], column: str) -> Iterator[tuple[R
     rows = _rows(path, texts)
     sample = list(islice(rows, SAMPLE))
     rest = chain(sample, rows)
-    if not column and (shape := usual_shape([row for _, row in sample])):
-        yield from ((read_row(row, shape), _place(path, line)) for line, row in rest)
+    if not column and (schema := usual_schema([row for _, row in sample])):
+        yield from ((read_row(row, schema), _place(path, line)) for line, row in rest)
     else:
         yield from _documents(path, sample, rest, column)
 
@@ -35,7 +35,7 @@ def _documents(
     path: Path, sample: list[tuple[int, Any]], rows: Iterator[tuple[int, Any]], column: str
 ) -> Iterator[tuple[Row, str]]:
     """Yield the rows of a file that begins with documents."""
-    objects = [row for _, row in sample if isinstance(row, dict) and (column or not shape_of(row))]
+    objects = [row for _, row in sample if isinstance(row, dict) and (column or not schema_of(row))]
     wanted, known, sure = column, set[str](), False
     if objects:
         names = list(dict.fromkeys(chain.from_iterable(objects)))
@@ -52,9 +52,9 @@ def _documents(
     seen = not objects
     for line, row in rows:
         place = _place(path, line)
-        if not wanted and (shape := shape_of(row)):
+        if not wanted and (schema := schema_of(row)):
             seen = True
-            yield read_row(row, shape), place
+            yield read_row(row, schema), place
             continue
         if isinstance(row, dict):
             if not sure and not known.issuperset(row):

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_gpt.data.conversations import UNREAD
 from mlx_gpt.data.rows import SAMPLE, Dropped, text_column
-from mlx_gpt.data.shapes import COLUMNS, Row, Shape, read_row, shape_in
+from mlx_gpt.data.schemas import COLUMNS, Row, Schema, read_row, schema_in
 from mlx_gpt.errors import UserError
 from mlx_gpt.packages import install
 
@@ -38,24 +38,24 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
 
     try:
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            nested = [field.name for field in schema if holds_strings_inside(field.type)]
-            strings = [field.name for field in schema if holds_strings(field.type)]
-            if len(set(schema.names)) < len(schema.names):
+            table = file.schema_arrow
+            nested = [field.name for field in table if holds_strings_inside(field.type)]
+            strings = [field.name for field in table if holds_strings(field.type)]
+            if len(set(table.names)) < len(table.names):
                 raise UserError(f"{path} has two columns of one name: rename one of them.")
-            lists = [field.name.lower() for field in schema if holds_objects(field.type)]
-            shape = shape_in([name.lower() for name in schema.names], lists)
-            if column or not shape:
-                shape = None
+            lists = [field.name.lower() for field in table if holds_objects(field.type)]
+            schema = schema_in([name.lower() for name in table.names], lists)
+            if column or not schema:
+                schema = None
                 head = next(file.iter_batches(SAMPLE, columns=strings), None)
                 values = {
                     each: [v for v in head[each].to_pylist() if v is not None] if head else [] for each in strings
                 }
-                columns = [text_column(path, schema.names, values, column, nested)]
+                columns = [text_column(path, table.names, values, column, nested)]
             else:
                 columns = [
                     _lightest_part(file.metadata, name) if name.lower() in UNREAD else name
-                    for name in schema.names
+                    for name in table.names
                     if name.lower() in COLUMNS
                 ]
             size_of_row = path.stat().st_size / max(1, file.metadata.num_rows)
@@ -63,7 +63,7 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
             for batch in file.iter_batches(1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _row(row, shape), f"{path}, row {number:,}"
+                    yield _row(row, schema), f"{path}, row {number:,}"
                 advance(int(size_of_row * len(batch)))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow raises OSError for damaged content
         raise UserError(f"{path} is damaged or not Parquet ({str(error).splitlines()[0]}): export it again.") from error
@@ -82,9 +82,9 @@ def _lightest_part(metadata: Any, name: str) -> str:
     return min(sizes, key=lambda path: sizes[path], default=name)
 
 
-def _row(row: dict[str, Any], shape: Shape | None) -> Row:
-    """Return a row as a document, conversation or preference. Without a `shape`, its only column is the text."""
-    if shape:
-        return read_row(row, shape)
+def _row(row: dict[str, Any], schema: Schema | None) -> Row:
+    """Return a row as a document, conversation or preference. Without a `schema`, its only column is the text."""
+    if schema:
+        return read_row(row, schema)
     [text] = row.values()
     return text if isinstance(text, str) else Dropped("not a string")

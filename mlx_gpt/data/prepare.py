@@ -12,7 +12,7 @@ from typing import Any
 from mlx_gpt.data.kinds import to_json
 from mlx_gpt.data.report import Report
 from mlx_gpt.data.rows import Dropped, DroppedPart, Drops, normalise
-from mlx_gpt.data.shapes import Row
+from mlx_gpt.data.schemas import Row
 from mlx_gpt.data.sources import (
     BUILTIN,
     FORMAT_VERSION,

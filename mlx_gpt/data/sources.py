@@ -10,7 +10,7 @@ from typing import Any
 from mlx_gpt.data.documents import documents_in, read_rows
 from mlx_gpt.data.hub import is_hub_name
 from mlx_gpt.data.kinds import KINDS
-from mlx_gpt.data.shapes import Row
+from mlx_gpt.data.schemas import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, os_errors_explained, typed
 from mlx_gpt.progress import ByteProgress, ignore_progress

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlx_gpt.data.documents import read_rows
 from mlx_gpt.data.rows import Dropped
-from mlx_gpt.data.shapes import Row
+from mlx_gpt.data.schemas import Row
 from mlx_gpt.errors import UserError
 
 JUNK = [

@@ -1,4 +1,4 @@
-"""Conversations and preferences of every shape get the same form, and faulty rows are reported with their places."""
+"""Conversations and preferences of every schema get the same form, and faulty rows are reported with their places."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_gpt.data.documents import read_kind, read_rows
 from mlx_gpt.data.rows import Dropped
-from mlx_gpt.data.shapes import read_row, shape_of
+from mlx_gpt.data.schemas import read_row, schema_of
 from mlx_gpt.errors import UserError
 from tests.data.chats import BIRDS, FOUR, HELLO, assistant, numbered, system, user
 
@@ -21,9 +21,9 @@ def rows_of(path, **options):
     return [row for row, _ in read_rows(path, **options)]
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+# ---- schemas ---------------------------------------------------------------------------------------------------------
 
-SHAPES: list[tuple[dict[str, Any], Any]] = [
+SCHEMAS: list[tuple[dict[str, Any], Any]] = [
     ({"messages": FOUR}, FOUR),
     ({"id": "x", "Messages": HELLO, "source": "web"}, HELLO),
     ({"messages": [system(""), *HELLO], "tools": None}, HELLO),
@@ -66,7 +66,7 @@ SHAPES: list[tuple[dict[str, Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("row", "expected"), SHAPES)
+@pytest.mark.parametrize(("row", "expected"), SCHEMAS)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 def test_each_shape_is_read(write, row, expected, name):
     assert rows_of(write([row, row], name)) == [expected] * 2
@@ -74,7 +74,7 @@ def test_each_shape_is_read(write, row, expected, name):
 
 @pytest.mark.parametrize(
     ("row", "expected"),
-    [(row, expected) for row, expected in SHAPES if all(isinstance(value, str) for value in row.values())],
+    [(row, expected) for row, expected in SCHEMAS if all(isinstance(value, str) for value in row.values())],
 )
 def test_pairs_of_columns_are_read_from_csv(write, row, expected):
     assert rows_of(write([{"id": "1", **row}] * 2, "a.csv")) == [expected] * 2
@@ -166,8 +166,8 @@ def test_a_row_with_anything_in_it_is_sound_or_dropped():
         return [*value[:place], *draw.choice([[], [spoilt(value[place])]]), *value[place + 1 :]]
 
     kinds = Counter[str]()
-    for row, _ in SHAPES * 200:
-        found = read_row(spoilt(row), shape_of(row) or ("messages",))
+    for row, _ in SCHEMAS * 200:
+        found = read_row(spoilt(row), schema_of(row) or ("messages",))
         kinds[type(found).__name__] += 1
         if isinstance(found, str | Dropped):
             continue

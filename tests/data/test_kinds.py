@@ -62,7 +62,7 @@ def test_an_unclear_kind_is_refused_with_an_example_of_each(write, tmp_path):
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_several_shapes_of_one_kind_are_one_corpus(write, tmp_path):
+def test_several_schemas_of_one_kind_are_one_corpus(write, tmp_path):
     rows = [
         {"messages": FOUR},
         {"prompt": "Hi.", "completion": "Hello."},

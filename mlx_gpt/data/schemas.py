@@ -10,10 +10,12 @@ from mlx_gpt.data.rows import Dropped, RowError
 
 Row = str | Conversation | Preference | Dropped
 
-Shape = tuple[str, ...]
-# Conversations and preferences are recognised by these columns. A column that is enough by itself must hold messages,
-# because a column of strings with the same name may well be the text of documents.
-SHAPES: tuple[Shape, ...] = (
+Schema = tuple[str, ...]
+"""The columns by which a row is recognised as a conversation or a preference."""
+
+# A column that is enough by itself must hold messages, because a column of strings with the same name may well be the
+# text of documents.
+SCHEMAS: tuple[Schema, ...] = (
     ("chosen", "rejected"),
     ("messages",),
     ("conversations",),
@@ -23,11 +25,11 @@ SHAPES: tuple[Shape, ...] = (
     ("instruction", "output"),
     ("instruction", "response"),
 )
-KEYS = frozenset(shape[0] for shape in SHAPES)
-COLUMNS = frozenset({"text", "prompt", "system", *INPUTS, *UNREAD, *(name for shape in SHAPES for name in shape)})
+KEYS = frozenset(schema[0] for schema in SCHEMAS)
+COLUMNS = frozenset({"text", "prompt", "system", *INPUTS, *UNREAD, *(name for schema in SCHEMAS for name in schema)})
 
 
-def shape_of(row: Any) -> Shape | None:
+def schema_of(row: Any) -> Schema | None:
     """Return the columns that make a row a conversation or a preference; None if it is neither.
 
     A row with a text in a column `text` is a document, whatever its other columns are.
@@ -35,21 +37,21 @@ def shape_of(row: Any) -> Shape | None:
     if not isinstance(row, dict) or KEYS.isdisjoint(map(str.lower, row)):
         return None
     fields = _fields(row)
-    return None if _text(fields) else shape_in(fields, [name for name, value in fields.items() if _has_objects(value)])
+    return None if _text(fields) else schema_in(fields, [name for name, value in fields.items() if _has_objects(value)])
 
 
-def shape_in(names: Collection[str], lists: Collection[str]) -> Shape | None:
-    """Return the shape of a table by the names of its columns, in small letters.
+def schema_in(names: Collection[str], lists: Collection[str]) -> Schema | None:
+    """Return the schema of a table by the names of its columns, in small letters.
 
     Args:
         names: the names of all columns.
         lists: the names of the columns that hold lists of objects.
     """
-    return next((each for each in SHAPES if set(each) <= set(lists if len(each) == 1 else names)), None)
+    return next((each for each in SCHEMAS if set(each) <= set(lists if len(each) == 1 else names)), None)
 
 
-def read_row(row: Any, expected: Shape) -> Row:
-    """Return a row as a document, conversation or preference, in a file whose rows should have the shape `expected`."""
+def read_row(row: Any, expected: Schema) -> Row:
+    """Return a row of a file, whose rows should have the schema `expected`, as what it is."""
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
@@ -57,18 +59,18 @@ def read_row(row: Any, expected: Shape) -> Row:
     fields = _fields(row)
     if text := _text(fields):
         return text
-    shape = shape_of(row) or expected
+    schema = schema_of(row) or expected
     try:
-        return read_preference(fields) if "chosen" in shape else read_conversation(fields, shape)
+        return read_preference(fields) if "chosen" in schema else read_conversation(fields, schema)
     except RowError as fault:
         return Dropped(str(fault))
 
 
-def usual_shape(rows: Sequence[Any]) -> Shape | None:
-    """Return the most frequent shape of these rows; None if fewer than half of the objects have one."""
+def usual_schema(rows: Sequence[Any]) -> Schema | None:
+    """Return the most frequent schema of these rows; None if fewer than half of the objects have one."""
     objects = [row for row in rows if isinstance(row, dict)]
-    shapes = Counter(shape for row in objects if (shape := shape_of(row)))
-    return shapes.most_common(1)[0][0] if shapes and 2 * shapes.total() >= len(objects) else None
+    schemas = Counter(schema for row in objects if (schema := schema_of(row)))
+    return schemas.most_common(1)[0][0] if schemas and 2 * schemas.total() >= len(objects) else None
 
 
 def _fields(row: dict[str, Any]) -> dict[str, Any]:
