@@ -40,7 +40,8 @@ WHOLE = Shard()
 class Windows(ABC):
     """A split, cut into windows that training and validation read in batches.
 
-    A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target.
+    A batch is windows (batch_size, seq_len + 1) int32, and the weight (batch_size, seq_len) float32 of each target. In
+    validation, windows may be shorter.
 
     Args:
         count: validation windows.

@@ -25,20 +25,27 @@ from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
 from mlx_gpt.tokenizer import Encoded, Tokenizer
 
 COUNTS = np.uint32(1 << 31)  # the token counts in the loss
-BEGINS = np.uint32(1 << 30)  # the token begins a conversation
-MAY_END = np.uint32(1 << 29)  # a conversation that is too long may be cut before the token
+BEGINS = np.uint32(1 << 30)  # the token begins an example: a conversation, or a part of one (see `transcripts`)
+MAY_END = np.uint32(1 << 29)  # an example that is too long may be cut before the token
+NEW = np.uint32(1 << 28)  # the example that begins here is the first of its conversation
 AT_ONCE = 200  # conversations
 # For templates that write today's date: with the real one, a run could not be resumed the next day.
 WRITTEN = datetime(2026, 1, 1)
 REASONS = 10  # further reasons are counted together, because a template can word each refusal differently
-FORMAT_VERSION = 3  # raise it when the ids or their marks change, so that the files are made again
+FORMAT_VERSION = 4  # raise it when the ids or their marks change, so that the files are made again
 
 
 class Transcript(NamedTuple):
-    """The text that the template makes from a conversation, and the span in characters of each answer and its end."""
+    """The text that the template makes from a conversation.
+
+    Attributes:
+        answers: the span of each answer with its end, in characters.
+        new: where the part begins that earlier transcripts of the conversation do not have; 0 in the first of them.
+    """
 
     text: str
     answers: list[tuple[int, int]]
+    new: int = 0
 
 
 def tokenize_conversations(
@@ -50,11 +57,12 @@ def tokenize_conversations(
 ) -> Tokens:
     """Encode a corpus of conversations, or open the files of an earlier call if nothing has changed since.
 
-    Conversations that the template refuses, or in which no token counts, are left out; `echo` is called with their
-    number. Each conversation ends with the end-of-text token.
+    Conversations that the template refuses, and examples in which no token counts, are left out; `echo` is called with
+    their number. Each example ends with the end-of-text token.
 
     Args:
-        loss_on: "assistant" if only the answers and their ends count, or "all".
+        loss_on: "assistant" if only the answers and their ends count, or "all". If the template does not end an answer
+            with a token, the end-of-text token after the last answer counts as its end.
 
     Raises:
         UserError: the corpus cannot be read, was changed since it was opened, or has no conversation that can be used.
@@ -102,18 +110,33 @@ def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Tran
     done, grows = "", True
     for i, message in enumerate(conversation):
         if message["role"] == "assistant":
-            before, after = template.text(conversation[:i]), template.text(conversation[: i + 1], answering=False)
-            if not after.startswith(before):
-                raise UserError(
-                    "The model's chat template does not put an answer right after its generation prompt, so mlx-gpt "
-                    "can't train on it: use a model with another template."
-                )
-            separate.append(Transcript(after, [(len(before), len(after))]))
+            before = template.text(conversation[:i])
+            after = before + _answer(conversation[: i + 1], before, template)
+            question = before.rfind(conversation[i - 1]["content"].strip())
+            new = 0 if not separate else question if question > 0 else len(before)
+            separate.append(Transcript(after, [(len(before), len(after))], new))
             grows = grows and before.startswith(done)
             done = after
     if not grows:
         return separate
     return [Transcript(done, [span for transcript in separate for span in transcript.answers])]
+
+
+def _answer(conversation: Conversation, before: str, template: ChatTemplate) -> str:
+    """Return what the template writes for the last message of a conversation after the text `before`, its prompt."""
+    after = template.text(conversation, answering=False)
+    if after.startswith(before):
+        return after[len(before) :]
+    # Mistral's templates write the system message into the last message if that is the user's, and nowhere otherwise.
+    turns = [message for message in conversation if message["role"] != "system"]
+    if len(turns) < len(conversation):
+        before, after = template.text(turns[:-1]), template.text(turns, answering=False)
+        if after.startswith(before):
+            return after[len(before) :]
+    raise UserError(
+        "The model's chat template does not put an answer right after its generation prompt, so mlx-gpt can't train on "
+        "it: use a model with another template."
+    )
 
 
 def _encoded(
@@ -131,13 +154,14 @@ def _encoded(
         for transcript, whole, found in zip(batch, encoded, heads, strict=True):
             prompts = [np.append(whole.ids[:kept], np.array(next(again), np.uint32)) for kept, _ in found]
             try:
-                rows = _marked(transcript, whole, prompts, tokenizer, ends)
+                rows = _marked(transcript, whole, prompts, tokenizer, ends, count_all)
             except UserError as error:
                 drops.add(str(error))
                 continue
-            for row in rows:
-                row = np.append(row, end_of_text) | (COUNTS if count_all else np.uint32(0))
-                row[0] = (row[0] & ~COUNTS) | BEGINS | MAY_END
+            for number, row in enumerate(rows):
+                unended = row[-1] & COUNTS and row[-1] & ID not in ends
+                row = np.append(row, end_of_text | (COUNTS if unended or count_all else np.uint32(0)))
+                row[0] = (row[0] & ~COUNTS) | BEGINS | MAY_END | (np.uint32(0) if number or transcript.new else NEW)
                 yield row
 
 
@@ -158,24 +182,35 @@ def _heads(transcript: Transcript, whole: Encoded, dividing: Sequence[int]) -> l
 
 
 def _marked(
-    transcript: Transcript, whole: Encoded, prompts: list[np.ndarray], tokenizer: Tokenizer, ends: np.ndarray
+    transcript: Transcript,
+    whole: Encoded,
+    prompts: list[np.ndarray],
+    tokenizer: Tokenizer,
+    ends: np.ndarray,
+    count_all: bool,
 ) -> list[np.ndarray]:
     """Return the rows of a transcript: one for the whole text, and one more for some of the answers.
 
     In the whole text, a token may span the end of a prompt and the beginning of its answer. In use the model sees the
     prompt encoded alone. Such an answer therefore counts in a row of its own, after the ids of the prompt alone.
 
+    Args:
+        count_all: everything new counts, and not only the answers.
+
     Raises:
         UserError: no answer counts, or the tokenizer has no ids for an answer alone.
     """
-    row, rows = whole.ids.copy(), list[np.ndarray]()
+    row, rows, begins = whole.ids.copy(), list[np.ndarray](), whole.places[:, 0]
+    if count_all:
+        row[np.searchsorted(begins, transcript.new) :] |= COUNTS
     for prompt, (begin, end) in zip(prompts, transcript.answers, strict=True):
-        stop = int(np.searchsorted(whole.places[:, 0], end))
+        stop = int(np.searchsorted(begins, end))
         if np.array_equal(whole.ids[: len(prompt)], prompt):
             _mark_answer(row, len(prompt), stop, ends)
         else:
             text = transcript.text[begin:end]
             answer = tokenizer.continuation(prompt.tolist(), text, whole.ids[:stop].tolist())
+            row[np.searchsorted(begins, begin) : stop] &= ~COUNTS
             rows.append(np.append(prompt, np.array(answer, np.uint32)))
             _mark_answer(rows[-1], len(prompt), len(rows[-1]), ends)
     rows = [each for each in [row, *rows] if np.any(each & COUNTS)]

@@ -1,18 +1,19 @@
-"""Packs whole conversations into training windows with little padding.
+"""Packs whole examples of conversations into training windows with little padding.
 
-The longest conversations are placed first. Each epoch shuffles the windows, and the conversations inside each window:
-people begin with any question, so each must sometimes stand first in training. Conversations of the same length also
-change places, so that a model can't learn which ones stand together.
+The longest examples are placed first. Each epoch shuffles the windows, and the examples inside each window: people
+begin with any question, so each must sometimes stand first in training. Examples of the same length also change places,
+so that a model can't learn which ones stand together.
 """
 
 import bisect
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from mlx_gpt.data.batches import WHOLE, Shard, Windows, generator_of
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END, NEW
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
 from mlx_gpt.seeds import seed_from
@@ -21,20 +22,21 @@ SCANNED = 2**24  # tokens that are searched at a time
 
 
 class PackedWindows(Windows):
-    """Windows of whole conversations. Validation reads each conversation by itself, as a person will.
+    """Windows of whole examples: conversations, or parts of them that the template makes separate.
 
-    A conversation that is longer than a window keeps its beginning, and is cut after the last answer that fits. If not
-    even the first answer fits, the conversation is left out.
+    A window gives a token everything before it, earlier examples included. Validation reads each example by itself, as
+    a person will. An example that is longer than a window keeps its beginning, and is cut after the last answer that
+    fits. If not even the first answer fits, the example is left out.
 
     Args:
         marked: (tokens,) uint32, as `tokenize_conversations` makes them.
         seq_len: targets per window.
-        seed: decides which of two conversations of equal length comes first.
+        seed: decides which of two examples of equal length comes first.
         name: the name of the split, for messages.
         context: the highest number of targets for this model; 0 if it can be raised.
 
     Raises:
-        UserError: no conversation fits; the message names a length that suffices.
+        UserError: no example fits; the message names a length that suffices.
     """
 
     def __init__(
@@ -48,28 +50,28 @@ class PackedWindows(Windows):
             place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & MAY_END)[-1]
             shortened += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
             ends[i] = place
-        kept = ends > begins
+        kept, count = ends > begins, len(begins)
+        these = f"{name} {'conversations' if np.all(marked[begins] & NEW) else 'examples'}"
         if not kept.any():
-            raise UserError(_nothing_fits(marked, begins, name, context))
+            raise UserError(_nothing_fits(marked, begins, these, seq_len, context))
         self._begins, self._ends, self._seed = begins[kept], ends[kept], seed
         self._lengths = self._ends - self._begins
         self._by_length = np.argsort(self._lengths, kind="stable").tolist()
         super().__init__(len(self._lengths))
-        count = len(begins)
         if shortened:
             self.warnings.append(
-                f"WARNING: {shortened:,} of the {count:,} {name} conversations are longer than a window of {seq_len} "
+                f"WARNING: {shortened:,} of the {count:,} {these} are longer than a window of {seq_len} "
                 "tokens: only their first turns are trained on."
             )
         if left_out := count - int(kept.sum()):
             self.warnings.append(
-                f"WARNING: left out {left_out:,} of {count:,} {name} conversations, whose first answer does not fit "
-                f"into a window of {seq_len} tokens: raise --seq-len."
+                f"WARNING: left out {left_out:,} of {count:,} {these}, in which not even one answer fits into a window "
+                f"of {seq_len} tokens: raise --seq-len."
             )
 
     @functools.cached_property
     def _windows(self) -> list[list[int]]:
-        """The conversations of each training window, packed when training asks, because validation never does."""
+        """The examples of each training window, packed when training asks, because validation never does."""
         return pack(self._lengths, self._length, self._seed)
 
     @property
@@ -79,18 +81,22 @@ class PackedWindows(Windows):
 
     @property
     def facts(self) -> list[str]:
-        """How tightly the conversations are packed."""
+        """How tightly the examples are packed."""
         count, padding = len(self._lengths), 1 - self._lengths.sum() / (self.per_epoch * self._length)
-        return [f"{count:,} conversations packed into {self.per_epoch:,} windows, with {padding:.1%} padding"]
+        conversations = np.count_nonzero(self._marked[self._begins] & NEW)
+        these = f"{conversations:,} conversations"
+        if conversations < count:
+            these = f"{count:,} examples from {these}"
+        return [f"{these} packed into {self.per_epoch:,} windows, with {padding:.1%} padding"]
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a window with the conversation that is at this place among all conversations, the shortest first."""
+        """Return a window with the example that is at this place among all examples, the shortest first."""
         return self._drawn([self._by_length[number]])
 
     def validation(
         self, batch_size: int, limit: int = 0, shard: Shard = WHOLE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each conversation alone, as `Windows.validation` does; batches of short ones have shorter windows."""
+        """Yield each example alone, as `Windows.validation` does; batches of short ones have shorter windows."""
         for windows, weights in super().validation(batch_size, limit, shard):
             longest, width = int(np.flatnonzero(weights.any(axis=0))[-1]) + 1, weights.shape[1]
             while width % 2 == 0 and width // 2 >= longest:  # by halves, because each width is compiled
@@ -98,7 +104,7 @@ class PackedWindows(Windows):
             yield windows[:, : width + 1], weights[:, :width]
 
     def _order(self, seed: int, start: int) -> Iterator[list[int]]:
-        """Yield the conversations of each window in order."""
+        """Yield the examples of each window in order."""
         epoch, first = divmod(start, self.per_epoch)
         instead = np.empty(self._count, np.int64)
         while True:
@@ -130,7 +136,8 @@ def pack(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> list[
     Lengths that vary much fit well with `best_fit`. If they hardly vary, it can leave much room, and `fill` less.
     """
     windows = best_fit(lengths, room, seed)
-    if np.sum(lengths) > 0.99 * room * len(windows):
+    fewest = math.ceil(len(lengths) / (room // np.min(lengths)))  # if all were as short as the shortest
+    if len(windows) == fewest or np.sum(lengths) > 0.99 * room * len(windows):
         return windows
     return min(windows, fill(lengths, room, seed), key=len)
 
@@ -205,14 +212,14 @@ def best_fit(lengths: Sequence[int] | np.ndarray, room: int, seed: int = 0) -> l
     return windows
 
 
-def _nothing_fits(marked: np.ndarray, begins: np.ndarray, name: str, context: int) -> str:
-    """Return the message for conversations none of which fits into a window up to its first answer."""
+def _nothing_fits(marked: np.ndarray, begins: np.ndarray, these: str, seq_len: int, context: int) -> str:
+    """Return the message for examples of which none fits into a window up to its first answer."""
     stops = np.append(marked_places(marked, MAY_END), len(marked))
     needed = int((stops[np.searchsorted(stops, begins, "right")] - begins).min()) - 1
-    none = f"None of the {len(begins):,} {name} conversations fits into a window up to its first answer: "
+    none = f"A window of {seq_len} tokens is too short for the first answer of any of the {len(begins):,} {these}"
     if context and needed > context:
-        return f"{none}that takes at least {needed} tokens, but the model's context has {context}. Shorten them."
-    return f"{none}use --seq-len {needed} or more, or shorten them."
+        return f"{none}. The shortest needs {needed} tokens, but the model's context has {context}: shorten them."
+    return f"{none}: use --seq-len {needed} or more, or shorten them."
 
 
 def marked_places(marked: np.ndarray, mark: np.uint32) -> np.ndarray:

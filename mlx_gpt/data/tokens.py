@@ -22,7 +22,7 @@ from mlx_gpt.tokenizer_training import Sample
 BATCH_CHARACTERS = 2_000_000  # encoded at once, on all cores
 PIECE_CHARACTERS = 100_000  # a longer document is encoded in pieces
 NAMES = {"train": "training", "val": "validation"}  # of the splits, for messages
-ID = np.uint32((1 << 29) - 1)  # these bits are the token; in conversations the other bits are marks
+ID = np.uint32((1 << 28) - 1)  # these bits are the token; in conversations the other bits are marks
 # A document may be cut before a space that begins a word, because there GPT-2's split into words stays the same.
 WORD_START = re.compile(r"(?<=\S) (?=[^\W\d_])")
 

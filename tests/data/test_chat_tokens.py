@@ -39,6 +39,17 @@ NO_SYSTEM = (
     "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# As Mistral's: the last message has the system message in it if it is the user's, and the end is a token.
+MISTRAL = (
+    "{% if messages[0].role == 'system' %}{% set system, turns = messages[0].content + '\n\n', messages[1:] %}"
+    "{% else %}{% set system, turns = '', messages %}{% endif %}{% for m in turns %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (system if loop.last else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+WITHOUT_AN_END = (
+    "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -201,6 +212,43 @@ def test_a_template_that_changes_earlier_turns_gives_a_row_for_each_answer(bpe, 
     assert [tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in rows] == ["hm</think>two", "so</think>four"]
 
 
+def test_a_system_message_may_stand_in_the_last_question_only(bpe, encode):
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(MISTRAL)
+    template: Any = ChatTemplate.of(tokenizer)
+    rows = encode(tokenizer, TALKS[1:2])
+    for row, place in zip(rows, (2, 4), strict=True):
+        prompt, ids = template.ids(TALKS[1][:place], tokenizer), (row & ID).tolist()
+        assert "Be brief." in tokenizer.decode(prompt)
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode((row & ID)[(row & COUNTS) > 0]) == " " + TALKS[1][place]["content"]
+
+
+def test_the_end_of_text_ends_an_answer_that_the_template_does_not_end(bpe, encode):
+    """Without it, a model would never learn to stop."""
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(WITHOUT_AN_END)
+    (row,) = encode(tokenizer, TALKS[1:2])
+    counting = (row & ID)[(row & COUNTS) > 0]
+    assert tokenizer.decode(counting) == "They look on 🦆\ndon't they\n\n"
+    assert counting[-1] == tokenizer.end_of_text
+    tokenizer.converse(CHATML)
+    (row,) = encode(tokenizer, TALKS[1:2])
+    assert not row[-1] & COUNTS
+
+
+def test_with_the_loss_on_all_no_message_counts_twice(bpe, encode):
+    """A row for each answer repeats the messages before it."""
+    tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
+    tokenizer.converse(FORGETFUL)
+    rows = encode(tokenizer, [turns("one?", "hm</think>two", "three?", "so</think>four")], "all")
+    counted = "".join(tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in rows)
+    assert [counted.count(word) for word in ("one?", "two", "three?", "four")] == [1, 1, 1, 1]
+    tokenizer.converse(CHATML)
+    whole = encode(tokenizer, TALKS[:1], "all")[0]
+    assert ((whole & COUNTS) > 0)[1:].all()
+
+
 def test_conversations_that_the_template_refuses_or_writes_without_an_answer_are_counted(bpe, encode):
     tokenizer = Tokenizer(type(bpe.backend).from_str(bpe.to_json()))
     tokenizer.converse(NO_SYSTEM)
@@ -219,7 +267,7 @@ def test_conversations_that_the_template_refuses_or_writes_without_an_answer_are
         ("{{ raise_exception('Never.') }}", "Never"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
-            "asks for one",
+            "generation prompt",
         ),
     ],
 )
@@ -232,7 +280,7 @@ def test_a_template_that_refuses_all_is_one_sentence(bpe, encode, template, word
 
 def test_a_transcript_is_the_whole_text_with_the_places_of_its_answers():
     template = ChatTemplate(CHATML, {})
-    ((text, answers),) = transcripts(TALKS[1], template)
+    ((text, answers, _),) = transcripts(TALKS[1], template)
     assert text == template.text(TALKS[1], answering=False)
     assert [text[begin:end] for begin, end in answers] == ["They look on 🦆<|im_end|>\n", "don't they\n<|im_end|>\n"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_gpt.data.batches import Shard
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END, NEW
 from mlx_gpt.data.packing import PackedWindows, best_fit, fill, pack
 from mlx_gpt.errors import UserError
 
@@ -21,7 +21,7 @@ def conversations(lengths, turn=1000):
         place = np.arange(length) % min(turn, length)
         row |= np.where(place >= min(turn, length) // 2, COUNTS, np.uint32(0))
         row |= np.where(place == 0, MAY_END, np.uint32(0))
-        row[0] |= BEGINS
+        row[0] |= BEGINS | NEW
         rows.append(row)
         first += length
     return np.concatenate(rows)
@@ -180,23 +180,32 @@ def test_a_conversation_whose_first_answer_does_not_fit_is_left_out_and_counted(
     tokens, _ = read([packed.window(0)])
     assert sorted(tokens) == [*range(151, 161)]
     assert packed.warnings == [
-        "WARNING: left out 1 of 2 training conversations, whose first answer does not fit into a window of 63 tokens: "
-        "raise --seq-len."
+        "WARNING: left out 1 of 2 training conversations, in which not even one answer fits into a window of 63 "
+        "tokens: raise --seq-len."
     ]
+
+
+def test_parts_of_conversations_are_called_examples():
+    rows = conversations([40, 40, 20, 100])
+    begins = np.flatnonzero(rows & BEGINS)
+    rows[begins[1]] &= ~NEW
+    packed = PackedWindows(rows, SEQ_LEN)
+    assert packed.facts == ["3 examples from 2 conversations packed into 2 windows, with 21.9% padding"]
+    assert packed.warnings[0].startswith("WARNING: left out 1 of 4 training examples, in which not even one answer")
 
 
 def test_if_nothing_fits_the_sentence_names_a_length_that_does():
     rows = conversations([350, 250], turn=100)
-    with pytest.raises(UserError, match=r"None of the 2 training conversations fits .* use --seq-len 99 or more"):
+    with pytest.raises(UserError, match=r"any of the 2 training conversations: use --seq-len 99 or more"):
         PackedWindows(rows, SEQ_LEN)
     assert PackedWindows(rows, 99).per_epoch == 2
-    with pytest.raises(UserError, match="None of the 2"):
+    with pytest.raises(UserError, match="any of the 2"):
         PackedWindows(rows, 98)
 
 
 def test_if_nothing_fits_into_the_context_the_sentence_says_so():
     rows = conversations([350, 250], turn=100)
-    with pytest.raises(UserError, match=r"takes at least 99 tokens, but the model's context has 98. Shorten them.$"):
+    with pytest.raises(UserError, match=r"shortest needs 99 tokens, but the model's context has 98: shorten them.$"):
         PackedWindows(rows, SEQ_LEN, context=98)
     with pytest.raises(UserError, match="use --seq-len 99 or more"):
         PackedWindows(rows, SEQ_LEN, context=99)
