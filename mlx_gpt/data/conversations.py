@@ -21,7 +21,7 @@ TOOLS = ("tool", "function", "function_call", "function_response", "observation"
 CALLS = ("tool_calls", "function_call")
 # Rows with a value in these columns are dropped: without it, they would be other conversations.
 UNREAD = ("tools", "functions", "history", "images", "image", "videos", "video", "audios", "audio")
-INPUTS = ("input", "context")  # the column's text is put below the `instruction`
+INPUTS = ("input", "context")  # the column's text is put below the question
 
 
 def read_conversation(fields: Mapping[str, Any], schema: Sequence[str]) -> Conversation:
@@ -40,8 +40,7 @@ def read_conversation(fields: Mapping[str, Any], schema: Sequence[str]) -> Conve
     else:
         question, answer = schema
         messages = read_turns(fields, question, "user")
-        if question == "instruction":
-            messages[-1]["content"] += _input(fields)
+        messages[-1]["content"] += _input(fields)
         messages += read_turns(fields, answer, "assistant")
     return checked(with_system(fields, messages))
 
@@ -126,11 +125,18 @@ def with_system(fields: Mapping[str, Any], messages: Conversation) -> Conversati
 
 
 def _input(fields: Mapping[str, Any]) -> str:
-    name = next((name for name in INPUTS if fields.get(name)), "")
-    content = fields.get(name, "")
-    if not isinstance(content, str):
-        raise RowError(f"`{name}` is not a text")
-    return f"\n\n{normalise(content)}" if content.strip() else ""
+    """Return what is put below the question.
+
+    Raises:
+        RowError: a column holds something other than text, or it is not clear which column belongs there.
+    """
+    for name in INPUTS:
+        if not isinstance(fields.get(name, ""), str):
+            raise RowError(f"`{name}` is not a text")
+    found = [fields[name] for name in INPUTS if fields.get(name, "").strip()]
+    if len(found) > 1:
+        raise RowError(f"a text in both `{INPUTS[0]}` and `{INPUTS[1]}`")
+    return f"\n\n{normalise(found[0])}" if found else ""
 
 
 def _message(item: Mapping[str, Any]) -> Message:

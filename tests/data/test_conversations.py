@@ -34,6 +34,8 @@ SCHEMAS: list[tuple[dict[str, Any], Any]] = [
     ({"instruction": "Hi.", "input": "", "output": "Hello."}, HELLO),
     ({"instruction": "Add.", "input": "1, 2", "output": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
     ({"instruction": "Add.", "context": "1, 2", "response": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
+    ({"prompt": "Add.", "context": "1, 2", "completion": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
+    ({"instruction": "Add.", "input": " ", "context": "1, 2", "output": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
     ({"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}, HELLO),
     (
         {
@@ -129,6 +131,7 @@ def test_a_text_beside_a_conversation_is_a_document(write):
         ({"prompt": "Hi.", "completion": ""}, "an empty answer"),
         ({"prompt": "Hi.", "completion": 5}, "`completion` is neither a text nor a list of messages"),
         ({"instruction": "Add.", "input": ["1"], "output": "3"}, "`input` is not a text"),
+        ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, "a text in both `input` and `context`"),
         ({"instruction": "Add.", "output": "3", "history": [["a", "b"]]}, "`history`, which"),
         ({"prompt": "Hi.", "chosen": "a", "rejected": "a"}, "`chosen` and `rejected` are alike"),
         ({"prompt": "Hi.", "chosen": "a", "rejected": " "}, "an empty answer"),
