@@ -70,7 +70,8 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """Return the `config.json` of a model with plain weights: its directory's, or one made from its `args`."""
     own: Mapping[str, Any] | None = getattr(model, "config", None)
     config = dict(own) if own is not None else model.args.to_config()
-    return {name: value for name, value in config.items() if name not in quantized.KEYS}
+    # `auto_map` names files with code for transformers, which a directory of ours does not have.
+    return {name: value for name, value in config.items() if name not in (*quantized.KEYS, "auto_map")}
 
 
 def load_model(folder: str | Path, dtype: mx.Dtype | None = mx.float32) -> nn.Module:
@@ -199,7 +200,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} describes {shown(config.get('model_type', 'no model'))}: it needs a `model_type`.")
-    if "model_file" in config or "auto_map" in config:
+    if "model_file" in config:  # mlx-lm would run this file; `auto_map` is for transformers, and nothing reads it here
         raise UserError(f"{path} brings code of its own, which mlx-gpt never runs: use another model.")
     return config
 

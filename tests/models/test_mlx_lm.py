@@ -25,7 +25,7 @@ from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Token
 from mlx_gpt.models import directory
-from mlx_gpt.models.directory import load_model, save_model
+from mlx_gpt.models.directory import config_of, load_model, save_model
 from mlx_gpt.models.tokenizer_files import load_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.optim import make_optimizer
@@ -277,6 +277,13 @@ def set_tensors(folder, change):
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
+def test_code_that_config_json_names_for_transformers_is_never_read(damaged):
+    """Phi-3's directories name such files, although every library has its own code for them."""
+    set_config(damaged, auto_map={"AutoModel": "evil.Model"})
+    model = load_model(damaged)
+    assert "auto_map" not in config_of(model)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -307,7 +314,7 @@ def set_tensors(folder, change):
         ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "llama3"}}, "can't be read as llama: 'factor'."),
         ({"rope_parameters": LLAMA3 | {"rope_type": "spiral"}}, "Unsupported RoPE type spiral"),
         ({"model_file": "evil.py"}, "code of its own"),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "code of its own"),
+        ({"model_type": "no_such_model", "auto_map": {"AutoModel": "evil.Model"}}, "a model of type no_such_model"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"model_type": "../x"}, "a model of type ../x"),
