@@ -107,6 +107,11 @@ class ChatTemplate:
             raise UserError(f"The answer can't be continued, because {error}") from None
 
 
+def chatml(tokenizer: Tokenizer) -> str:
+    """Return ChatML, after the token that begins each text if the model expects one, as Llama and Gemma do."""
+    return "{{ bos_token }}" + CHATML if tokenizer.start else CHATML
+
+
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:

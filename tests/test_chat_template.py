@@ -46,10 +46,17 @@ def test_a_template_is_found_wherever_transformers_puts_it(model_with, config, f
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"chat_template": None}, {"chat_template": 7}, {"chat_template": ["x"]}, "[]", "[" * 100_000, "no JSON"],
+    [{}, {"chat_template": None}, {"chat_template": 7}, {"chat_template": ["x"]}],
 )
 def test_a_model_may_have_no_template(model_with, config):
     assert model_with(config) is None
+
+
+@pytest.mark.parametrize("config", ["[]", "[" * 100_000, "no JSON", {"chat_template": PLAIN, "more": "x" * 10**7}])
+def test_a_damaged_file_is_not_taken_for_a_model_without_a_template(model_with, config):
+    """Fine-tuning would give the model another template, and train its vocabulary."""
+    with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+        model_with(config)
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{% unknown %}", "{{ " + DEEP], ids=["syntax", "unknown", "deep"])
@@ -62,7 +69,6 @@ def test_a_tokenizer_config_may_be_large(model_with):
     """Gemma 3's has 1.2 MB."""
     template = model_with({"chat_template": PLAIN, "eos_token": "</s>", "added_tokens_decoder": "x" * 1_500_000})
     assert template.text(MESSAGES) == "user: Are geese <|endoftext|> ducks?</s>\n"
-    assert model_with({"chat_template": PLAIN, "added_tokens_decoder": "x" * 10**7}) is None
 
 
 def test_a_file_that_is_not_utf8_is_named(model_with, tmp_path):

@@ -83,16 +83,19 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         complete = (folder / "tokenizer.json").exists() and (folder / "generation_config.json").exists()
         described = [] if complete else [adapters.base_of(folder)]
         folder = folder if (folder / "tokenizer.json").exists() else described[0]
-    named = [read_json(base / "config.json").get("eos_token_id") for base in described]
+    configs = [read_json(base / "config.json") for base in described]
+    named = [config.get("eos_token_id") for config in configs]
     if (folder / "generation_config.json").is_file():
         named.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1])
+    rows = next((config["vocab_size"] for config in configs if isinstance(config.get("vocab_size"), int)), None)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1], rows=rows)
     end_of_turn = tokenizer.backend.token_to_id(END_OF_TURN)
     if documents := [i for i in ends if i != end_of_turn and tokenizer.backend.id_to_token(i) is not None]:
         tokenizer.end_of_text = documents[0]
-    tokenizer.end_at(ends)
     tokenizer.chat = read_chat(folder)
+    end_of_answer = tokenizer.backend.token_to_id(tokenizer.chat.get("eos_token", ""))
+    tokenizer.end_at(ends if end_of_answer is None else [*ends, end_of_answer])
     if _tokenizer_of_weights(folder / "model.safetensors") not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}: the weights were trained with another tokenizer than the tokenizer.json beside them: copy the "
@@ -117,12 +120,10 @@ def read_chat(folder: Path) -> dict[str, str]:
     The template is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`.
 
     Raises:
-        UserError: `chat_template.jinja` cannot be read, or is not UTF-8.
+        UserError: a file cannot be read, is not UTF-8, or is not JSON.
     """
-    try:
-        config = read_json(folder / "tokenizer_config.json", MAX_TOKENIZER_CONFIG)
-    except UserError:
-        config = {}
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, MAX_TOKENIZER_CONFIG) if path.exists() else {}
     source = config.get("chat_template")
     if isinstance(source, list):  # several templates with names
         named = [one for one in source if isinstance(one, dict)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_gpt import models
-from mlx_gpt.chat_template import CHATML
+from mlx_gpt.chat_template import chatml
 from mlx_gpt.config import Config, TrainingConfig
 from mlx_gpt.data import hub
 from mlx_gpt.data.corpus import Corpus, open_corpus
@@ -246,7 +246,7 @@ def choose_tokenizer(config: Config, weights: Path | None, corpus: Corpus, displ
         progress = display.progress("Training a tokenizer")
         tokenizer = get_tokenizer(config.data.tokenizer, config.model.vocab_size, corpus, display.line, progress)
     if corpus.kind == "conversations" and not tokenizer.chat:
-        tokenizer.converse(CHATML)
+        tokenizer.converse(chatml(tokenizer))
         if weights and tokenizer.added:
             display.line(
                 f"{weights} has no chat template: it gets ChatML and the tokens {START_OF_TURN}, {END_OF_TURN}."

@@ -165,6 +165,33 @@ def test_a_template_of_one_s_own_is_kept_with_its_tokens(directory):
     assert (again.ends, again.end_of_text) == (tokenizer.ends, end)
 
 
+def test_the_tokenizers_own_end_of_a_text_ends_an_answer_too(directory):
+    """Some models name it in tokenizer_config.json only."""
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<pad>"}))
+    tokenizer = load_tokenizer(directory, load_model(directory))
+    assert tokenizer.backend.token_to_id("<pad>") in tokenizer.ends
+
+
+def test_special_tokens_that_the_model_does_not_know_are_left_out(directory):
+    """Gemma 3's files for text have a token for images, which has no row in the embedding."""
+    known = load_tokenizer(directory, model := load_model(directory))
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    image = {"id": known.vocab_size, "content": "<image>", "special": True}
+    content["added_tokens"].append(content["added_tokens"][-1] | image)
+    path.write_text(json.dumps(content))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": known.vocab_size}))
+    tokenizer = load_tokenizer(directory, model)
+    assert tokenizer.backend.get_vocab() == known.backend.get_vocab()
+    assert tokenizer.encode("<image>", special=True) == known.encode("<image>", special=True)
+    content["added_tokens"][-1]["special"] = False
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"they don't belong together|trained with another"):
+        load_tokenizer(directory, model)
+
+
 def test_a_tokenizer_with_gaps_is_refused(foreign):
     content = json.loads(foreign.to_json())
     content["added_tokens"], content["post_processor"] = [], None

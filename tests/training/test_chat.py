@@ -15,6 +15,8 @@ import torch
 import transformers
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mlx_gpt import models
 from mlx_gpt.api import load
@@ -22,6 +24,7 @@ from mlx_gpt.chat_template import CHATML, ChatTemplate
 from mlx_gpt.config import GenerationConfig, TrainingConfig
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.packing import PackedWindows
+from mlx_gpt.data.tokens import ID
 from mlx_gpt.device import device
 from mlx_gpt.evaluation import Evaluator
 from mlx_gpt.generation.engine import Engine
@@ -218,8 +221,25 @@ def test_a_masked_step_is_that_of_pytorch(make_model, talks, bpe, tmp_path):
         np.testing.assert_allclose(np.array(gradient), turned if gradient.ndim == 2 else theirs_too, atol=2e-5)
 
 
+def test_a_model_that_expects_a_token_before_each_text_gets_it_before_conversations(learn, train, talks):
+    """Llama and Gemma, for example, write poorly without it."""
+    train("base", max_steps=1, n_positions=96)
+    path = Path("base/final/tokenizer.json")
+    backend = HFTokenizer.from_file(str(path))
+    start = backend.token_to_id("<|endoftext|>")
+    backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)])
+    backend.save(str(path))
+    learn("run", init_from="base/final", max_steps=1)
+    tokenizer = load("run/final")[1]
+    template: Any = ChatTemplate.of(tokenizer)
+    assert template.ids(ask("duck"), tokenizer)[:2] == [start, tokenizer.backend.token_to_id(START_OF_TURN)]
+    theirs: Any = transformers.AutoTokenizer.from_pretrained("run/final")
+    assert theirs.apply_chat_template(ask("duck"), tokenize=False).startswith("<|endoftext|><|im_start|>user")
+    assert marked(talks, tokenizer)[0] & ID == start
+
+
 def test_too_short_windows_are_refused_with_a_length_that_works(learn):
     sentence = refusal(lambda: learn("run", seq_len=8, max_steps=1))
-    assert "None of the 27 training conversations fits into a window up to its first answer: use --seq-len " in sentence
+    assert "too short for the first answer of any of the 27 training conversations: use --seq-len " in sentence
     needed = int(sentence.split("--seq-len ")[1].split()[0])
     assert learn("run", seq_len=needed, max_steps=1).finished
