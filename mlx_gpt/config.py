@@ -306,6 +306,11 @@ class ServeConfig:
         (), "Site whose pages may use the API, such as https://a.example; may be given several times."
     )
     max_batch: int = setting(8, "Texts that each model writes at the same time.", at_least=1)
+    context: int | None = setting(
+        None,
+        "Tokens that the model sees of each text. [default: all that it can, or as many as fit in memory]",
+        at_least=16,
+    )
     max_queue: int = setting(32, "Texts that may wait for their turn; further ones are refused.", at_least=0)
     max_tokens: int = setting(4096, "Maximum number of tokens that a request may ask for.", at_least=1)
     grace: int = setting(30, "Seconds to finish answers after SIGTERM.", at_least=0)

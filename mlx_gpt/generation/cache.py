@@ -10,6 +10,8 @@ from mlx_gpt import models
 from mlx_gpt.errors import UserError
 from mlx_gpt.models.base import Mask
 
+FEWEST = 256  # tokens of each row that are allocated at first, unless the rows have room for fewer
+
 
 class Rows:
     """The places of the tokens of several sequences. Each sequence has a row, and fills it from the left.
@@ -54,7 +56,7 @@ class Rows:
 
 
 class BatchCache:
-    """The keys and values of several sequences, allocated once.
+    """The keys and values of several sequences. It grows by doubling, up to the capacity of its rows.
 
     Attributes:
         rows: the places of the sequences; every pass over the network must be announced to it.
@@ -91,7 +93,7 @@ class BatchCache:
 
 
 class LayerCache:
-    """The keys and values of one layer, (rows, H, capacity, D) both. It has the methods of mlx-lm's caches."""
+    """The keys and values of one layer, (rows, H, allocated tokens, D) both, with the methods of mlx-lm's caches."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -122,7 +124,7 @@ class LayerCache:
         """Append keys and values, and return those of all tokens so far, (B, H, S, D) both."""
         B, _, T, _ = keys_bhtd.shape
         places, stop = self._rows.places, max(self._rows.lengths)
-        self._allocate(keys_bhtd, values_bhtd)
+        self._allocate(stop, keys_bhtd, values_bhtd)
         for i, new_bhtd in enumerate((keys_bhtd, values_bhtd)):
             if places is None:
                 self._arrays[i][:B, :, stop - T : stop] = new_bhtd
@@ -135,14 +137,18 @@ class LayerCache:
 
     def put(self, row: int, other: "LayerCache", source: int, length: int) -> None:
         """Copy the first tokens of a row of this cache or of another."""
-        self._allocate(*other._arrays)
+        self._allocate(length, *other._arrays)
         for ours, theirs in zip(self._arrays, other._arrays, strict=True):
             ours[row, :, :length] = theirs[source, :, :length]
 
-    def _allocate(self, *like: mx.array) -> None:
-        if not self._arrays:
-            shape = self._rows.count, self._rows.capacity
-            self._arrays = [mx.zeros((shape[0], a.shape[1], shape[1], a.shape[3]), a.dtype) for a in like]
+    def _allocate(self, needed: int, *like: mx.array) -> None:
+        """Make room for this many tokens in each row, with heads and widths as in the arrays `like`."""
+        room = self._arrays[0].shape[2] if self._arrays else 0
+        if needed > room or not self._arrays:
+            size = min(self._rows.capacity, max(FEWEST, 1 << (needed - 1).bit_length()))
+            new = [mx.zeros((self._rows.count, a.shape[1], size - room, a.shape[3]), a.dtype) for a in like]
+            grown = [mx.concatenate(pair, axis=2) for pair in zip(self._arrays, new, strict=True)] if room else new
+            self._arrays = grown
 
 
 def make_cache(model: nn.Module, rows: int, capacity: int) -> BatchCache:

@@ -31,12 +31,14 @@ class Engine:
     Attributes:
         made: the tokens of all texts so far.
         past: the cache of the text that ended last, for the next engine; None while texts are made side by side.
+        context: tokens that the model sees of each text.
 
     Args:
         max_batch: texts at a time; further ones wait.
-        capacity: tokens that each text may have in the cache; by default as many as the model has positions.
+        capacity: tokens that each text may have in the cache; by default `context`.
         on: the device; by default the one that MLX computes on.
         past: tokens that another engine has read. A prompt that begins with the same tokens is read from there on.
+        context: tokens that the model sees of each text; by default as many as it has positions.
     """
 
     def __init__(
@@ -47,13 +49,14 @@ class Engine:
         capacity: int | None = None,
         on: Device | None = None,
         past: Past | None = None,
+        context: int | None = None,
     ) -> None:
         self.max_batch, self.made, self.past = max_batch, 0, past
         self._tokenizer = tokenizer
-        self._positions, self._entries = models.context_length(model), models.vocab_size(model)
+        self.context, self._entries = context or models.context_length(model), models.vocab_size(model)
         self._device = on or device()
         self._model = self._device.decoder(model.eval(), max_batch)
-        self._cache = make_cache(model, max_batch, capacity or self._positions)
+        self._cache = make_cache(model, max_batch, capacity or self.context)
         # The model has these ids only because its vocabulary was padded to a round size.
         self._unknown_v = (
             mx.arange(self._entries) >= tokenizer.vocab_size if tokenizer.vocab_size < self._entries else None
@@ -118,7 +121,7 @@ class Engine:
         staying = list(range(len(self._rows)))
         for row in reversed(range(len(self._rows))):
             text = self._rows[row]
-            full = self._cache.rows.lengths[row] == self._positions
+            full = self._cache.rows.lengths[row] == self.context
             if full and not text.over:
                 self._full.append(text)
             if full or text.over:
@@ -151,7 +154,7 @@ class Engine:
         for text in [text for text in self._full if len(text.ids) == text.picked]:
             # It continues from the second half of its context, read again at the first positions.
             self._full.remove(text)
-            recent = [*text.request.prompt, *text.ids][-max(1, self._positions // 2) :]
+            recent = [*text.request.prompt, *text.ids][-max(1, self.context // 2) :]
             self._queue.appendleft(self._prompt([text], recent, again=True))
         if not self._reading and self._queue:
             first = self._queue[0]
@@ -176,7 +179,7 @@ class Engine:
                     self._rows.append(text)
 
     def _prompt(self, texts: list[Continuation], ids: Sequence[int], again: bool = False) -> Prompt:
-        cache = make_cache(self._model, 1, min(self._positions, self._padded(len(ids))))
+        cache = make_cache(self._model, 1, min(self.context, self._padded(len(ids))))
         return Prompt(texts, ids, cache, again)
 
     def _begin(self, prompt: Prompt) -> None:

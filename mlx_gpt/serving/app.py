@@ -90,7 +90,7 @@ class Service:
         return ModelCard(
             id=model.name,
             created=self._started,
-            context=model.n_positions,
+            context=model.context,
             max_tokens=self._config.max_tokens,
             parameters=model.n_params,
             chat=model.template is not None,

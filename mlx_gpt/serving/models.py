@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,11 @@ from mlx_gpt.generation.engine import Engine
 from mlx_gpt.settings import name_of_weights
 from mlx_gpt.tokenizer import Tokenizer
 
+SHORTEST = 1024  # tokens: a context is not cut shorter than this to make the caches fit
+CACHES = 0.75  # of the memory beside the weights; the rest is for computing
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -20,7 +26,7 @@ class ServedModel:
     Attributes:
         name: the name that clients use.
         folder: the run or model directory that it was loaded from.
-        n_positions: length of its context, in tokens.
+        context: tokens that the model sees of each text.
         template: turns conversations into prompts; None if the model was not trained on conversations.
         engine: makes an engine for it.
     """
@@ -28,18 +34,19 @@ class ServedModel:
     name: str
     folder: Path
     tokenizer: Tokenizer
-    n_positions: int
+    context: int
     n_params: int
     template: ChatTemplate | None
     engine: Callable[[], Engine]
 
 
-def load_models(paths: Sequence[Path], max_batch: int) -> Mapping[str, ServedModel]:
+def load_models(paths: Sequence[Path], max_batch: int, context: int | None = None) -> Mapping[str, ServedModel]:
     """Load models, by name.
 
     Args:
         paths: runs or model directories.
         max_batch: texts that each engine generates at a time.
+        context: tokens that the models see of each text; None is all that a model can, or as many as fit in memory.
 
     Raises:
         UserError: a model cannot be loaded, or there is too little memory.
@@ -52,22 +59,28 @@ def load_models(paths: Sequence[Path], max_batch: int) -> Mapping[str, ServedMod
     from mlx_gpt.generation.cache import bytes_per_token
     from mlx_gpt.training.run_folder import model_directory
 
-    folders = [model_directory(path) for path in paths]
+    folders, available = [model_directory(path) for path in paths], device().usable
+    loaded = [(name, folder, *api.load(folder)) for name, folder in zip(names_of(folders), folders, strict=True)]
+    needed = sum(weight.nbytes for _, _, model, _ in loaded for _, weight in tree_flatten(model.parameters()))
+    room = CACHES * (available - needed) / len(loaded)
     served = {}
-    available, needed = device().usable, 0
-    for name, folder in zip(names_of(folders), folders, strict=True):
-        model, tokenizer = api.load(folder)
-        positions = models.context_length(model)
-        needed += sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-        needed += bytes_per_token(model) * positions * max_batch
+    for name, folder, model, tokenizer in loaded:
+        per_token = bytes_per_token(model) * (max_batch + 1)  # one more text is being read
+        own = models.context_length(model)
+        sees = min(context or own, own)
+        if not context and per_token * own > room:
+            sees = min(own, max(SHORTEST, int(room / per_token) // SHORTEST * SHORTEST))
+        needed += per_token * sees
         if needed > available:
             raise UserError(
                 f"The weights and the caches of {max_batch} texts need {needed / 1e6:,.0f} MB, more than is free: "
-                "lower --max-batch."
+                f"lower --max-batch{' or --context' if sees > SHORTEST else ''}."
             )
-        engine = functools.partial(Engine, model, tokenizer, max_batch)
+        if sees < min(context or own, own):
+            log.info("The context of %s is %s of its %s tokens, so that the caches fit in memory.", name, sees, own)
+        engine = functools.partial(Engine, model, tokenizer, max_batch, context=sees)
         template = ChatTemplate.of(tokenizer)
-        served[name] = ServedModel(name, folder, tokenizer, positions, models.n_params(model), template, engine)
+        served[name] = ServedModel(name, folder, tokenizer, sees, models.n_params(model), template, engine)
     return served
 
 

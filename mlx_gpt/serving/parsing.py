@@ -90,7 +90,7 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
     if tokens:
         _check_max_tokens(tokens, max_tokens)
     # Beyond the end of the context, the engine would drop its older half, and the system message with that.
-    tokens = min(tokens or max_tokens, max(1, model.n_positions - len(ids)))
+    tokens = min(tokens or max_tokens, max(1, model.context - len(ids)))
     config = body.generation_config(tokens, max_texts)
     alternatives = (body.top_logprobs or 0) if body.logprobs else None
     request = Request(ids, config, body.bias(model.tokenizer.vocab_size), alternatives)
@@ -119,10 +119,8 @@ def _check_ids(ids: Sequence[int], model: ServedModel, param: str = "prompt") ->
     }[param]
     if not ids:
         raise APIError(400, f"The {what} is empty.", param)
-    if len(ids) > model.n_positions:
-        message = (
-            f"The {what} has {len(ids):,} tokens, more than the model's context of {model.n_positions:,}: {remedy}."
-        )
+    if len(ids) > model.context:
+        message = f"The {what} has {len(ids):,} tokens, more than the model's context of {model.context:,}: {remedy}."
         raise APIError(400, message, param, "context_length_exceeded")
     if max(ids) >= model.tokenizer.vocab_size:
         message = f"The {what} has token ids beyond the vocabulary of {model.tokenizer.vocab_size:,}."

@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
         check(config)
         self._listener = _listen(config.host, config.port)
         metrics = Metrics()
-        load = functools.partial(load_models, paths, config.max_batch)
+        load = functools.partial(load_models, paths, config.max_batch, config.context)
         self._worker = Worker(load, config.max_batch, config.max_queue, metrics)
         try:
             self._worker.start()

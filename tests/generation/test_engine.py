@@ -25,6 +25,12 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 PROMPT = "The duck swims"
 
 
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    """Caches grow often."""
+    monkeypatch.setattr("mlx_gpt.generation.cache.FEWEST", 4)
+
+
 def texts(model, tokenizer, prompt, **settings):
     """The text of each sample."""
     config = GenerationConfig(**settings)

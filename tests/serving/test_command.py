@@ -1,5 +1,6 @@
 """`mlx-gpt serve` on the command line."""
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -7,10 +8,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_gpt import cli
-from mlx_gpt.serving.models import names_of
-from tests.serving.conftest import PROGRAM
+from mlx_gpt.device import device
+from mlx_gpt.errors import UserError
+from mlx_gpt.generation.cache import bytes_per_token
+from mlx_gpt.models.directory import save_model
+from mlx_gpt.serving.models import load_models, names_of
+from tests.serving.conftest import PROGRAM, served
 
 
 def refused(capsys, *arguments):
@@ -39,6 +45,42 @@ def test_without_the_extra_it_says_how_to_install_it(folders, capsys, monkeypatc
 def test_mistakes_end_in_a_sentence(folders, capsys, flags, words):
     known = [] if "--model" in flags else ["--model", folders / "plain"]
     assert words in refused(capsys, *known, *flags)
+
+
+def test_a_model_with_a_long_context_is_served_with_as_much_of_it_as_fits(
+    tmp_path, make_model, bpe, monkeypatch, caplog
+):
+    """On a Mac with 16 GB, eight texts of Qwen3's whole context would not fit."""
+    save_model(tmp_path / "long", make_model(n_positions=50_000), bpe)
+    caches = 3 * bytes_per_token(make_model(n_positions=50_000))
+    weights = sum(weight.nbytes for _, weight in tree_flatten(make_model(n_positions=50_000).parameters()))
+
+    def context(usable, given=None):
+        monkeypatch.setattr("mlx_gpt.device.device", lambda: dataclasses.replace(device(), usable=int(usable)))
+        [served] = load_models([tmp_path / "long"], 2, given).values()
+        assert served.engine().context == served.context
+        return served.context
+
+    assert context(weights + 2 * 50_000 * caches) == 50_000
+    assert not caplog.records
+    caplog.set_level("INFO")
+    assert context(weights + 5000 * caches / 0.75) == 4096
+    assert "The context of long is 4096 of its 50000 tokens" in caplog.text
+    assert context(weights + 5000 * caches, 4500) == 4500
+    with pytest.raises(UserError, match=r"more than is free: lower --max-batch or --context\.$"):
+        context(weights + 5000 * caches, 5500)
+    with pytest.raises(UserError, match=r"more than is free: lower --max-batch\.$"):
+        context(weights + 1000 * caches)
+
+
+def test_a_text_sees_no_more_than_the_context_that_was_set(folders):
+    with served(folders / "plain", context=16) as url, httpx.Client(base_url=url) as http:
+        assert http.get("/v1/models").json()["data"][0]["context"] == 16
+        answer = http.post("/v1/completions", json={"prompt": [1] * 17, "max_tokens": 1})
+        assert "more than the model's context of 16" in answer.json()["error"]["message"]
+        body = {"prompt": [1] * 10, "max_tokens": 18, "temperature": 0, "logit_bias": {"0": -100, "2": -100}}
+        answer = http.post("/v1/completions", json=body).json()
+        assert answer["usage"]["completion_tokens"] == 18
 
 
 def test_a_port_in_use_is_reported(folders, capsys):
