@@ -203,11 +203,36 @@ def test_an_answer_can_be_edited_and_continued(page):
     assert len(turns(page)[1]) > len("They swim")
 
 
+def test_an_empty_answer_is_not_kept_and_the_page_says_so(page):
+    page.get_by_role("spinbutton", name="Temperature").fill("0")
+    send(page, "Ducks")
+    first = turns(page)[1].strip()[0]
+    page.get_by_role("button", name="New conversation").click()
+    page.get_by_label("Stop at").fill(first)
+    send(page, "Ducks")
+    assert turns(page) == ["Ducks"]
+    expect(page.locator(".status.error")).to_contain_text("The model wrote no answer")
+    page.get_by_label("Stop at").fill("")
+    press(page, "Answer")
+    assert turns(page)[1].strip()[0] == first
+    press(page, "Edit", 1)
+    page.get_by_label("Edit the answer").fill("")
+    page.keyboard.press("Enter")
+    assert page.get_by_label("Edit the answer").is_visible()
+
+
+def test_the_same_answer_again_is_not_another_version(page):
+    page.get_by_role("spinbutton", name="Temperature").fill("0")
+    send(page, "Ducks")
+    press(page, "Again")
+    expect(page.locator(".status.error")).to_contain_text("The model gave the same answer again")
+    assert page.locator(".versions").count() == 0
+
+
 def test_an_answer_can_be_made_again_and_both_are_kept(page):
     send(page, "Ducks")
     first = turns(page)
-    page.get_by_label("Seed").fill("8")
-    press(page, "Again")
+    press(page, "Again")  # the seed is the same, but each version has another one
     second = turns(page)
     assert second != first
     page.get_by_role("button", name="Earlier version").click()

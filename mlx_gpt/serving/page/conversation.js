@@ -162,7 +162,7 @@ export class Conversation {
     area.oninput = () => { turn.draft = area.value; grow(area); };
     const close = change => {
       const { draft } = turn;
-      if (busy() || change && mine && !draft.trim()) return;
+      if (busy() || change && !draft.trim()) return;
       delete turn.draft;
       change?.(edited(turn.pieces, draft));
       this.draw();
@@ -247,12 +247,14 @@ export class Conversation {
     this.write(turn, () => this.tree.remove(parent, turn, chosen));
   }
 
-  // Continue an answer at its end. `remove` is called if the model writes nothing.
+  // Continue an answer at its end. `remove` is called if the model writes nothing, or the same as in another version.
   async write(turn, remove) {
     if (busy() || !this.controls.valid()) return;
+    const { path } = this.tree, versions = path[path.indexOf(turn) - 1].next;
     const body = {
       messages: this.tree.messages(turn), logprobs: true, top_logprobs: ALTERNATIVES, ...this.controls.request(),
     };
+    if (body.seed !== undefined) body.seed += versions.indexOf(turn);  // so that another version is another text
     if (turn.pieces.length) body.continue_final_message = true;
     else body.messages.pop();
     turn.model = body.model;
@@ -282,7 +284,14 @@ export class Conversation {
       const why = made < body.max_tokens ? "The conversation fills the model's context" : "The answer has reached the length in the settings";
       this.say(`${this.status.textContent}. ${why}.`);
     }
-    if (turn.open && !turn.pieces.length) remove?.();
+    const text = textOf(turn.pieces).trim(), complete = ["stop", "length"].includes(reason);
+    if (remove && !text) {
+      remove();
+      if (complete) this.say("The model wrote no answer: ask in other words, or change the settings.", true);
+    } else if (remove && complete && versions.some(other => other !== turn && textOf(other.pieces).trim() === text)) {
+      remove();
+      this.say("The model gave the same answer again: raise the temperature to get another one.", true);
+    }
     const stopFocused = document.activeElement === this.stop;
     this.draw();
     if (stopFocused) this.texts.get(turn)?.focus({ preventScroll: true });
