@@ -26,7 +26,7 @@ from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.device import device
 from mlx_gpt.models.directory import save_model
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import measuring, memory
+from mlx_gpt.training import memory, planning
 
 # A shell starts background jobs with these ignored, and tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -204,8 +204,8 @@ def eager():
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Steps are not measured before a run, which takes longer than many a run here."""
-    line = measuring.Line((measuring.Trial(1, 2**20, 2**20, 0, 0.01), measuring.Trial(2, 2**21, 2**21, 0, 0.01)))
-    monkeypatch.setattr(memory, "measure", lambda run, make_step, training: line)
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01), memory.Trial(2, 2**21, 2**21, 0, 0.01)))
+    monkeypatch.setattr(planning, "measure", lambda run, make_step, training: line)
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
         named.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
     rows = next((config["vocab_size"] for config in configs if isinstance(config.get("vocab_size"), int)), None)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1], rows=rows)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", next(iter(ends), None), rows)
     end_of_turn = tokenizer.backend.token_to_id(END_OF_TURN)
     if documents := [i for i in ends if i != end_of_turn and tokenizer.backend.id_to_token(i) is not None]:
         tokenizer.end_of_text = documents[0]

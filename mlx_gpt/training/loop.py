@@ -27,8 +27,8 @@ from mlx_gpt.progress import Display
 from mlx_gpt.seeds import seed_from
 from mlx_gpt.signals import acknowledged
 from mlx_gpt.training import checkpoint, trouble
-from mlx_gpt.training.memory import plan_run
 from mlx_gpt.training.metrics import was_evaluated
+from mlx_gpt.training.planning import plan_run
 from mlx_gpt.training.run import Run
 from mlx_gpt.training.setup import set_up, take_folder
 
@@ -257,7 +257,8 @@ def fit(
                 validate(run, number, evaluate, display)
             bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     if over and number == began and run.ranks.broadcast((run.folder / "final/model.safetensors").exists()):
-        monitor.line(f"This run is complete: {number:,} steps. To train it further, raise --max-steps or --max-epochs.")
+        limits = " and ".join(plan.limits if number >= plan.total_steps else ["--max-minutes"])
+        monitor.line(f"This run is complete: {number:,} steps. To train it further, raise {limits}.")
     elif over:
         final = run.folder / "final"
         trouble.guarded(run, f"{final}", lambda: save_model(final, run.model, run.tokenizer), last=True)

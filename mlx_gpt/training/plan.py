@@ -1,20 +1,11 @@
 """The plan of a run, made before the run starts."""
 
-import dataclasses
-import math
-import sys
 from dataclasses import dataclass
-from typing import Any
 
-from mlx_gpt import models
 from mlx_gpt.config import Config
 from mlx_gpt.device import GIB, Device
-from mlx_gpt.models import lora
-from mlx_gpt.models.base import set_dropout
 
 HEADROOM = 0.9  # of the usable memory: what is measured can be a few percent too low
-EPOCHS = 10  # the length of a run for which no limit is set
-OFTEN, DROPOUT = 10, 0.1  # with more epochs than this, `--dropout auto` drops this fraction
 FEW_STEPS = 300  # by default a run from weights makes at least these; any other run with fewer gets a hint
 LONG_HOURS = 24
 
@@ -28,6 +19,7 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: the step at which the run ends at the latest.
+        limits: the flags that set `total_steps`.
         scheduled_steps: length of the learning rate's schedule: all steps, or the number expected in the minutes given.
         first_step: the step at which the run begins.
         peak: expected peak of memory of each rank, in bytes; None if it was not even safe to try.
@@ -51,6 +43,7 @@ class Plan:
     first_step: int
     peak: int | None
     step_seconds: float | None
+    limits: tuple[str, ...] = ()
     ranks_here: int = 1
     facts: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
@@ -146,54 +139,6 @@ class Plan:
     def epochs(self) -> float:
         """Passes over the text in the scheduled steps."""
         return self.scheduled_steps / self.steps_per_epoch
-
-
-def make_plan(run: Any, peak: int | None, step_seconds: float | None) -> Plan:
-    """Work out the size of a `Run`."""
-    training = run.training
-    per_step = training.windows_per_step
-    per_epoch = run.windows.per_epoch
-    default_epochs = max(EPOCHS, FEW_STEPS * per_step / per_epoch) if run.config.init_from else EPOCHS
-    epochs = training.max_epochs or (math.inf if training.max_minutes else default_epochs)
-    total_steps = training.max_steps or sys.maxsize
-    if epochs < math.inf:
-        total_steps = min(total_steps, math.ceil(epochs * per_epoch / per_step))
-    scheduled_steps = min(total_steps, math.ceil((training.max_epochs or default_epochs) * per_epoch / per_step))
-    if training.max_minutes and step_seconds:
-        scheduled_steps = max(1, min(total_steps, round(60 * training.max_minutes / step_seconds)))
-    return Plan(
-        config=run.config,
-        device=run.device,
-        n_params=models.n_params(run.model),
-        n_trained=models.n_trained(run.model),
-        sizes=models.describe(run.model) + (f", from {run.config.init_from}" if run.config.init_from else ""),
-        train_tokens=len(run.tokens.train),
-        val_tokens=len(run.tokens.val),
-        windows_per_step=per_step,
-        windows_per_epoch=per_epoch,
-        total_steps=total_steps,
-        scheduled_steps=scheduled_steps,
-        first_step=run.progress.step,
-        peak=peak,
-        step_seconds=step_seconds,
-        ranks_here=run.ranks.here,
-        facts=tuple(run.windows.facts),
-        extra=tuple(lora.fully_trained(run.model)) if run.config.lora.lora_rank else (),
-    )
-
-
-def choose_dropout(run: Any) -> None:
-    """Drop activations if the text is read so often that the model would learn it by heart (benchmarks/NOTES.md).
-
-    This does not change runs that train adapters, because adapters have a dropout of their own.
-    """
-    often = round(run.plan.epochs) > OFTEN and not run.config.lora.lora_rank
-    chosen = {"dropout": DROPOUT if often else 0.0, "auto_dropout": False}
-    run.config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, **chosen))
-    run.settings = dataclasses.replace(run.settings, model=dataclasses.replace(run.settings.model, **chosen))
-    run.plan = dataclasses.replace(run.plan, config=run.config)
-    if not run.config.lora.lora_rank:
-        set_dropout(run.model, run.config.model.dropout)
 
 
 def in_words(count: float) -> str:

@@ -37,7 +37,7 @@ from mlx_gpt.optim import make_optimizer
 from mlx_gpt.progress import Lines
 from mlx_gpt.tokenizer import Tokenizer
 from mlx_gpt.training.loop import make_step
-from mlx_gpt.training.measuring import measure
+from mlx_gpt.training.memory import measure
 from mlx_gpt.training.setup import set_up
 
 Arrays = dict[str, np.ndarray]

@@ -32,7 +32,7 @@ import pytest
 from mlx_gpt import files
 from mlx_gpt.errors import FORESEEN, in_a_sentence
 from mlx_gpt.progress import Lines
-from mlx_gpt.training import checkpoint, loop, measuring, memory
+from mlx_gpt.training import checkpoint, loop, memory, planning
 from tests.faults import Strike, disk_full, kill, raising, strike_at
 from tests.training.killing import outcome
 
@@ -162,10 +162,10 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="Interrupt at a few changes of every kind.")
     parser.add_argument("--killed-at", type=int, metavar="N", help="Only train here, until change number N.")
     arguments = parser.parse_args()
-    line = measuring.Line((measuring.Trial(1, 2**20, 2**20, 0, 0.01), measuring.Trial(2, 2**21, 2**21, 0, 0.01)))
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01), memory.Trial(2, 2**21, 2**21, 0, 0.01)))
     mx.disable_compile()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "measure", lambda run, make_step, training: line)
+        patch.setattr(planning, "measure", lambda run, make_step, training: line)
         patch.setattr(files, "flush", lambda handle: None)  # a kill loses nothing that was written, and disks are slow
         if arguments.killed_at:
             struck(arguments.killed_at)

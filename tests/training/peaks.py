@@ -20,7 +20,7 @@ from mlx_gpt.objectives import OBJECTIVES
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.settings import resolve
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import measuring
+from mlx_gpt.training import memory
 from mlx_gpt.training.checkpoint import Progress
 from mlx_gpt.training.loop import make_step
 from mlx_gpt.training.run import Run
@@ -97,7 +97,7 @@ def measured(run: Run) -> int:
 
 def expected(run: Run) -> int:
     """Bytes that the run is expected to take at its peak."""
-    line = measuring.measure(run, make_step, run.training)
+    line = memory.measure(run, make_step, run.training)
     assert line is not None
     return line.at(run.training.micro_batch_size).peak
 

@@ -42,6 +42,21 @@ def test_it_is_refused_without_overwrite(train, trained):
     assert contents("run").keys() - {Path(".lock")} == contents(trained).keys() - {Path(".lock")}
 
 
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [({"max_steps": 5}, "--max-steps"), ({"max_steps": 9, "max_epochs": 0.046}, "--max-epochs")],
+)
+def test_a_complete_run_names_the_limit_that_ended_it(train, changes, limit):
+    outcome = train("run", resume="run", only={}, **changes)
+    assert (outcome.finished, outcome.step) == (True, 5)
+    assert outcome.lines[-1] == f"This run is complete: 5 steps. To train it further, raise {limit}."
+
+
+def test_a_run_beyond_its_limit_names_it(train):
+    with pytest.raises(UserError, match=r"at step 5, beyond step 3, at which it would end: raise --max-steps\.$"):
+        train("run", resume="run", only={}, max_steps=3)
+
+
 def test_a_copy_goes_back_and_leaves_the_original(train, trained):
     shutil.copytree("run", "copy")
     outcome = train("copy", resume="copy/checkpoints/step-00000002", overwrite=True, **BRANCH)

@@ -16,12 +16,12 @@ from mlx_gpt.distributed import ALONE
 from mlx_gpt.errors import RunError
 from mlx_gpt.settings import read_toml, resolve
 from mlx_gpt.tokenizer import Tokenizer
-from mlx_gpt.training import loop, measuring, memory
+from mlx_gpt.training import loop, memory, planning
 from mlx_gpt.training.network import make_model
 
 from .conftest import Silent, contents, copy_of, refusal
 
-MEASURE = measuring.measure  # the real one: the tests here are `unmeasured`
+MEASURE = memory.measure  # the real one: the tests here are `unmeasured`
 WALL_CLOCK = {"seconds", "started", "tokens_per_second", "peak_memory_gb"}
 MODEL_DIRECTORY = {
     "config.json",
@@ -177,7 +177,7 @@ def test_best_keeps_the_weights_of_the_lowest_validation_loss(train, tmp_path, e
 @pytest.mark.parametrize("changes", [{}, {"precision": "bfloat16", "grad_checkpoint": True}], ids=["", "other layers"])
 def test_measuring_changes_no_number_of_a_run(train, monkeypatch, eager, changes):
     train("unmeasured", max_steps=2, **changes)
-    monkeypatch.setattr(memory, "measure", MEASURE)
+    monkeypatch.setattr(planning, "measure", MEASURE)
     train("measured", max_steps=2, **changes)
     for name in ("final/model.safetensors", "checkpoints/step-00000002/optimizer.safetensors"):
         assert Path("measured", name).read_bytes() == Path("unmeasured", name).read_bytes()
@@ -201,7 +201,7 @@ def tight(monkeypatch):
 )
 def test_a_run_that_needs_too_much_memory_starts_only_on_request(train, tight, monkeypatch, eager, usable, takes):
     if usable < 2**20:
-        monkeypatch.setattr(memory, "measure", MEASURE)  # which sees this by itself
+        monkeypatch.setattr(planning, "measure", MEASURE)  # which sees this by itself
     tight(usable)
     sentence = refusal(lambda: train("deep/run", max_steps=1, batch_size=4, gradient_accumulation_steps=1))
     assert sentence.startswith(f"Training would take {takes}, and ")
@@ -227,8 +227,8 @@ def test_a_dry_run_makes_no_folder_while_it_measures(train, monkeypatch, eager):
         there.append(Path("deep").exists())
         return line
 
-    line = measuring.Line((measuring.Trial(1, 2**20, 2**20, 0, 0.01),))
-    monkeypatch.setattr(memory, "measure", measure)
+    line = memory.Line((memory.Trial(1, 2**20, 2**20, 0, 0.01),))
+    monkeypatch.setattr(planning, "measure", measure)
     train("deep/run", dry_run=True)
     assert there == [False]
 

@@ -18,7 +18,7 @@ from mlx_gpt import api
 from mlx_gpt.errors import UserError
 from mlx_gpt.models import quantized
 from mlx_gpt.models.directory import load_model
-from mlx_gpt.training import checkpoint, measuring, setup
+from mlx_gpt.training import checkpoint, memory, setup
 
 from .conftest import TINY, Silent, contents, refusal
 
@@ -82,7 +82,7 @@ def test_it_says_what_it_trains(tune):
 def test_its_memory_is_counted_whole_and_its_gradients_are_not(tune, whole, corpus):
     options = {"data": str(corpus), "out": "run", "init_from": str(whole.folder), **TINY, **LORA}
     with setup.set_up(options, Silent(), dry_run=True) as run:
-        weights, gradients, state = measuring.held_bytes(run)
+        weights, gradients, state = memory.held_bytes(run)
     parameters = sum(array.size for array in load_file(whole.folder / "final/model.safetensors").values())
     assert weights - gradients == 4 * parameters
     assert 2 * gradients < state < 2 * gradients + 100

@@ -15,8 +15,8 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.models.base import has_dropout
 from mlx_gpt.optim import make_optimizer
 from mlx_gpt.settings import resolve
-from mlx_gpt.training import checkpoint, loop, measuring, memory, run_settings
-from mlx_gpt.training.measuring import Estimate, Line, Trial
+from mlx_gpt.training import checkpoint, loop, memory, planning, run_settings
+from mlx_gpt.training.memory import Estimate, Line, Trial
 from mlx_gpt.training.plan import HEADROOM, duration, in_words
 from tests.training.conftest import TINY, Silent
 from tests.training.peaks import SHAPES, VARIANTS, expected, make_run, measured
@@ -57,7 +57,7 @@ def test_the_plain_path_is_measured_as_well():
 
 
 def test_the_line_goes_on_where_trying_takes_too_long(monkeypatch):
-    monkeypatch.setattr(measuring, "BUDGET", 0)
+    monkeypatch.setattr(memory, "BUDGET", 0)
     run = make_run(**SHAPES[1])
     assert expected(run) == pytest.approx(measured(run), rel=0.25)
 
@@ -75,7 +75,7 @@ def test_an_update_that_takes_the_most_in_small_batches_hides_no_activations():
 
 def test_no_trial_is_made_where_the_weights_alone_do_not_fit():
     run = make_run(with_room(1e6))
-    assert measuring.measure(run, loop.make_step, run.training) is None
+    assert memory.measure(run, loop.make_step, run.training) is None
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -84,7 +84,7 @@ def test_what_a_run_holds_is_counted_without_making_it(optimizer):
     mx.eval(run.model.parameters())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    weights, gradients, state = measuring.held_bytes(run)
+    weights, gradients, state = memory.held_bytes(run)
     assert mx.get_peak_memory() - before < 10_000
     made = make_optimizer(run.training, run.model)
     made.init(run.model.trainable_parameters())
@@ -115,7 +115,7 @@ def test_times_are_told_in_words(seconds, words):
 
 def test_what_fits_is_left_as_it_is():
     training = TrainingConfig()
-    assert memory.fit(training, estimate, with_room(64 * GIB)) == (training, "")
+    assert planning.fit(training, estimate, with_room(64 * GIB)) == (training, "")
 
 
 @pytest.mark.parametrize(
@@ -130,39 +130,40 @@ def test_what_fits_is_left_as_it_is():
 def test_the_flags_that_it_names_fit_and_cost_the_least(gigabytes, changed):
     """The less memory, the more has to be given up; what is named is read back as a person would type it."""
     here = with_room(gigabytes * GIB)
-    named = re.search(r"This fits: (--.*?) \(about", memory.fit(TrainingConfig(), estimate, here)[1])
+    named = re.search(r"This fits: (--.*?) \(about", planning.fit(TrainingConfig(), estimate, here)[1])
     assert named
     given = {flag.replace("-", "_"): int(value) if value else True for flag, value in FLAG.findall(named[1])}
     assert given.keys() == changed
     again = resolve({"preset": "medium", "data": "builtin"} | given).training
-    assert memory.fit(again, estimate, here) == (again, "")
+    assert planning.fit(again, estimate, here) == (again, "")
     assert again.windows_per_step == 64
     larger = dataclasses.replace(again, batch_size=2 * again.batch_size)
     assert estimate(larger).peak > HEADROOM * here.usable
 
 
 def test_a_model_that_fits_with_no_batch_says_so():
-    problem = memory.fit(TrainingConfig(), estimate, with_room(GIB))[1]
+    problem = planning.fit(TrainingConfig(), estimate, with_room(GIB))[1]
     assert "No batch of this model fits" in problem
-    unsafe = memory.fit(TrainingConfig(), lambda training: None, with_room(GIB))[1]
+    unsafe = planning.fit(TrainingConfig(), lambda training: None, with_room(GIB))[1]
     assert unsafe.startswith("Training would take more memory than it is safe to try")
 
 
 def test_auto_takes_as_many_windows_at_once_as_fit():
     training = TrainingConfig(auto_batch_size=True)
-    roomy, _ = memory.fit(training, estimate, with_room(1000 * GIB))
+    roomy, _ = planning.fit(training, estimate, with_room(1000 * GIB))
     assert (roomy.batch_size, roomy.gradient_accumulation_steps) == (64, 1)
-    tight, problem = memory.fit(training, estimate, with_room(20 * GIB))
+    tight, problem = planning.fit(training, estimate, with_room(20 * GIB))
     assert (tight.batch_size, tight.gradient_accumulation_steps, problem) == (16, 4, "")
-    recomputing, problem = memory.fit(training, estimate, with_room(2 * GIB))
+    recomputing, problem = planning.fit(training, estimate, with_room(2 * GIB))
     assert (recomputing.batch_size, recomputing.grad_checkpoint, problem) == (4, True, "")
-    assert "--seq-len 256" in memory.fit(training, estimate, with_room(1.2 * GIB))[1]  # another training, so only named
+    tightest = with_room(1.2 * GIB)
+    assert "--seq-len 256" in planning.fit(training, estimate, tightest)[1]  # another training, so only named
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_auto_chooses_for_each_rank(ranks):
     training = TrainingConfig(auto_batch_size=True, ranks=ranks)
-    chosen, problem = memory.fit(training, estimate, with_room(20 * GIB))
+    chosen, problem = planning.fit(training, estimate, with_room(20 * GIB))
     assert not problem
     assert (chosen.windows_per_step, chosen.windows_per_rank) == (64, 64 // ranks)
     assert chosen.micro_batch_size == chosen.batch_size == 16
@@ -230,7 +231,7 @@ def test_an_automatic_batch_is_timed_with_its_own_micro_steps(corpus, tmp_path, 
         seconds = 0.01 * min(2, training.micro_steps)
         return Line(tuple(Trial(n, n * 10**6, n * 10**6, 0, n * seconds) for n in (1, 2)))
 
-    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(planning, "measure", measure)
     display = Silent()
     settings = {**TINY, "data": str(corpus), "out": "run", "batch_size": "auto", "gradient_accumulation_steps": 4}
     loop.train(settings, display, dry_run=True)
@@ -261,7 +262,7 @@ def test_dropout_that_may_be_needed_is_measured(train, tmp_path, monkeypatch):
         measured.append(has_dropout(run.model))
         return Line((Trial(1, 1, 1, 0, 0.01), Trial(2, 2, 2, 0, 0.01)))
 
-    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(planning, "measure", measure)
     for dropout in ("auto", 0.0):
         train("run", dropout=dropout, dry_run=True)
     assert measured == [True, False]
