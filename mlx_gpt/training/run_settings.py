@@ -97,12 +97,15 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a given setting would make it another run; the message names all of them. Or its text has moved.
     """
-    saved = read_settings(run)
+    saved, given = read_settings(run), dict(given)
+    start = given.get("init_from")
     if given.get("batch_size") == "auto":  # the batch that was chosen then stays, if a step has as many windows
         given = _chosen(saved, given)
     if given.get("dropout") == "auto":
         given = {name: value for name, value in given.items() if name != "dropout"}
-    config = resolve(saved | dict(given) | {"out": str(run)})
+    if start and str(saved.get("init_from")).startswith(f"{start}@"):
+        given["init_from"] = saved["init_from"]  # the commit of what was named, which the run began from
+    config = resolve(saved | given | {"out": str(run)})
     resolved = flat(config)
 
     def whole(name: str, value: Any) -> Any:

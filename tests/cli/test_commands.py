@@ -261,7 +261,7 @@ def test_doctor_describes_a_mac():
     old, new = metal_rows(M3), metal_rows(M5)
     assert (old["Chip"], old["macOS"]) == ("Apple M3 Max, 40 GPU cores", "14.6.1")
     assert (old["Device"], old["Usable memory"]) == ("Apple M3 Max (metal, 32 GiB)", "24.0 GiB")
-    assert old["Precision"].startswith("bfloat16")
+    assert old["Precision"].startswith("computes in bfloat16")
     assert "needs macOS 15" in old["Wired memory"]
     assert "24,576 MiB at most; `sudo sysctl iogpu.wired_limit_mb=N`" in new["Wired memory"]
     newer = dataclasses.replace(M3, macos=(15,))

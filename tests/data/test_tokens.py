@@ -305,7 +305,7 @@ def test_text_that_a_tokenizer_does_not_know_is_counted(make_corpus, make, name)
     tokenizer = make()
     tokens = tokenize(make_corpus(["duck", "zebra", "鳥"], ["duck"]), tokenizer)
     (line,) = lost_text([tokens.train, tokens.val], tokenizer)
-    assert line.startswith(f"WARNING: 2 of the 8 tokens of this text are {name}: ")
+    assert line.startswith(f"WARNING: 2 of the 8 tokens of this text are {name}, because ")
     assert lost_text([tokens.val], tokenizer) == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_gpt.settings import read_toml
-from mlx_gpt.training.run_settings import config_of
+from mlx_gpt.training.run_settings import config_of, resumed_config
 
 from .conftest import TINY, contents, copy_of, refusal
 
@@ -38,6 +38,18 @@ def test_a_run_resumes_from_any_folder(train, project, tmp_path, monkeypatch):
     assert train(None, resume="project/runs/one", only={"max_steps": 4}).step == 4
     monkeypatch.chdir(project / "runs/one")
     assert train(None, resume=".", only={"max_steps": 5}).step == 5
+
+
+def test_the_command_that_began_a_run_from_the_hub_also_resumes_it(train, project):
+    """run.toml keeps the commit, which the command need not name."""
+    run = project / "runs/one"
+    text = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(text.replace('init_from = ""', 'init_from = "hf:bird/duck@1234"'))
+    assert resumed_config(run, {"init_from": "hf:bird/duck"}).init_from == "hf:bird/duck@1234"
+    for other in ("hf:bird/duc", "hf:bird/duck@5678"):
+        assert "`init_from` was 'hf:bird/duck@1234'" in refusal(
+            lambda other=other: resumed_config(run, {"init_from": other})
+        )
 
 
 def test_a_run_resumes_after_its_project_has_moved(train, project, tmp_path):
