@@ -11,7 +11,7 @@ import numpy as np
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.generation.cache import BatchCache
 from mlx_gpt.generation.sampling import Logprobs, penalise, penalises, sample
-from mlx_gpt.generation.stop_strings import Text
+from mlx_gpt.generation.stop_strings import StreamedText
 from mlx_gpt.seeds import seed_from
 from mlx_gpt.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class Continuation:
     def __init__(self, request: Request, sample: int, seed: int, tokenizer: Tokenizer, entries: int) -> None:
         config = request.config
         self.request, self.sample, self.seed = request, sample, seed
-        self.text = Text(sample, tokenizer, request.prompt, config.stop)
+        self.text = StreamedText(sample, tokenizer, request.prompt, config.stop)
         self.ids: list[int] = []
         self.picked = 0
         self.dropped = False

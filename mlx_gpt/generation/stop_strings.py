@@ -46,7 +46,7 @@ class Piece:
     tokens: tuple[Token, ...] = ()
 
 
-class Text:
+class StreamedText:
     """One text that is being generated.
 
     It holds back characters at its end that may begin a stop string until that is decided.

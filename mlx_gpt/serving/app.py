@@ -22,12 +22,12 @@ from mlx_gpt.errors import shown
 from mlx_gpt.serving import page
 from mlx_gpt.serving.access import Guard
 from mlx_gpt.serving.answers import Answer, ChatAnswer, CompletionAnswer
+from mlx_gpt.serving.bodies import ChatRequest, CompletionRequest
 from mlx_gpt.serving.curves import Curves, load_curves
 from mlx_gpt.serving.errors import HANDLERS, RESPONSES, APIError
 from mlx_gpt.serving.metrics import Metrics
 from mlx_gpt.serving.models import ServedModel
 from mlx_gpt.serving.parsing import ParsedRequest, parse_chat, parse_completion
-from mlx_gpt.serving.requests import ChatRequest, CompletionRequest
 from mlx_gpt.serving.responses import ChatCompletion, Completion
 from mlx_gpt.serving.streaming import EventStream, Generation
 from mlx_gpt.serving.worker import BusyError, EngineError, Worker

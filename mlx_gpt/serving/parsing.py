@@ -6,9 +6,9 @@ from typing import Any
 
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.requests import Request
+from mlx_gpt.serving.bodies import ChatRequest, CompletionRequest
 from mlx_gpt.serving.errors import APIError
 from mlx_gpt.serving.models import ServedModel
-from mlx_gpt.serving.requests import ChatRequest, CompletionRequest
 
 
 @dataclass

@@ -16,7 +16,7 @@ from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Continuation, Request
-from mlx_gpt.generation.stop_strings import Piece, Text, Token
+from mlx_gpt.generation.stop_strings import Piece, StreamedText, Token
 from mlx_gpt.generation.stream import Stats, stream
 from mlx_gpt.models.directory import save_model
 from mlx_gpt.models.gpt2 import ModelArgs
@@ -468,7 +468,7 @@ def test_the_tokens_told_are_those_of_the_text(say, stop, made):
 
 
 def test_a_token_that_a_stop_string_cuts_is_told_whole(byte_tokenizer):
-    text = Text(0, byte_tokenizer, [], ["b"])
+    text = StreamedText(0, byte_tokenizer, [], ["b"])
     text._detokenizer = Words()  # type: ignore[assignment]
     assert [*text.add(0, "")] == [Piece(0, "xy", tokens=(Token(0, "xy"),))]
     assert [*text.add(1, "")] == [Piece(0, "a", "stop", (Token(1, "abc"),))]

@@ -17,7 +17,7 @@ import transformers
 from mlx_gpt.api import load
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.generation.requests import Request
-from mlx_gpt.generation.stop_strings import Text
+from mlx_gpt.generation.stop_strings import StreamedText
 from mlx_gpt.generation.stream import stream
 from mlx_gpt.models.directory import save_model
 from mlx_gpt.serving.answers import ChatAnswer
@@ -248,7 +248,7 @@ def test_the_bytes_of_an_answers_tokens_add_up_without_byte_tokens():
     tokenizer = Tokenizer(backend)
     model = ServedModel("a", Path(), tokenizer, 32, 0, None, Mock())
     parsed = ParsedRequest(model, [Request([1], GenerationConfig(), {}, 1)], True, False)
-    answer, text = ChatAnswer(parsed), Text(0, tokenizer, [1], [])
+    answer, text = ChatAnswer(parsed), StreamedText(0, tokenizer, [1], [])
     for reason in ("", "", "length"):
         for piece in text.add(1, reason, -1.0, ((0, -0.5),)):
             answer.add(0, piece)
