@@ -46,7 +46,7 @@ SCALE = 20.0
 @click.option("--steps", default=200, show_default=True, type=click.IntRange(WARM_UP + 1), help="Of each fine-tuning.")
 @click.option("--towns", default=200, show_default=True, type=click.IntRange(1), help="Four conversations about each.")
 @click.option("--rank", default=8, show_default=True, type=click.IntRange(1), help="Of the adapters.")
-@click.option("--learning-rate", default=1e-3, show_default=True, type=click.FloatRange(0), help="Of the adapters.")
+@click.option("--learning-rate", default=5e-4, show_default=True, type=click.FloatRange(0), help="Of the adapters.")
 @click.option(
     "--batch-size", default=4, show_default=True, type=click.IntRange(1), help="mlx-lm's conversations a step."
 )
