@@ -57,6 +57,8 @@ def are_in(folder: Path) -> bool:
 def base_of(folder: Path) -> Path:
     """Return the directory of the model that the adapters in a folder belong to.
 
+    They name the directory, or a model of the Hugging Face Hub that mlx-lm has downloaded.
+
     Raises:
         UserError: they name no directory, or one that is not there.
     """
@@ -67,10 +69,24 @@ def base_of(folder: Path) -> Path:
     for base in (folder / named, Path(named)):
         if (base / "config.json").is_file():
             return base.resolve()
+    if downloaded := _in_hub_cache(named):
+        return downloaded.resolve()
     raise UserError(
         f"The adapters in {folder} belong to the model in {shown(named, 300)}, which is not there: write its directory "
         f"into {path} as `model`."
     )
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """Return the directory of a model that mlx-lm has downloaded from the Hugging Face Hub; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def read(folder: Path) -> Adapters:

@@ -365,6 +365,23 @@ def test_a_config_of_adapters_that_says_something_else_is_refused(make_model, bp
         load_model(path.parent)
 
 
+def test_a_base_is_found_where_mlx_lm_has_downloaded_it(make_model, bpe, ids, tmp_path, monkeypatch):
+    """mlx_lm.lora names a model of the Hub as it was asked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache/models--birds--duck"
+    save_model(repository / "snapshots/1234", make_model(), bpe)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("1234")
+    save_model(tmp_path / "out", adapted(repository / "snapshots/1234"), bpe)
+    path = tmp_path / "out/adapters/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "birds/duck"}))
+    expected = logits_of(load_model(tmp_path / "out"), ids)
+    np.testing.assert_allclose(logits_of(load_model(path.parent), ids), expected, atol=1e-6)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "birds/goose"}))
+    with pytest.raises(UserError, match="belong to the model in birds/goose, which is not there"):
+        load_model(path.parent)
+
+
 def test_a_base_is_found_beside_its_adapters(make_model, bpe, ids, tmp_path):
     save_model(tmp_path / "base", make_model(), bpe)
     save_model(tmp_path / "out", adapted(tmp_path / "base"), bpe)
