@@ -134,3 +134,8 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         while arrays:
             array = arrays.pop(next(iter(arrays)))
             file.write(np.array(mx.contiguous(array).flatten().view(mx.uint8), copy=False).data)
+
+
+def cast_floats(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """Return an array in a dtype; packed weights stay as they are."""
+    return array.astype(dtype) if dtype and mx.issubdtype(array.dtype, mx.floating) else array

@@ -24,7 +24,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
 from mlx_gpt.generation.stop_strings import Token
-from mlx_gpt.models import directory
+from mlx_gpt.models import checks
 from mlx_gpt.models.directory import config_of, load_model, save_model
 from mlx_gpt.models.tokenizer_files import load_tokenizer
 from mlx_gpt.objectives import OBJECTIVES
@@ -354,7 +354,7 @@ def test_tensors_that_do_not_fit_are_refused(damaged, change, said):
 
 def test_weights_that_do_not_fit_into_memory_are_refused(damaged, monkeypatch):
     small = dataclasses.replace(device(), memory=100_000)
-    monkeypatch.setattr(directory, "device", lambda: small)
+    monkeypatch.setattr(checks, "device", lambda: small)
     assert "can't hold them: take a smaller model" in refusal(damaged)
 
 

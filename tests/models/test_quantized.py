@@ -22,7 +22,7 @@ from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
 from mlx_gpt.generation.requests import Request
-from mlx_gpt.models import directory, quantized
+from mlx_gpt.models import checks, quantized
 from mlx_gpt.models.directory import load_model, save_model
 
 PROMPTS = ("The duck swims", "Geese", "a pond and dives")
@@ -68,9 +68,9 @@ def test_weights_are_refused_if_they_take_more_memory_than_there_is(packed, monk
     folder = packed.parent / name
     needed = sum(weight.nbytes for _, weight in tree_flatten(load_model(folder, dtype).parameters()))
     here = device()
-    monkeypatch.setattr(directory, "device", lambda: dataclasses.replace(here, memory=needed + 20_000))
+    monkeypatch.setattr(checks, "device", lambda: dataclasses.replace(here, memory=needed + 20_000))
     load_model(folder, dtype)
-    monkeypatch.setattr(directory, "device", lambda: dataclasses.replace(here, memory=needed - 1))
+    monkeypatch.setattr(checks, "device", lambda: dataclasses.replace(here, memory=needed - 1))
     with pytest.raises(UserError, match="can't hold them"):
         load_model(folder, dtype)
 
