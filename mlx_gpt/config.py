@@ -148,7 +148,7 @@ class TrainingConfig:
     optimizer: str = setting(
         "adamw",
         "Optimizer: adamw trains everything with AdamW; muon trains the matrices of the blocks with Muon and the rest "
-        "with AdamW, and starts the blocks' output projections at zero.",
+        "with AdamW, and starts the blocks' output projections of a new model at zero.",
         choices=("adamw", "muon"),
     )
     learning_rate: float = setting(

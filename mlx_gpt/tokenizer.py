@@ -75,14 +75,12 @@ class Tokenizer:
         return cls(tokenizer_training.train(texts, vocab_size, read))
 
     @classmethod
-    def load(cls, path: str | Path, end_of_text: int | None = None, rows: int | None = None) -> "Tokenizer":
+    def load(cls, path: str | Path, end_of_text: int | None = None) -> "Tokenizer":
         """Read a `tokenizer.json`.
 
         Args:
             path: the file, or a folder that has it.
             end_of_text: the id that ends a document; None is that of `<|endoftext|>`.
-            rows: the ids that the model knows. Special tokens with higher ids are left out, such as those for images in
-                the files of Gemma's models that read only text.
 
         Raises:
             UserError: there is no such file, it is not a tokenizer.json, or its decoder would change a token.
@@ -105,14 +103,28 @@ class Tokenizer:
         with failing_as(f"{path} is not a tokenizer.json"):
             _check_merges(text)
             tokenizer = cls(HFTokenizer.from_str(text), end_of_text)
-            if rows is not None and tokenizer.vocab_size > rows:
-                tokenizer = cls(HFTokenizer.from_str(_without_special_tokens(text, rows)), end_of_text)
         if changed := tokenizer._changed_by_its_decoder():
             raise UserError(
                 f"{path} cannot be used, because its decoder would turn the added token {shown(changed)!r} into other "
                 "characters: make ByteLevel its only decoder."
             )
         return tokenizer
+
+    def without_unknown(self, rows: int) -> "Tokenizer":
+        """Return the tokenizer for a model that knows `rows` ids, without the special tokens that it does not know.
+
+        The tokenizers of Gemma's models that read only text have one for images, for example. If a text begins or ends
+        with such a token, or the chat template has it, the tokenizer does not belong to the model, and stays as it is.
+        """
+        added = self.backend.get_added_tokens_decoder().items()
+        unknown = {i: token.content for i, token in added if token.special and i >= rows}
+        if unknown.keys() & {*self.start, *self.ends} or any(name in str(self.chat) for name in unknown.values()):
+            return self
+        content = json.loads(self.to_json())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in unknown]
+        if isinstance(entries := content["model"].get("vocab"), dict):
+            content["model"]["vocab"] = {name: i for name, i in entries.items() if i not in unknown}
+        return Tokenizer.from_state(self.state() | {"json": json.dumps(content)})
 
     def converse(self, template: str) -> None:
         """Use a ChatML template, and add the two tokens of ChatML if they are missing. `added` then has their ids.
@@ -354,17 +366,6 @@ def failing_as(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise UserError(f"{what}: {shown(error, 200)}.") from None
-
-
-def _without_special_tokens(text: str, rows: int) -> str:
-    """Return the text of a `tokenizer.json` without its special tokens whose ids are `rows` or higher."""
-    content = json.loads(text)
-    added = content.get("added_tokens", [])
-    unknown = {token["content"] for token in added if token["special"] and token["id"] >= rows}
-    content["added_tokens"] = [token for token in added if token["content"] not in unknown]
-    if isinstance(entries := content["model"].get("vocab"), dict):
-        content["model"]["vocab"] = {name: i for name, i in entries.items() if name not in unknown}
-    return json.dumps(content)
 
 
 def _check_merges(text: str) -> None:

@@ -37,7 +37,8 @@ def command() -> int:
     problems = list(check())
     for problem in problems:
         click.echo(f"Problem: {problem}")
-    click.echo("Ready." if not problems else "Not ready: fix the problems above.")
+    count = "One problem" if len(problems) == 1 else f"{len(problems)} problems"
+    click.echo(f"{count}: see above." if problems else "Ready.")
     return 1 if problems else 0
 
 

@@ -31,6 +31,7 @@ NEW = np.uint32(1 << 28)  # the example that begins here is the first of its con
 AT_ONCE = 200  # conversations
 # For templates that write today's date: with the real one, a run could not be resumed the next day.
 WRITTEN = datetime(2026, 1, 1)
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}" * 3  # takes the place of a message
 REASONS = 10  # further reasons are counted together, because a template can word each refusal differently
 FORMAT_VERSION = 4  # raise it when the ids or their marks change, so that the files are made again
 
@@ -40,7 +41,7 @@ class Transcript(NamedTuple):
 
     Attributes:
         answers: the span of each answer with its end, in characters.
-        new: where the part begins that earlier transcripts of the conversation do not have; 0 in the first of them.
+        new: where the newest question begins; 0 in the first transcript of a conversation.
     """
 
     text: str
@@ -112,14 +113,23 @@ def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Tran
         if message["role"] == "assistant":
             before = template.text(conversation[:i])
             after = before + _answer(conversation[: i + 1], before, template)
-            question = before.rfind(conversation[i - 1]["content"].strip())
-            new = 0 if not separate else question if question > 0 else len(before)
+            new = _place_of_question(conversation[:i], before, template) if separate else 0
             separate.append(Transcript(after, [(len(before), len(after))], new))
             grows = grows and before.startswith(done)
             done = after
     if not grows:
         return separate
     return [Transcript(done, [span for transcript in separate for span in transcript.answers])]
+
+
+def _place_of_question(conversation: Conversation, text: str, template: ChatTemplate) -> int:
+    """Return where the last message begins in the `text` of a conversation; the end of the text if it is not there."""
+    *others, last = conversation
+    try:
+        place = template.text([*others, {**last, "content": MARK}]).find(MARK)
+    except UserError:
+        place = -1
+    return len(text) if place < 0 else place
 
 
 def _answer(conversation: Conversation, before: str, template: ChatTemplate) -> str:

@@ -130,10 +130,11 @@ def _input(fields: Mapping[str, Any]) -> str:
     Raises:
         RowError: a column holds something other than text, or it is not clear which column belongs there.
     """
-    for name in INPUTS:
-        if not isinstance(fields.get(name, ""), str):
+    given = {name: fields[name] for name in INPUTS if fields.get(name)}
+    for name, content in given.items():
+        if not isinstance(content, str):
             raise RowError(f"`{name}` is not a text")
-    found = [fields[name] for name in INPUTS if fields.get(name, "").strip()]
+    found = [content for content in given.values() if content.strip()]
     if len(found) > 1:
         raise RowError(f"a text in both `{INPUTS[0]}` and `{INPUTS[1]}`")
     return f"\n\n{normalise(found[0])}" if found else ""

@@ -48,13 +48,15 @@ class PackedWindows(Windows):
         shortened = 0
         for i in np.flatnonzero(ends - begins > self._length):
             place = begins[i] + np.flatnonzero(marked[begins[i] : begins[i] + self._length + 1] & MAY_END)[-1]
-            shortened += bool(place > begins[i] and np.any(marked[place : ends[i]] & COUNTS))
+            lost = marked[place : ends[i] - 1]  # the end of text, which comes last, is no turn
+            shortened += bool(place > begins[i] and np.any(lost & COUNTS))
             ends[i] = place
         kept, count = ends > begins, len(begins)
         these = f"{name} {'conversations' if np.all(marked[begins] & NEW) else 'examples'}"
         if not kept.any():
             raise UserError(_nothing_fits(marked, begins, these, seq_len, context))
         self._begins, self._ends, self._seed = begins[kept], ends[kept], seed
+        self._conversations = len(np.unique(np.cumsum((marked[begins] & NEW) > 0)[kept]))
         self._lengths = self._ends - self._begins
         self._by_length = np.argsort(self._lengths, kind="stable").tolist()
         super().__init__(len(self._lengths))
@@ -83,9 +85,8 @@ class PackedWindows(Windows):
     def facts(self) -> list[str]:
         """How tightly the examples are packed."""
         count, padding = len(self._lengths), 1 - self._lengths.sum() / (self.per_epoch * self._length)
-        conversations = np.count_nonzero(self._marked[self._begins] & NEW)
-        these = f"{conversations:,} conversations"
-        if conversations < count:
+        these = f"{self._conversations:,} conversations"
+        if self._conversations < count:
             these = f"{count:,} examples from {these}"
         return [f"{these} packed into {self.per_epoch:,} windows, with {padding:.1%} padding"]
 

@@ -38,24 +38,24 @@ def read_parquet(path: Path, column: str, advance: Callable[[int], None]) -> Ite
 
     try:
         with pq.ParquetFile(path) as file:
-            table = file.schema_arrow
-            nested = [field.name for field in table if holds_strings_inside(field.type)]
-            strings = [field.name for field in table if holds_strings(field.type)]
-            if len(set(table.names)) < len(table.names):
+            arrow = file.schema_arrow
+            nested = [field.name for field in arrow if holds_strings_inside(field.type)]
+            strings = [field.name for field in arrow if holds_strings(field.type)]
+            if len(set(arrow.names)) < len(arrow.names):
                 raise UserError(f"{path} has two columns of one name: rename one of them.")
-            lists = [field.name.lower() for field in table if holds_objects(field.type)]
-            schema = schema_in([name.lower() for name in table.names], lists)
+            lists = [field.name.lower() for field in arrow if holds_objects(field.type)]
+            schema = schema_in([name.lower() for name in arrow.names], lists)
             if column or not schema:
                 schema = None
                 head = next(file.iter_batches(SAMPLE, columns=strings), None)
                 values = {
                     each: [v for v in head[each].to_pylist() if v is not None] if head else [] for each in strings
                 }
-                columns = [text_column(path, table.names, values, column, nested)]
+                columns = [text_column(path, arrow.names, values, column, nested)]
             else:
                 columns = [
                     _lightest_part(file.metadata, name) if name.lower() in UNREAD else name
-                    for name in table.names
+                    for name in arrow.names
                     if name.lower() in COLUMNS
                 ]
             size_of_row = path.stat().st_size / max(1, file.metadata.num_rows)

@@ -88,14 +88,16 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
     if (folder / "generation_config.json").is_file():
         named.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     ends = [i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0 <= i < 2**32]
-    rows = next((config["vocab_size"] for config in configs if isinstance(config.get("vocab_size"), int)), None)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", next(iter(ends), None), rows)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", *ends[:1])
     end_of_turn = tokenizer.backend.token_to_id(END_OF_TURN)
     if documents := [i for i in ends if i != end_of_turn and tokenizer.backend.id_to_token(i) is not None]:
         tokenizer.end_of_text = documents[0]
     tokenizer.chat = read_chat(folder)
     end_of_answer = tokenizer.backend.token_to_id(tokenizer.chat.get("eos_token", ""))
     tokenizer.end_at(ends if end_of_answer is None else [*ends, end_of_answer])
+    rows = next((config["vocab_size"] for config in configs if type(config.get("vocab_size")) is int), None)
+    if rows is not None and tokenizer.vocab_size > rows:
+        tokenizer = tokenizer.without_unknown(rows)
     if _tokenizer_of_weights(folder / "model.safetensors") not in (None, tokenizer.fingerprint):
         raise UserError(
             f"{folder}: the weights were trained with another tokenizer than the tokenizer.json beside them: copy the "

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlx_gpt.tokenizer import Tokenizer
 SHORTEST = 1024  # tokens: a context is not cut shorter than this to make the caches fit
 CACHES = 0.75  # of the memory beside the weights; the rest is for computing
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mlx_gpt")
 
 
 @dataclass(frozen=True)
@@ -59,29 +60,54 @@ def load_models(paths: Sequence[Path], max_batch: int, context: int | None = Non
     from mlx_gpt.generation.cache import bytes_per_token
     from mlx_gpt.training.run_folder import model_directory
 
-    folders, available = [model_directory(path) for path in paths], device().usable
-    loaded = [(name, folder, *api.load(folder)) for name, folder in zip(names_of(folders), folders, strict=True)]
-    needed = sum(weight.nbytes for _, _, model, _ in loaded for _, weight in tree_flatten(model.parameters()))
-    room = CACHES * (available - needed) / len(loaded)
-    served = {}
-    for name, folder, model, tokenizer in loaded:
-        per_token = bytes_per_token(model) * (max_batch + 1)  # one more text is being read
-        own = models.context_length(model)
-        sees = min(context or own, own)
-        if not context and per_token * own > room:
-            sees = min(own, max(SHORTEST, int(room / per_token) // SHORTEST * SHORTEST))
-        needed += per_token * sees
+    folders, available, needed = [model_directory(path) for path in paths], device().usable, 0
+    loaded, sizes = {}, {}
+    for name, folder in zip(names_of(folders), folders, strict=True):
+        model, tokenizer = api.load(folder)
+        needed += sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
         if needed > available:
-            raise UserError(
-                f"The weights and the caches of {max_batch} texts need {needed / 1e6:,.0f} MB, more than is free: "
-                f"lower --max-batch{' or --context' if sees > SHORTEST else ''}."
-            )
+            raise UserError(f"The weights need {needed / 1e6:,.0f} MB, more than is free: serve a smaller model.")
+        loaded[name] = folder, model, tokenizer
+        rows = max_batch + 1  # one more text is being read
+        sizes[name] = rows * bytes_per_token(model), models.context_length(model)
+    contexts = fit_contexts(sizes, CACHES * (available - needed), context)
+    needed += sum(per_token * contexts[name] for name, (per_token, _) in sizes.items())
+    if needed > available:
+        texts = "one text" if max_batch == 1 else f"{max_batch} texts"
+        raise UserError(
+            f"The weights and the caches of {texts} need {needed / 1e6:,.0f} MB, more than is free: lower --max-batch "
+            "or --context."
+        )
+    served = {}
+    for name, (folder, model, tokenizer) in loaded.items():
+        sees, own = contexts[name], sizes[name][1]
         if sees < min(context or own, own):
-            log.info("The context of %s is %s of its %s tokens, so that the caches fit in memory.", name, sees, own)
+            log.info("The context of %s is %s of its %s tokens, so that the caches fit.", name, f"{sees:,}", f"{own:,}")
         engine = functools.partial(Engine, model, tokenizer, max_batch, context=sees)
         template = ChatTemplate.of(tokenizer)
         served[name] = ServedModel(name, folder, tokenizer, sees, models.n_params(model), template, engine)
     return served
+
+
+def fit_contexts(sizes: Mapping[str, tuple[int, int]], room: float, context: int | None = None) -> dict[str, int]:
+    """Return how many tokens each model sees of each text.
+
+    Args:
+        sizes: by the model's name, the bytes that its caches take for each token, and the tokens that it can see.
+        room: bytes for all caches.
+        context: the tokens that were asked for; None is all that a model can see, or as many as fit.
+    """
+    contexts = {}
+    # The models that need the least come first, because the others can use what they leave.
+    for done, name in enumerate(sorted(sizes, key=lambda name: math.prod(sizes[name]))):
+        per_token, own = sizes[name]
+        fits = int(room / (len(sizes) - done) / per_token)
+        if context or own <= fits:
+            contexts[name] = min(context or own, own)
+        else:
+            contexts[name] = min(own, max(SHORTEST, fits // SHORTEST * SHORTEST))
+        room -= per_token * contexts[name]
+    return contexts
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -257,8 +257,8 @@ def fit(
                 validate(run, number, evaluate, display)
             bar.advance(1, monitor.facts(run.progress.loss_average, rate))
     if over and number == began and run.ranks.broadcast((run.folder / "final/model.safetensors").exists()):
-        limits = " and ".join(plan.limits if number >= plan.total_steps else ["--max-minutes"])
-        monitor.line(f"This run is complete: {number:,} steps. To train it further, raise {limits}.")
+        limits = plan.reached(number) + (["--max-minutes"] if out_of_time() else [])
+        monitor.line(f"This run is complete: {number:,} steps. To train it further, raise {' and '.join(limits)}.")
     elif over:
         final = run.folder / "final"
         trouble.guarded(run, f"{final}", lambda: save_model(final, run.model, run.tokenizer), last=True)

@@ -1,6 +1,7 @@
 """The plan of a run, made before the run starts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mlx_gpt.config import Config
 from mlx_gpt.device import GIB, Device
@@ -19,7 +20,7 @@ class Plan:
         windows_per_step: training windows that make one step.
         windows_per_epoch: training windows in one pass over the text.
         total_steps: the step at which the run ends at the latest.
-        limits: the flags that set `total_steps`.
+        limits: the step at which each flag would end the run.
         scheduled_steps: length of the learning rate's schedule: all steps, or the number expected in the minutes given.
         first_step: the step at which the run begins.
         peak: expected peak of memory of each rank, in bytes; None if it was not even safe to try.
@@ -43,10 +44,14 @@ class Plan:
     first_step: int
     peak: int | None
     step_seconds: float | None
-    limits: tuple[str, ...] = ()
+    limits: Mapping[str, int] = field(default_factory=dict)
     ranks_here: int = 1
     facts: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+
+    def reached(self, step: int) -> list[str]:
+        """Return the flags that end the run at this step or before."""
+        return [flag for flag, end in self.limits.items() if end <= step]
 
     def epoch(self, step: int) -> int:
         """Return how many whole passes over the text `step` steps have made."""

@@ -77,7 +77,7 @@ def plan_run(run: Run, make_step: Callable[..., Any], display: Display, *, show:
     if run.progress.step > run.plan.total_steps:
         raise UserError(
             f"{run.folder} is already at step {run.progress.step:,}, beyond step {run.plan.total_steps:,}, at which it "
-            f"would end: raise {' and '.join(run.plan.limits)}."
+            f"would end: raise {' and '.join(run.plan.reached(run.progress.step))}."
         )
     if run.ranks.first:
         _check_disk(run)
@@ -204,7 +204,7 @@ def make_plan(run: Run, peak: int | None, step_seconds: float | None) -> Plan:
         windows_per_step=per_step,
         windows_per_epoch=per_epoch,
         total_steps=total_steps,
-        limits=tuple(flag for flag, step in ends.items() if step == total_steps),
+        limits=ends,
         scheduled_steps=scheduled_steps,
         first_step=run.progress.step,
         peak=peak,

@@ -103,8 +103,8 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
         given = _chosen(saved, given)
     if given.get("dropout") == "auto":
         given = {name: value for name, value in given.items() if name != "dropout"}
-    if start and str(saved.get("init_from")).startswith(f"{start}@"):
-        given["init_from"] = saved["init_from"]  # the commit of what was named, which the run began from
+    if hub.is_hub_name(start) and _means(str(start), str(saved.get("init_from"))):
+        given["init_from"] = saved["init_from"]
     config = resolve(saved | given | {"out": str(run)})
     resolved = flat(config)
 
@@ -125,6 +125,12 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> Config:
     if "data" not in given and _is_path("data", data) and not Path(data).exists():
         raise UserError(f"The text of {run} is no longer in {data}: name its new place with --data.")
     return config
+
+
+def _means(name: str, pinned: str) -> bool:
+    """Return whether a name on the Hub, perhaps with a branch or a tag, means the same as one with a commit."""
+    found = hub.found_model(name)
+    return pinned.startswith(f"{name}@") or (found is not None and found[1] == pinned)
 
 
 def _chosen(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -244,6 +244,8 @@ def test_with_the_loss_on_all_no_message_counts_twice(bpe, encode):
     rows = encode(tokenizer, [turns("one?", "hm</think>two", "three?", "so</think>four")], "all")
     counted = "".join(tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in rows)
     assert [counted.count(word) for word in ("one?", "two", "three?", "four")] == [1, 1, 1, 1]
+    again = encode(tokenizer, [turns("one?", "hm</think>two", "a", "so</think>four")], "all")[1]
+    assert tokenizer.decode((again & ID)[(again & COUNTS) > 0]).split("\n")[0] == "a"
     tokenizer.converse(CHATML)
     whole = encode(tokenizer, TALKS[:1], "all")[0]
     assert ((whole & COUNTS) > 0)[1:].all()

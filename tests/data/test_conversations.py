@@ -34,6 +34,7 @@ SCHEMAS: list[tuple[dict[str, Any], Any]] = [
     ({"instruction": "Hi.", "input": "", "output": "Hello."}, HELLO),
     ({"instruction": "Add.", "input": "1, 2", "output": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
     ({"instruction": "Add.", "context": "1, 2", "response": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
+    ({"instruction": "Hi.", "input": [], "output": "Hello."}, HELLO),
     ({"prompt": "Add.", "context": "1, 2", "completion": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
     ({"instruction": "Add.", "input": " ", "context": "1, 2", "output": "3"}, [user("Add.\n\n1, 2"), assistant("3")]),
     ({"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}, HELLO),
@@ -70,7 +71,7 @@ SCHEMAS: list[tuple[dict[str, Any], Any]] = [
 
 @pytest.mark.parametrize(("row", "expected"), SCHEMAS)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
-def test_each_shape_is_read(write, row, expected, name):
+def test_each_schema_is_read(write, row, expected, name):
     assert rows_of(write([row, row], name)) == [expected] * 2
 
 

@@ -194,6 +194,19 @@ def test_parts_of_conversations_are_called_examples():
     assert packed.warnings[0].startswith("WARNING: left out 1 of 4 training examples, in which not even one answer")
 
 
+def test_a_conversation_counts_whichever_of_its_examples_fit():
+    rows = conversations([100, 40, 20], turn=100)
+    begins = np.flatnonzero(rows & BEGINS)
+    rows[begins[1]] &= ~NEW  # the first two are one conversation, and only its second example fits
+    assert PackedWindows(rows, SEQ_LEN).facts[0].startswith("2 conversations packed into 1 windows")
+
+
+def test_losing_only_the_end_of_text_is_no_shortening():
+    rows = conversations([65, 10], turn=100)
+    rows[64] |= MAY_END  # as `chat_tokens` marks it
+    assert PackedWindows(rows, SEQ_LEN).warnings == []
+
+
 def test_if_nothing_fits_the_sentence_names_a_length_that_does():
     rows = conversations([350, 250], turn=100)
     with pytest.raises(UserError, match=r"any of the 2 training conversations: use --seq-len 99 or more"):

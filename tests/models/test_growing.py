@@ -10,6 +10,8 @@ import pytest
 import transformers
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_tokenizer as mlx_lm_tokenizer
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mlx_gpt import models
 from mlx_gpt.chat_template import CHATML, ChatTemplate
@@ -188,6 +190,28 @@ def test_special_tokens_that_the_model_does_not_know_are_left_out(directory):
     assert tokenizer.encode("<image>", special=True) == known.encode("<image>", special=True)
     content["added_tokens"][-1]["special"] = False
     path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"they don't belong together|trained with another"):
+        load_tokenizer(directory, model)
+
+
+@pytest.mark.parametrize("role", ["begins a text", "ends a text", "is in the template"])
+def test_a_special_token_that_the_model_needs_is_not_left_out(directory, role):
+    known = load_tokenizer(directory, model := load_model(directory))
+    content = json.loads((directory / "tokenizer.json").read_text())
+    unknown = {"id": known.vocab_size, "content": "<odd>", "special": True}
+    content["added_tokens"].append(content["added_tokens"][-1] | unknown)
+    if role == "begins a text":
+        backend = HFTokenizer.from_str(json.dumps(content))
+        backend.post_processor = TemplateProcessing("<odd> $A", special_tokens=[("<odd>", known.vocab_size)])
+        content = json.loads(backend.to_str())
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((directory / "config.json").read_text()) | {"vocab_size": known.vocab_size}
+    if role == "ends a text":
+        (directory / "generation_config.json").unlink()
+        config["eos_token_id"] = known.vocab_size
+    (directory / "config.json").write_text(json.dumps(config))
+    if role == "is in the template":
+        (directory / "chat_template.jinja").write_text("<odd>" + CHATML)
     with pytest.raises(UserError, match=r"they don't belong together|trained with another"):
         load_tokenizer(directory, model)
 

@@ -15,7 +15,7 @@ from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.cache import bytes_per_token
 from mlx_gpt.models.directory import save_model
-from mlx_gpt.serving.models import load_models, names_of
+from mlx_gpt.serving.models import fit_contexts, load_models, names_of
 from tests.serving.conftest import PROGRAM, served
 
 
@@ -65,12 +65,20 @@ def test_a_model_with_a_long_context_is_served_with_as_much_of_it_as_fits(
     assert not caplog.records
     caplog.set_level("INFO")
     assert context(weights + 5000 * caches / 0.75) == 4096
-    assert "The context of long is 4096 of its 50000 tokens" in caplog.text
+    assert "The context of long is 4,096 of its 50,000 tokens" in caplog.text
     assert context(weights + 5000 * caches, 4500) == 4500
     with pytest.raises(UserError, match=r"more than is free: lower --max-batch or --context\.$"):
         context(weights + 5000 * caches, 5500)
-    with pytest.raises(UserError, match=r"more than is free: lower --max-batch\.$"):
+    with pytest.raises(UserError, match=r"more than is free: lower --max-batch or --context\.$"):
         context(weights + 1000 * caches)
+    with pytest.raises(UserError, match=r"^The weights need .* serve a smaller model\.$"):
+        context(weights / 2)
+
+
+def test_a_model_that_needs_little_leaves_its_room_to_the_others():
+    assert fit_contexts({"long": (10, 40_000), "short": (10, 1024)}, 410_240) == {"short": 1024, "long": 40_000}
+    assert fit_contexts({"long": (10, 40_000), "short": (10, 1024)}, 410_230) == {"short": 1024, "long": 39_936}
+    assert fit_contexts({"one": (10, 40_000), "two": (20, 40_000)}, 600_000) == {"one": 29_696, "two": 14_336}
 
 
 def test_a_text_sees_no_more_than_the_context_that_was_set(folders):

@@ -31,7 +31,7 @@ def duck(make_model, sentences, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folders, duck):
-    with served(folders / "plain", duck, max_tokens=10**6) as url:
+    with served(folders / "plain", duck, duck, max_tokens=10**6) as url:
         yield url
 
 
@@ -227,6 +227,30 @@ def test_the_same_answer_again_is_not_another_version(page):
     press(page, "Again")
     expect(page.locator(".status.error")).to_contain_text("The model gave the same answer again")
     assert page.locator(".versions").count() == 0
+
+
+def test_the_same_answer_of_another_model_is_kept(page):
+    page.get_by_role("spinbutton", name="Temperature").fill("0")
+    send(page, "Ducks")
+    page.get_by_label("Model", exact=True).select_option("duck-2")
+    press(page, "Again")
+    expect(page.locator(".versions")).to_contain_text("2/2")
+
+
+def test_each_further_answer_has_another_seed(page):
+    seeds = []
+
+    def note(request):
+        if "chat" in request.url:
+            seeds.append(request.post_data_json["seed"])
+
+    page.on("request", note)
+    page.get_by_label("Stop at").fill("e")  # some answers may be alike, or empty
+    send(page, "Ducks")
+    for _ in range(3):
+        button = "Again" if page.locator(ANSWER).count() else "Answer"
+        press(page, button)
+    assert seeds == [7, 8, 9, 10]
 
 
 def test_an_answer_can_be_made_again_and_both_are_kept(page):

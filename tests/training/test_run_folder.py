@@ -40,16 +40,19 @@ def test_a_run_resumes_from_any_folder(train, project, tmp_path, monkeypatch):
     assert train(None, resume=".", only={"max_steps": 5}).step == 5
 
 
-def test_the_command_that_began_a_run_from_the_hub_also_resumes_it(train, project):
+def test_the_command_that_began_a_run_from_the_hub_also_resumes_it(train, project, monkeypatch):
     """run.toml keeps the commit, which the command need not name."""
     run = project / "runs/one"
     text = (run / "run.toml").read_text()
     (run / "run.toml").write_text(text.replace('init_from = ""', 'init_from = "hf:bird/duck@1234"'))
     assert resumed_config(run, {"init_from": "hf:bird/duck"}).init_from == "hf:bird/duck@1234"
-    for other in ("hf:bird/duc", "hf:bird/duck@5678"):
-        assert "`init_from` was 'hf:bird/duck@1234'" in refusal(
-            lambda other=other: resumed_config(run, {"init_from": other})
-        )
+    commits = {"hf:bird/duck@main": "hf:bird/duck@1234", "hf:bird/duck@new": "hf:bird/duck@9"}
+    fetched = {name: (Path("duck"), commit) for name, commit in commits.items()}
+    monkeypatch.setattr("mlx_gpt.data.hub.found_model", fetched.get)
+    assert resumed_config(run, {"init_from": "hf:bird/duck@main"}).init_from == "hf:bird/duck@1234"
+    for other in ("hf:bird/duc", "hf:bird/duck@5678", "hf:bird/duck@new"):
+        sentence = refusal(lambda other=other: resumed_config(run, {"init_from": other}))
+        assert "`init_from` was 'hf:bird/duck@1234'" in sentence
 
 
 def test_a_run_resumes_after_its_project_has_moved(train, project, tmp_path):

@@ -71,7 +71,7 @@ export class Controls {
       this.values[name] = Number(number.value);
     }
     this.seed = make("input", { type: "text", inputMode: "numeric", pattern: "[0-9]*", value: from ? from.seed.value : "" });
-    this.settings.append(field("seed", "Seed", this.seed, "The same number gives the same text. Leave it empty to get another text each time."));
+    this.settings.append(field("seed", "Seed", this.seed, "The same number gives the same texts in the same order. Leave it empty to get other texts each time."));
     this.ending = make("input", { type: "text", value: from ? from.ending.value : "" });
     this.settings.append(field("stop", "Stop at", this.ending, "End the text before this string, such as a full stop."));
   }

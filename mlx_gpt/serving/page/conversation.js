@@ -162,7 +162,8 @@ export class Conversation {
     area.oninput = () => { turn.draft = area.value; grow(area); };
     const close = change => {
       const { draft } = turn;
-      if (busy() || change && !draft.trim()) return;
+      if (busy()) return;
+      if (change && !draft.trim()) return this.say(mine ? "A message can't be empty." : "An answer can't be empty.", true);
       delete turn.draft;
       change?.(edited(turn.pieces, draft));
       this.draw();
@@ -250,11 +251,12 @@ export class Conversation {
   // Continue an answer at its end. `remove` is called if the model writes nothing, or the same as in another version.
   async write(turn, remove) {
     if (busy() || !this.controls.valid()) return;
-    const { path } = this.tree, versions = path[path.indexOf(turn) - 1].next;
+    const { path } = this.tree, parent = path[path.indexOf(turn) - 1];
     const body = {
       messages: this.tree.messages(turn), logprobs: true, top_logprobs: ALTERNATIVES, ...this.controls.request(),
     };
-    if (body.seed !== undefined) body.seed += versions.indexOf(turn);  // so that another version is another text
+    if (remove) parent.answers = (parent.answers ?? -1) + 1;
+    if (body.seed !== undefined) body.seed += parent.answers ?? 0;  // so that another version is another text
     if (turn.pieces.length) body.continue_final_message = true;
     else body.messages.pop();
     turn.model = body.model;
@@ -288,7 +290,8 @@ export class Conversation {
     if (remove && !text) {
       remove();
       if (complete) this.say("The model wrote no answer: ask in other words, or change the settings.", true);
-    } else if (remove && complete && versions.some(other => other !== turn && textOf(other.pieces).trim() === text)) {
+    } else if (remove && complete && parent.next.some(other =>
+      other !== turn && other.model === turn.model && textOf(other.pieces).trim() === text)) {
       remove();
       this.say("The model gave the same answer again: raise the temperature to get another one.", true);
     }
