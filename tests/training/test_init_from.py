@@ -155,7 +155,8 @@ def test_a_mistake_is_refused_before_anything_is_written(train, qwen3, settings,
 
 def test_a_tokenizer_of_another_model_is_refused(train, qwen3):
     vocabulary = json.loads((qwen3 / "tokenizer.json").read_text())
-    vocabulary["added_tokens"].append({**vocabulary["added_tokens"][0], "id": 300, "content": "<|more|>"})
+    more = {"id": 300, "content": "<|more|>", "special": False}
+    vocabulary["added_tokens"].append(vocabulary["added_tokens"][0] | more)
     (qwen3 / "tokenizer.json").write_text(json.dumps(vocabulary))
     with pytest.raises(UserError, match=r"301 entries .* 300: they don't belong together"):
         train("run", init_from="qwen3", **SMALL)
