@@ -190,14 +190,21 @@ def test_training_config_has_no_automatic_batch_left_over():
 
 @pytest.fixture
 def little_room(monkeypatch):
-    """A device on which the tiny run does not fit, though trying it is safe."""
-    monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: dataclasses.replace(device(), usable=700_000))
+    """Call it to make room for less than the tiny run, though trying it is safe."""
+
+    def shrink():
+        monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: dataclasses.replace(device(), usable=700_000))
+        # Near the real limit MLX waits for each operation, and other tests have left arrays in memory.
+        monkeypatch.setattr(mx, "set_memory_limit", lambda limit: limit)
+
+    return shrink
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_touched(
     train, tmp_path, monkeypatch, eager, little_room
 ):
     monkeypatch.chdir(tmp_path)
+    little_room()
     with pytest.raises(UserError, match=r"^Training would take .* --ignore-memory starts it anyway\.$"):
         train("run", max_steps=1)
     assert not Path("run").exists()
@@ -205,6 +212,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_touched(
 
 def test_a_dry_run_shows_the_plan_of_what_does_not_fit(corpus, tmp_path, monkeypatch, eager, little_room):
     monkeypatch.chdir(tmp_path)
+    little_room()
     display = Silent()
     with pytest.raises(UserError, match=r"^Training would take"):
         loop.train({"data": str(corpus), "out": "run", **TINY}, display, dry_run=True)
@@ -212,11 +220,11 @@ def test_a_dry_run_shows_the_plan_of_what_does_not_fit(corpus, tmp_path, monkeyp
     assert not Path("run").exists()
 
 
-def test_a_run_that_fitted_when_it_began_may_continue(train, tmp_path, monkeypatch, eager):
+def test_a_run_that_fitted_when_it_began_may_continue(train, tmp_path, monkeypatch, eager, little_room):
     """Nothing that it could change would leave it the same run."""
     monkeypatch.chdir(tmp_path)
     train("run", max_steps=1)
-    monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: dataclasses.replace(device(), usable=700_000))
+    little_room()
     outcome = train("run", resume="run", max_steps=2)
     assert outcome.step == 2
     assert any(line.startswith("WARNING      That is more than can safely be spared") for line in outcome.lines)
