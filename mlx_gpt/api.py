@@ -12,12 +12,13 @@ import mlx_gpt.device  # noqa: F401 - before mlx, so that a tuned BLAS can take 
 
 import mlx.nn as nn
 
-from mlx_gpt.config import GenerationConfig, TrainingConfig
+from mlx_gpt.config import CONVERSATION, GenerationConfig, TrainingConfig
 from mlx_gpt.data import hub
 from mlx_gpt.device import device
 from mlx_gpt.distributed import is_first
 from mlx_gpt.errors import UserError, in_a_sentence, is_utf8
 from mlx_gpt.generation.stop_strings import Piece
+from mlx_gpt.generation.stream import Prompt
 from mlx_gpt.generation.stream import stream as stream_pieces
 from mlx_gpt.models.directory import load_model
 from mlx_gpt.models.tokenizer_files import load_tokenizer
@@ -56,20 +57,24 @@ def load(
     return here.accelerate(model).eval(), load_tokenizer(folder, model)
 
 
-def stream(model: nn.Module, tokenizer: Tokenizer, prompt: str, **settings: Any) -> Iterator[Piece]:
-    """Continue `prompt`, yielding pieces of text as they are made.
+def stream(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, **settings: Any) -> Iterator[Piece]:
+    """Continue a text or answer a conversation, yielding pieces of the new text as they are made.
 
     Args:
-        settings: those of `GenerationConfig`: `max_tokens`, `temperature`, `seed`, ...
+        prompt: a text, or messages such as `[{"role": "user", "content": "Which bird?"}]`.
+        settings: those of `GenerationConfig`: `max_tokens`, `temperature`, `seed`, ... In a conversation some defaults
+            differ, as in `mlx-gpt generate --interactive`.
 
     Raises:
-        UserError: a setting is unknown or out of its bounds, or the prompt is not text, empty or too long.
+        UserError: a setting is unknown or out of its bounds; the prompt is empty, too long, or neither text nor
+            messages; or the model has no chat template for messages.
     """
-    return stream_pieces(model, tokenizer, prompt, build(GenerationConfig, settings))
+    defaults = {} if isinstance(prompt, str) else CONVERSATION
+    return stream_pieces(model, tokenizer, prompt, build(GenerationConfig, {**defaults, **settings}))
 
 
-def generate(model: nn.Module, tokenizer: Tokenizer, prompt: str, **settings: Any) -> str:
-    """Continue `prompt` and return the new text; settings and errors as in `stream`."""
+def generate(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, **settings: Any) -> str:
+    """Continue a text or answer a conversation, and return the new text; arguments and errors as in `stream`."""
     if settings.get("num_samples", 1) != 1:
         raise UserError("generate() returns one text: for several samples iterate over stream().")
     return "".join(piece.text for piece in stream(model, tokenizer, prompt, **settings))

@@ -136,9 +136,11 @@ def test_every_command_works(page, monkeypatch, capfd):
         Path("settings.toml").write_text(block, encoding="utf-8")
     for words in commands(page):
         if words[0] == "python":
-            script, into, target = words[1:]
+            *script, into, target = words[1:]
             assert into == ">"
-            made = subprocess.run([sys.executable, ROOT / script], capture_output=True, check=True).stdout
+            made = subprocess.run(
+                [sys.executable, ROOT / script[0], *script[1:]], capture_output=True, check=True
+            ).stdout
             Path(target).write_bytes(made)
     for arguments in uses(page):
         if arguments[0] in ONLY_PARSED:
@@ -180,7 +182,7 @@ def test_the_server_is_used_as_it_shows(capsys):
 
 
 def test_the_functions_work(capsys):
-    [code] = [block for block in blocks(ROOT / "docs/python.md", "python") if "mlx_gpt" in block]
+    code = next(block for block in blocks(ROOT / "docs/python.md", "python") if "mlx_gpt" in block)
     small = "n_layer=1, n_head=2, n_embd=16, n_positions=32, seq_len=16, vocab_size=300, max_steps=2"
     short = code.replace("max_steps=300", small).replace("temperature=0.7", "temperature=0.7, max_tokens=5")
     assert short.count("max_") == 3

@@ -2,13 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_gpt import models
+from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
@@ -20,6 +22,9 @@ from mlx_gpt.seeds import fresh_seed
 from mlx_gpt.tokenizer import Tokenizer
 
 MOST_AT_ONCE = 64  # samples
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
+"""A text to continue, or the messages of a conversation to answer, each with a `role` and a `content`."""
 
 
 @dataclass
@@ -54,15 +59,15 @@ class Stats:
 
 
 def stream(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, config: GenerationConfig, stats: Stats | None = None
+    model: nn.Module, tokenizer: Tokenizer, prompt: Prompt, config: GenerationConfig, stats: Stats | None = None
 ) -> Iterator[Piece]:
-    """Continue `prompt`, yielding text as soon as it is certain; `stats` is filled in meanwhile.
+    """Continue a text or answer messages, yielding text as soon as it is certain; `stats` is filled in meanwhile.
 
     Many samples are written group by group, so that memory does not grow with their number. Sample i has the seed
     `seed` + i in any group.
 
     Raises:
-        UserError: the prompt is not text, or empty, or longer than the context.
+        UserError: as in `check_prompt`.
     """
     stats = stats if stats is not None else Stats()
     ids = check_prompt(model, tokenizer, prompt)
@@ -101,21 +106,38 @@ def samples_at_once(model: nn.Module, count: int, capacity: int) -> int:
     return max(1, min(count, MOST_AT_ONCE, free // 2 // (capacity * bytes_per_token(model))))
 
 
-def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: str) -> list[int]:
+def check_prompt(model: nn.Module, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Return the ids of a prompt, with those that its model expects at the start.
 
     Raises:
-        UserError: it is not text, or empty, or longer than the context.
+        UserError: it is neither text nor messages, or empty, or longer than the context; or the model has no chat
+            template for messages.
     """
-    if not isinstance(prompt, str):
-        raise UserError(f"The prompt must be text, not {type(prompt).__name__}.")
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise UserError("The prompt is empty: give a few words to continue.")
-    ids = [*tokenizer.start, *ids]
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            raise UserError("The prompt is empty: give a few words to continue.")
+        ids = [*tokenizer.start, *ids]
+    else:
+        ids = _ids_of_messages(tokenizer, prompt)
     if len(ids) > models.context_length(model):
         raise UserError(
             f"The prompt has {len(ids):,} tokens, more than the model's context of {models.context_length(model):,}: "
             "shorten it."
         )
     return ids
+
+
+def _ids_of_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    if not isinstance(messages, list | tuple):
+        raise UserError(f"The prompt must be text or a list of messages, not {type(messages).__name__}.")
+    for message in messages:
+        parts = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError('A message must be like {"role": "user", "content": "Which bird?"}.')
+    if not messages:
+        raise UserError("There is no message to answer.")
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
+        raise UserError("The model has no chat template, since it was not trained on conversations: give it a text.")
+    return template.ids(messages, tokenizer)

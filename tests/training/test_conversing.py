@@ -4,6 +4,7 @@ docs/chat.md does the same with `--preset tiny` and all of the questions.
 """
 
 import json
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -114,3 +115,15 @@ def test_other_programs_give_the_same_answers(runs):
         assert tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == answer
         ids = mlx_tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert mlx_lm.generate(model, mlx_tokenizer, ids, max_tokens=60) == answer
+
+
+def test_python_counts_the_right_answers_as_docs_chat_shows(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    Path("weights/library").symlink_to(runs / "full")
+    Path("unseen.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in conversations(True)))
+    page = (Path(__file__).parents[2] / "docs/chat.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "chat.md", "exec"), {})
+    right = round(share_right(asked_on_the_command_line(runs / "full")) * len(UNSEEN))
+    assert capsys.readouterr().out == f"{right} of {len(UNSEEN)} answers are right.\n"
