@@ -1,14 +1,16 @@
 """The command line. Each command has a file of its own that parses flags, calls the library and prints."""
 
+import difflib
 import importlib
 import os
 import sys
 import time
+from typing import Any
 
 import click
 
 from mlx_gpt.cli import streams
-from mlx_gpt.errors import FORESEEN, in_a_sentence
+from mlx_gpt.errors import FORESEEN, in_a_sentence, shown
 
 # A command is imported only when it runs, so that `mlx-gpt --help` is quick. It shows these sentences.
 COMMANDS = {
@@ -20,6 +22,14 @@ COMMANDS = {
     "eval": "Measure loss, perplexity and bits per byte of a model on a text.",
     "plot": "Plot the curves of a run, or of several.",
     "doctor": "Check that this machine is ready: versions, device, speed, credentials.",
+}
+
+
+# Where people expect a command to take a name that it takes by a flag.
+NAMED_BY = {
+    "train": "name a run with --resume, weights to start from with --from, and a text with --data",
+    "generate": "name a model with --model, and a text to continue with --prompt",
+    "serve": "name a model with --model",
 }
 
 
@@ -36,6 +46,14 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(f"mlx_gpt.cli.{name}").command
         return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find a command. The error for an unknown one suggests a similar name."""
+        if args and args[0] not in COMMANDS and args[0][:1] != "-":
+            similar = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {similar[0]}?" if similar else "`mlx-gpt --help` lists the commands."
+            raise click.UsageError(f"There is no command {shown(args[0])}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Show the commands without importing them."""
@@ -79,9 +97,13 @@ def run(arguments: list[str]) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        if message.startswith("Got unexpected extra argument") and context and context.info_name in NAMED_BY:
+            message = f"{message}: {NAMED_BY[context.info_name]}."
         if os.environ.get("MLX_RANK", "0") != "0":
             time.sleep(10)  # all ranks have this error: rank 0 reports it, and mlx.launch ends this rank meanwhile
-        return _report(error.format_message(), 2)
+        return _report(message, 2)
     except BrokenPipeError:
         code = 1  # the reader of stdout has gone, as `head` does
     except (Exception, KeyboardInterrupt) as error:

@@ -33,12 +33,16 @@ LONGEST = 1024  # tokens per window by default, for models whose context is far 
 def command(file: str | None, model: str | None, seq_len: int | None, batch_size: int, **settings: str) -> None:
     """Measure loss, perplexity and bits per byte on FILE, or on the whole validation text of the model's run.
 
-    The windows do not overlap. The end-of-text token after each document counts as a token.
+    The windows of a text do not overlap, and the end-of-text token after each document counts as a token. Each
+    conversation is read by itself, and only the answers count, unless the run counted all tokens.
     """
     from mlx_gpt import models
     from mlx_gpt.api import load
     from mlx_gpt.data.batches import TextWindows, Windows
+    from mlx_gpt.data.chat_tokens import encode_conversations
     from mlx_gpt.data.hub import is_hub_name
+    from mlx_gpt.data.packing import PackedWindows
+    from mlx_gpt.data.sources import is_model, kind_in
     from mlx_gpt.data.tokens import encode_file, lost_text
     from mlx_gpt.evaluation import Evaluator
     from mlx_gpt.objectives import OBJECTIVES
@@ -49,6 +53,8 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     if file:
         with os_errors_explained(f"read {file}"):
             Path(file).stat()
+        if is_model(Path(file)):
+            raise UserError(f"{file} is a model, not a text: name it with --model, and a text as FILE.")
     elif is_hub_name(model):
         raise UserError(f"{model} is not a run, so it has no validation text: name a FILE.")
     path = Path(fetched(model)) if model else run_folder.newest_run(Path("weights"), with_model=True)
@@ -62,9 +68,17 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
     with TemporaryDirectory() as folder:
         if file:
             data = build(DataConfig, given(settings))
-            how = {"column": data.column, "documents": data.documents, "echo": display.line}
-            tokens = encode_file(Path(file), tokenizer, Path(folder), **how)
-            windows: Windows = TextWindows(tokens, seq_len)
+            windows: Windows
+            if not data.column and kind_in(Path(file), data.documents) == "conversations":
+                if not tokenizer.chat:
+                    raise UserError(f"{file} holds conversations, but {path} has no chat template: name a text.")
+                loss_on = config.training.loss_on if config else "assistant"
+                tokens = encode_conversations(Path(file), tokenizer, Path(folder), loss_on, display.line)
+                windows = PackedWindows(tokens, seq_len, name="evaluated", context=positions)
+            else:
+                how = {"column": data.column, "documents": data.documents, "echo": display.line}
+                tokens = encode_file(Path(file), tokenizer, Path(folder), **how)
+                windows = TextWindows(tokens, seq_len)
         elif config:
             corpus = open_data(config, display)
             other_text = f"{path} was not trained on the text that {config.data.data} holds now: name a FILE."
@@ -75,10 +89,10 @@ def command(file: str | None, model: str | None, seq_len: int | None, batch_size
             if run_folder.fingerprint_of(path) not in (None, both.fingerprint):
                 raise UserError(other_text)
             tokens, windows = both.val, objective.windows(both, "val", seq_len, context=positions)
-            for line in windows.warnings:
-                display.line(line)
         else:
             raise UserError(f"{path} is not a run, so it has no validation text: name a FILE.")
+        for line in windows.warnings:
+            display.line(line)
         lost = lost_text([tokens], tokenizer)
         evaluate = Evaluator(network, windows, tokenizer.byte_lengths(), batch_size=batch_size)
         bar = display.bar("Evaluating", evaluate.windows, unit="window")

@@ -16,9 +16,10 @@ import numpy as np
 
 from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.data.conversations import Conversation
-from mlx_gpt.data.corpus import Corpus
+from mlx_gpt.data.corpus import Corpus, usable
+from mlx_gpt.data.documents import read_kind
 from mlx_gpt.data.rows import Drops
-from mlx_gpt.data.sources import hash_of
+from mlx_gpt.data.sources import find_files, hash_of
 from mlx_gpt.data.tokens import ID, Tokens, make_tokens, write_ids
 from mlx_gpt.errors import UserError, printable
 from mlx_gpt.progress import ByteProgress, Echo, ignore_line, ignore_progress
@@ -68,24 +69,51 @@ def tokenize_conversations(
     Raises:
         UserError: the corpus cannot be read, was changed since it was opened, or has no conversation that can be used.
     """
-    template = ChatTemplate.of(tokenizer, now=lambda: WRITTEN)
-    assert template is not None
     ends = [tokenizer.end_of_text, *sorted(tokenizer.ends)]
     chat = sorted(tokenizer.chat.items())
     fingerprint = hash_of(FORMAT_VERSION, corpus.fingerprint, tokenizer.to_json(), chat, ends, loss_on)[:16]
 
     def encode(split: str, path: Path, advance: Callable[[int], None]) -> None:
-        drops = Drops()
         conversations = _counted(corpus.conversations(split, echo), advance)
-        rows = _encoded(conversations, tokenizer, template, loss_on == "all", drops)
-        length = write_ids(path, np.dtype(np.uint32), (row.tobytes() for row in rows))
-        for reason, count in drops.counts.items():
-            echo(printable(f"WARNING: left out {count:,} conversations: {reason}"))
-        if not length:
-            reason = next(iter(drops.counts), "there is none.")
-            raise UserError(printable(f"No conversation of {corpus.path(split)} can be used: {reason}"))
+        _encode(conversations, corpus.path(split), tokenizer, loss_on, path, echo)
 
     return make_tokens(corpus, fingerprint, encode, progress)
+
+
+def encode_conversations(
+    path: Path, tokenizer: Tokenizer, folder: Path, loss_on: str = "assistant", echo: Echo = ignore_line
+) -> np.ndarray:
+    """Return the marked tokens (tokens,) uint32 of a file of conversations, or of a folder of such files.
+
+    Args:
+        folder: the folder for the file that the tokens are memory-mapped from.
+        loss_on: as in `tokenize_conversations`.
+        echo: called with a line for each reason why rows are left out.
+
+    Raises:
+        UserError: a file cannot be read, or has no conversation that can be used.
+    """
+    files, _ = find_files([path])
+    conversations = usable((row for file in files for row in read_kind(file, "conversations")), echo)
+    target = folder / "tokens.npy"
+    _encode(conversations, path, tokenizer, loss_on, target, echo)
+    tokens: np.ndarray = np.load(target, mmap_mode="r")
+    return tokens
+
+
+def _encode(
+    conversations: Iterable[Conversation], source: Path, tokenizer: Tokenizer, loss_on: str, target: Path, echo: Echo
+) -> None:
+    """Write the marked tokens of conversations from `source` to the file `target`."""
+    template, drops = ChatTemplate.of(tokenizer, now=lambda: WRITTEN), Drops()
+    assert template is not None
+    rows = _encoded(conversations, tokenizer, template, loss_on == "all", drops)
+    length = write_ids(target, np.dtype(np.uint32), (row.tobytes() for row in rows))
+    for reason, count in drops.counts.items():
+        echo(printable(f"WARNING: left out {count:,} conversations: {reason}"))
+    if not length:
+        reason = next(iter(drops.counts), "there is none.")
+        raise UserError(printable(f"No conversation of {source} can be used: {reason}"))
 
 
 def _counted(conversations: Iterable[Conversation], advance: Callable[[int], None]) -> Iterator[Conversation]:

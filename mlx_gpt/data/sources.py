@@ -9,7 +9,8 @@ from typing import Any
 
 from mlx_gpt.data.documents import documents_in, read_rows
 from mlx_gpt.data.hub import is_hub_name
-from mlx_gpt.data.kinds import KINDS
+from mlx_gpt.data.kinds import KINDS, kind_of
+from mlx_gpt.data.rows import Dropped
 from mlx_gpt.data.schemas import Row
 from mlx_gpt.data.sniffing import format_of, refusal
 from mlx_gpt.errors import UserError, os_errors_explained, typed
@@ -31,6 +32,11 @@ def builtin_documents() -> Iterator[str]:
         yield topics[name]
 
 
+def is_model(path: Path) -> bool:
+    """Return whether a folder is a run or a model directory, which people may name instead of a text."""
+    return (path / "run.toml").is_file() or ((path / "config.json").is_file() and any(path.glob("*.safetensors")))
+
+
 def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
     """Return the files that `paths` name, and the files that were skipped.
 
@@ -48,6 +54,8 @@ def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
             again = typed("download", "--dataset", path)
             raise UserError(f"{path} is on the Hugging Face Hub: first run `{again}`, which prepares it, too.")
         with os_errors_explained(f"read {path}"):
+            if is_model(path):
+                raise UserError(f"{path} is a run or a model, not a text: name the files of a text.")
             inside = list(_walk(path)) if path.is_dir() else [path]
             for file in inside:
                 reason = refusal(file)
@@ -190,3 +198,13 @@ def _walk(folder: Path) -> Iterator[Path]:
         for name in sorted(set(names).difference(prepared)):
             if not name.startswith(".") and Path(root, name).is_file():
                 yield Path(root, name)
+
+
+def kind_in(path: Path, documents: str = "auto") -> str:
+    """Return the kind of the first usable row in a file, or in a folder's files; "documents" if there is none.
+
+    Raises:
+        UserError: as in `read_rows` and `find_files`.
+    """
+    rows = (row for file in find_files([path])[0] for row, _ in read_rows(file, documents=documents))
+    return next((kind_of(row) for row in rows if not isinstance(row, Dropped)), "documents")

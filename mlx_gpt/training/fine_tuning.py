@@ -11,6 +11,7 @@ from mlx_gpt.errors import UserError
 from mlx_gpt.models import adapters
 from mlx_gpt.models.directory import read_config
 from mlx_gpt.models.tensors import checksum
+from mlx_gpt.presets import PRESETS
 from mlx_gpt.settings import changed, resolve
 from mlx_gpt.training import run_folder
 
@@ -41,6 +42,13 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
         # The tokenizer comes with the weights, and `vocab_size` is for a tokenizer that is to be trained.
         if name != "vocab_size" and given.get(name) not in (None, value):
             raise UserError(f"`{name}` {given[name]} contradicts the weights in {folder}, which have {value}: omit it.")
+    preset = PRESETS.get(str(given.get("preset")), {})
+    for name, value in decided.items():
+        if name != "vocab_size" and given.get(name) is None and preset.get(name) not in (None, value):
+            raise UserError(
+                f"The preset {given['preset']} has `{name}` {preset[name]}, but the weights in {folder} have {value}: "
+                "omit --preset."
+            )
     for field in dataclasses.fields(ModelConfig):
         others = field.name not in (*decided, "vocab_size", "dropout")
         if others and given.get(field.name) not in (None, field.default):

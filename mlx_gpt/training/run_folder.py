@@ -164,7 +164,10 @@ def _not_a_run(path: Path) -> str:
             f"{path} has no {SETTINGS}, so it can't be resumed: start another run from its weights with `{start}`, "
             "and give it the --data and the settings that it had."
         )
-    return f"There is no run in {path}: leave --resume out to start one."
+    if path.parent.name == "checkpoints" and (found := checkpoint.all_checkpoints(path.parent.parent)):
+        names = ", ".join(each.name for each in found)
+        return f"{path.parent.parent} has no checkpoint {path.name}: name one that it has ({names})."
+    return f"There is no run in {path}: check the path, or leave --resume out to start a run."
 
 
 def run_around(path: Path) -> Path | None:

@@ -114,7 +114,10 @@ MISTAKES = [
     ("prepare two.csv", ["--column", "question, answer"]),
     # A corpus of a kind that training and `eval` do not take
     ("train --data pairs.jsonl --out weights/new", ["does not train on preferences", "--data", "--column"]),
-    ("eval chats.jsonl", ["chats.jsonl holds conversations, not documents", "--column"]),
+    ("eval chats.jsonl", ["chats.jsonl holds conversations, but weights/ducks has no chat template"]),
+    # A run in the place of a text
+    ("eval weights/ducks", ["weights/ducks is a model, not a text", "--model"]),
+    ("prepare weights/ducks", ["weights/ducks is a run or a model, not a text"]),
     ("prepare chats.jsonl pairs.jsonl", ["not clear", "chats.jsonl, line 1", "pairs.jsonl, line 1"]),
     # Settings outside their bounds
     (TRAIN + "--n-layer 0", ["`n_layer` must be at least 1, not 0"]),
@@ -153,9 +156,12 @@ MISTAKES = [
     ("train --n-layer two", ["--n-layer", "two"]),
     ("train --schedule cosin", ["--schedule", "cosine"]),
     ("train --n-layer", ["--n-layer"]),
-    ("train ducks.txt", ["ducks.txt"]),
+    ("train ducks.txt", ["ducks.txt", "name a run with --resume", "--data"]),
+    ("generate Geese", ["Geese", "--model", "--prompt"]),
+    ("serve weights/ducks", ["weights/ducks", "--model"]),
     ("prepare", ["PATH"]),
-    ("generat", ["generat"]),
+    ("generat", ["There is no command generat: did you mean generate?"]),
+    ("talk", ["There is no command talk: `mlx-gpt --help` lists the commands."]),
     ("download --dataset nonsense", ["nonsense", "owner/name"]),
     ("download --dataset a/b --from-file ducks.txt", ["--dataset and --from-file"]),
     # A folder with somebody's work
@@ -170,6 +176,8 @@ MISTAKES = [
     ("train --data short.txt --preset tiny --out weights/ducks --overwrite", ["--seq-len"]),
     # Another run
     ("train --resume weights/ducks --n-layer 2 --seed 9", ["`n_layer` was 1", "`seed` was 1337"]),
+    ("train --from weights/ducks --preset small --out weights/new", ["small has `n_layer` 6", "omit --preset"]),
+    ("train --resume weights/ducks/checkpoints/step-00000400", ["no checkpoint step-00000400", "(step-0000000"]),
 ]
 
 

@@ -82,7 +82,7 @@ def test_the_commands_that_are_suggested_can_be_pasted(mlx_gpt, text):
     (line,) = re.findall("Train on it with: mlx-gpt (.*)", prepared.out)
     trained = mlx_gpt(*shlex.split(line), *TINY, "--out", "weights/Läufe é/e 1")
     assert trained.code == 0, trained.err
-    (line,) = re.findall("Talk to it with: mlx-gpt (.*)", trained.out)
+    (line,) = re.findall("Try it with: mlx-gpt (.*)", trained.out)
     assert mlx_gpt(*shlex.split(line), stdin="The duck\n").code == 0
 
 
@@ -106,6 +106,23 @@ def test_train_and_eval_say_how_much_of_a_text_the_tokenizer_does_not_know(mlx_g
     Path("text.txt").write_text("The duck barks.")
     measured = mlx_gpt("eval", "text.txt", "--model", "run")
     assert "WARNING: 2 of the 5 tokens of this text are [UNK]" in measured.out
+
+
+def test_eval_measures_the_answers_in_a_file_of_conversations(mlx_gpt, saying, tmp_path):
+    saying(tmp_path / "duck", b"Quack.", 96)
+    for name, answer in (("right", "Quack."), ("wrong", "Honk.")):
+        rows = [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": answer}]] * 2
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    right, wrong = (mlx_gpt("eval", f"{name}.jsonl", "--model", tmp_path / "duck").out for name in ("right", "wrong"))
+    assert re.search(r"Tokens +14 ", right)  # six bytes and the end of the turn, twice
+    [low], [high] = (re.findall(r"Loss +([\d.]+)", out) for out in (right, wrong))
+    assert float(low) < 0.1 < 10 < float(high)
+
+
+def test_generate_says_that_a_model_with_a_template_can_converse(mlx_gpt, saying, tmp_path):
+    saying(tmp_path / "duck", b"Quack.", 96)
+    answer = mlx_gpt("generate", "--model", tmp_path / "duck", "--prompt", "Hi", "--max-tokens", "2")
+    assert "This model has a chat template: with --interactive it answers messages." in answer.err
 
 
 def test_eval_refuses_conversations_that_have_taken_the_place_of_the_text(mlx_gpt, train, corpus):
