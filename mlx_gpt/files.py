@@ -66,24 +66,40 @@ def write_text_whole(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line(path: Path, line: str, instead_of: str = "") -> bool:
     """Add a line to a file, either the whole line or nothing. The file is created if it is missing.
+
+    Args:
+        instead_of: replace the last line if it is this one.
+
+    Returns:
+        Whether the last line was replaced.
 
     Raises:
         OSError: the file cannot be written.
     """
     with path.open("a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        separator = b"" if file.read(1) in (b"", b"\n") else b"\n"  # otherwise the new line would continue the last one
+        old = b"\n" + instead_of.encode() + b"\n"
+        file.seek(max(0, size - len(old)))
+        tail = file.read()
+        replaces = bool(instead_of) and (tail == old or (len(tail) == size and tail == old[1:]))
+        if replaces:
+            size -= len(old) - 1
+        else:
+            old = b"\n"
+        separator = b"" if replaces or tail[-1:] in (b"", b"\n") else b"\n"  # or it would continue the last line
         data = separator + line.encode() + b"\n"
         try:
+            file.truncate(size)
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             flush(file.fileno())
         except OSError:
             file.truncate(size)
+            file.write(old[1:])
             raise
+    return replaces
 
 
 @contextlib.contextmanager

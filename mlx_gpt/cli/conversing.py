@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,7 +28,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
 /undo         takes back the newest message and its answer
 /clear, /new  begins a new conversation; the system message stays
 /system TEXT  says how to answer; /system alone shows it, and /system "" removes it
-/save FILE    adds the conversation as a row to a .jsonl file, which `mlx-gpt prepare` reads"""
+/save FILE    adds the conversation to a .jsonl file, as a row for `mlx-gpt prepare`; again, it replaces that row"""
     fixed = ("num_samples",)
 
     def __init__(self, model: Any, tokenizer: Tokenizer, template: ChatTemplate, config: GenerationConfig) -> None:
@@ -35,6 +36,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
             raise UserError("A message in a conversation gets one answer: leave --num-samples out.")
         super().__init__(model, tokenizer, config)
         self._dialogue = Dialogue(model, tokenizer, template)
+        self._saved: dict[Path, str] = {}  # the row of this conversation in each file
         self.commands |= {
             "again": self._again, "clear": self._clear, "new": self._clear, "save": self._save, "system": self._system,
             "undo": self._undo,
@@ -89,6 +91,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
 
     def _clear(self, rest: str) -> None:
         self._dialogue.clear()
+        self._saved.clear()
         _note(f"A new conversation.{' The system message stays.' if self._dialogue.system else ''}")
 
     def _system(self, rest: str) -> None:
@@ -104,9 +107,11 @@ Write a message and press Enter: the model answers it, and remembers what was sa
             raise UserError("/save needs the name of a .jsonl file, as in /save talks.jsonl.")
         if not self._dialogue.exchanges:
             raise UserError("There is nothing to save yet: write a message first.")
+        row = json.dumps({"messages": self._dialogue.messages}, ensure_ascii=False)
         with os_errors_explained(f"write {path}"):
-            append_line(path, json.dumps({"messages": self._dialogue.messages}, ensure_ascii=False))
-        _note(f"Added the conversation to {path} as its last row.")
+            replaced = append_line(path, row, instead_of=self._saved.get(path, ""))
+        self._saved[path] = row
+        _note(f"{'Saved the conversation in' if replaced else 'Added the conversation to'} {path} as its last row.")
 
 
 def _note(text: str) -> None:

@@ -230,13 +230,26 @@ def saved(path):
 def test_conversations_are_added_to_a_file_as_rows(converse, tmp_path):
     path = tmp_path / "my talks.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "no end of line"}]}')
-    converse("/system Be a duck.", "Läufer 鴨", f"/save {path}", "More", f"/save {path}")
-    duck = [("system", "Be a duck."), ("user", "Läufer 鴨"), ("assistant", "Quack.")]
+    converse("/system Be a duck.", "Läufer 鴨", f"/save {path}", "/new", "More", f"/save {path}")
+    duck = ("system", "Be a duck.")
     assert saved(path) == [
         [("user", "no end of line")],
-        duck,
-        [*duck, ("user", "More"), ("assistant", "Quack.")],
+        [duck, ("user", "Läufer 鴨"), ("assistant", "Quack.")],
+        [duck, ("user", "More"), ("assistant", "Quack.")],
     ]
+
+
+def test_a_conversation_that_is_saved_again_replaces_its_row(converse, tmp_path):
+    """One that is the beginning of another would be on both sides of a split."""
+    path, empty = tmp_path / "talks.jsonl", tmp_path / "one.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Läufer"}]}\n', encoding="utf-8")
+    answer = converse(
+        "鴨", f"/save {path}", f"/save {empty}", "More", f"/save {path}", f"/save {empty}", f"/save {empty}"
+    )
+    assert answer.err.count("Saved the conversation in") == 3
+    whole = [("user", "鴨"), ("assistant", "Quack."), ("user", "More"), ("assistant", "Quack.")]
+    assert saved(path) == [[("user", "Läufer")], whole]
+    assert saved(empty) == [whole]
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(converse, tmp_path):
