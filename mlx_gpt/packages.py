@@ -6,13 +6,23 @@ file of the other.
 """
 
 import importlib.metadata
+import json
 
 LIBRARY = "mlx/lib/libmlx.so"
 
 
 def install(extra: str, upgrade: bool = False) -> str:
     """Say how to install an extra of this package, which is on no index; to be read after a colon."""
-    return f"run `pip install {'--upgrade ' if upgrade else ''}-e '.[{extra}]'` in the project's folder"
+    flags = ("--upgrade " if upgrade else "") + ("-e " if is_editable() else "")
+    return f"run `pip install {flags}'.[{extra}]'` in the project's folder"
+
+
+def is_editable() -> bool:
+    """Return whether this package was installed with `pip install -e`."""
+    # In the project's folder there may be a second description, which setuptools has left.
+    found = importlib.metadata.distributions(name="mlx-gpt")
+    origins = [json.loads(each.read_text("direct_url.json") or "{}") for each in found]
+    return any(origin.get("dir_info", {}).get("editable") for origin in origins)
 
 
 def backends() -> dict[str, str]:

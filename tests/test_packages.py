@@ -1,9 +1,11 @@
 """Two backends of MLX in one environment are noticed."""
 
+import json
 import sys
 
 import pytest
 
+from mlx_gpt import packages
 from mlx_gpt.packages import backend_conflict, backends
 
 
@@ -49,3 +51,12 @@ def test_the_sentence_keeps_the_backend_for_cuda(install):
 def test_the_backend_of_this_environment_is_found():
     """The library's path is the one that MLX's packages really use."""
     assert bool(backends()) == (sys.platform == "linux")
+
+
+@pytest.mark.parametrize(("editable", "flag"), [(True, "-e "), (False, "")])
+def test_an_extra_is_installed_as_the_package_was(install, tmp_path, editable, flag):
+    """Otherwise a copy in an environment of somebody's own would become a link to a folder."""
+    install("mlx-gpt", "0.1")
+    origin = {"url": "file:///somewhere", "dir_info": {"editable": editable}}
+    (tmp_path / "mlx_gpt-0.1.dist-info/direct_url.json").write_text(json.dumps(origin))
+    assert packages.install("serve") == f"run `pip install {flag}'.[serve]'` in the project's folder"

@@ -56,6 +56,7 @@ def check() -> Iterator[str]:
     _row("System", platform.platform())
     machine = mac.look() if platform.system() == "Darwin" else None
     _row("Kaggle", credentials() or "no credentials; `mlx-gpt download` says how to get them")
+    _row("Hugging Face", "a token" if hub_token() else "no token, which only private and gated data need")
     try:
         from mlx_gpt.device import device
 
@@ -122,7 +123,10 @@ def measure(here: "Device", machine: mac.Mac | None) -> Iterator[str]:
     _row("Matrix product", f"{gflops:,.0f} GFLOP/s (float32, {PRODUCT} cubed)")
     if here.kind == "cpu":
         if gflops < SLOW_GFLOPS:
-            yield "No tuned BLAS is in place: install `g++`, and `pip install scipy-openblas32`."
+            if chosen := os.environ.get("MLX_GPT_BLAS"):
+                yield f"No tuned BLAS is in place: unset MLX_GPT_BLAS, which is {chosen}."
+            else:
+                yield "No tuned BLAS is in place: install `g++`, and `pip install scipy-openblas32`."
         if platform.system() == "Linux":
             if not shutil.which("g++"):
                 yield "There is no g++, so MLX cannot compile the training step: install it."
@@ -227,6 +231,13 @@ def plain_cpu(here: "Device") -> "Device":
     from mlx_gpt.device import describe
 
     return dataclasses.replace(here, accelerated=False) if here.kind == "cpu" else describe(False, False, {})
+
+
+def hub_token() -> bool:
+    """Return whether there is a token for the Hugging Face Hub, in `HF_TOKEN` or of `hf auth login`."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
 
 
 def credentials() -> str:

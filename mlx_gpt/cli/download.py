@@ -9,13 +9,15 @@ from mlx_gpt.cli.prepare import out_option, overwrite_option, prepare, text_opti
 from mlx_gpt.cli.terminal import Terminal
 from mlx_gpt.errors import UserError
 
+HUB = "https://huggingface.co/datasets/"  # the address of a dataset's page begins with this
+
 
 @click.command("download", cls=SettingsCommand)
 @click.option(
     "--dataset",
     metavar="NAME",
     help="Dataset to download: owner/name from Kaggle, or hf:owner/name from the Hugging Face Hub.  "
-    "[default: the LLM-7 prompt training dataset]",
+    "[default: carlmcbrideellis/llm-7-prompt-training-dataset, essays by school pupils]",
 )
 @click.option(
     "--file",
@@ -48,6 +50,8 @@ def command(
 
     if dataset and from_file:
         raise UserError("--dataset and --from-file exclude each other: give one of them.")
+    if dataset and dataset.startswith(HUB):
+        dataset = f"hf:{dataset.removeprefix(HUB).strip('/')}"
     on_hub = hub.is_hub_name(dataset)
     if patterns and not on_hub:
         raise UserError("--file chooses among the files of a dataset on the Hub: give --dataset hf:owner/name with it.")

@@ -69,6 +69,8 @@ def command(model: str | None, prompt: str | None, prompt_file: str | None, inte
         else:
             interact(Session(*loaded, config))
         return
+    if loaded[1].chat:
+        click.echo("This model has a chat template: with --interactive it answers messages.", err=True)
     for i, text in enumerate([prompt] if prompt is not None else DEMO_PROMPTS):
         if i:
             click.echo(DIVIDER)

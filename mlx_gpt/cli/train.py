@@ -57,7 +57,7 @@ def command(
     )
     if dry_run:
         return 0
-    words = f"Talk to it with: {typed('generate', '--model', outcome.folder, '--interactive')}"
+    words = f"Try it with: {typed('generate', '--model', outcome.folder, '--interactive')}"
     if not outcome.finished:
         again = typed("train", "--resume", outcome.folder)
         words = f"Stopped after step {outcome.step:,}. Continue with: {again}"

@@ -19,6 +19,11 @@ def one_of(kind: str) -> str:
     return kind.removesuffix("s")
 
 
+def counted(count: int, kind: str) -> str:
+    """Return a number of rows of a kind in words, such as "1 document" or "1,000 documents"."""
+    return f"{count:,} {one_of(kind) if count == 1 else kind}"
+
+
 def misplaced(found: str, wanted: str) -> str:
     """Return why rows of the kind `found` are dropped from a corpus of the kind `wanted`."""
     return f"{found} among {wanted}"

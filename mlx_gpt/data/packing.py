@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_gpt.data.batches import WHOLE, Shard, Windows, generator_of
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END, NEW
+from mlx_gpt.data.kinds import counted
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
 from mlx_gpt.seeds import seed_from
@@ -85,10 +86,10 @@ class PackedWindows(Windows):
     def facts(self) -> list[str]:
         """How tightly the examples are packed."""
         count, padding = len(self._lengths), 1 - self._lengths.sum() / (self.per_epoch * self._length)
-        these = f"{self._conversations:,} conversations"
+        these = counted(self._conversations, "conversations")
         if self._conversations < count:
             these = f"{count:,} examples from {these}"
-        return [f"{these} packed into {self.per_epoch:,} windows, with {padding:.1%} padding"]
+        return [f"{these} packed into {counted(self.per_epoch, 'windows')}, with {padding:.1%} padding"]
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a window with the example that is at this place among all examples, the shortest first."""

@@ -262,7 +262,7 @@ def fit(
     elif over:
         final = run.folder / "final"
         trouble.guarded(run, f"{final}", lambda: save_model(final, run.model, run.tokenizer), last=True)
-        monitor.line(f"Done: {number:,} steps in {monitor.seconds / 60:.1f} minutes.")
+        monitor.line(f"Done: {number:,} steps in {monitor.seconds / 60:.1f} minutes{' in all' if began else ''}.")
     return Outcome(run.folder, over, number, run.best_loss)
 
 

@@ -45,7 +45,7 @@ def test_train_data(train, base):
 
 def test_train_documents(train, text):
     assert "kept     300 documents" in train("--data", text, "--documents", "line").out
-    assert "kept     1 documents" in train("--data", text, "--documents", "file", out="other").out
+    assert "kept     1 document " in train("--data", text, "--documents", "file", out="other").out
 
 
 def test_train_column(train, tmp_path):

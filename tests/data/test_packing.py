@@ -198,7 +198,7 @@ def test_a_conversation_counts_whichever_of_its_examples_fit():
     rows = conversations([100, 40, 20], turn=100)
     begins = np.flatnonzero(rows & BEGINS)
     rows[begins[1]] &= ~NEW  # the first two are one conversation, and only its second example fits
-    assert PackedWindows(rows, SEQ_LEN).facts[0].startswith("2 conversations packed into 1 windows")
+    assert PackedWindows(rows, SEQ_LEN).facts[0].startswith("2 conversations packed into 1 window,")
 
 
 def test_losing_only_the_end_of_text_is_no_shortening():
