@@ -18,6 +18,7 @@ from mlx_gpt.progress import Echo, ignore_line
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".txt", ".md", ".parquet")
 JSON_SUFFIX = ".json"  # beside other files it is mostly metadata, so it counts as text only where there is nothing else
+ABOUT = re.compile(r"(^|/)(readme|licen[cs]e|copying|notice|citation)\.(txt|md)$", re.IGNORECASE)
 
 # 20 GB of text are about five billion tokens, more than one Mac trains on in months. Deflate can reach 1000:1, but text
 # stays near 5:1 and the most repetitive table near 50:1. Below the harmless size any ratio is allowed, because small
@@ -54,8 +55,8 @@ def extract(
     Args:
         zip_path: the zip.
         folder: where its members go; it must not exist yet.
-        wanted: returns, given a member's name, whether to unpack that member. By default these are the text files, or
-            the .json files if there are no others.
+        wanted: returns, given a member's name, whether to unpack that member. By default these are the text files
+            except for a README or a licence, or the .json files if there are no others.
         echo: called with a line that names the members that are skipped.
 
     Raises:
@@ -156,16 +157,17 @@ def _choose(
     files = [member for member in members if not member.is_dir()]
     _check_clashes(files, zip_path)
 
-    if wanted is None:
-        wanted = is_text_like if any(is_text_like(member.filename) for member in files) else is_json
-    chosen = [member for member in files if wanted(member.filename)]
-    others = [_shown(member) for member in files if not wanted(member.filename)]
+    choices = (
+        [wanted] if wanted else [lambda name: is_text_like(name) and not ABOUT.search(name), is_text_like, is_json]
+    )
+    chosen = next(filter(None, ([each for each in files if choice(each.filename)] for choice in choices)), [])
+    others = [_shown(member) for member in files if member not in chosen]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not chosen:
         suffixes = ", ".join((*TEXT_SUFFIXES, JSON_SUFFIX))
         raise UserError(f"{zip_path.name} holds {listed or 'nothing'} and no {suffixes} file: use another zip.")
     if others:
-        echo(f"Skipping files that are not text: {listed}.")
+        echo(f"Skipping files that are not text, or only about it: {listed}.")
     _check_contents(chosen, zip_path)
     return chosen
 

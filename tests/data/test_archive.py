@@ -196,6 +196,17 @@ def test_the_caller_chooses_the_members(tmp_path: Path) -> None:
     ]
 
 
+def test_a_readme_and_a_licence_are_no_part_of_a_text_unless_there_is_nothing_else(tmp_path: Path) -> None:
+    lines: list[str] = []
+    files = {"README.md": b"About.", "a/LICENSE.txt": b"MIT.", "a/essays.csv": CSV, "readme first.txt": b"Read."}
+    zipped = write(tmp_path / "a.zip", make_zip(files))
+    found = extract(zipped, tmp_path / "a", echo=lines.append)
+    assert [path.name for path in found] == ["essays.csv", "readme first.txt"]
+    assert lines == ["Skipping files that are not text, or only about it: 'README.md', 'a/LICENSE.txt'."]
+    alone = write(tmp_path / "b.zip", make_zip({"README.md": b"A text."}))
+    assert extract(alone, tmp_path / "b") == [tmp_path / "b/README.md"]
+
+
 def test_json_is_unpacked_where_there_is_no_other_text(tmp_path: Path) -> None:
     files = {"a/data.json": b'["a text"]', "a/.hidden.json": b"{}", "photo.png": b"x"}
     alone = write(tmp_path / "a.zip", make_zip(files))
