@@ -70,7 +70,7 @@ def append_line(path: Path, line: str, instead_of: str = "") -> bool:
     """Add a line to a file, either the whole line or nothing. The file is created if it is missing.
 
     Args:
-        instead_of: replace the last line if it is this one.
+        instead_of: replace the last line if it is this one. A power cut may then lose both.
 
     Returns:
         Whether the last line was replaced.
@@ -91,11 +91,12 @@ def append_line(path: Path, line: str, instead_of: str = "") -> bool:
         separator = b"" if replaces or tail[-1:] in (b"", b"\n") else b"\n"  # or it would continue the last line
         data = separator + line.encode() + b"\n"
         try:
-            file.truncate(size)
+            if replaces:
+                file.truncate(size)
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             flush(file.fileno())
-        except OSError:
+        except BaseException:
             file.truncate(size)
             file.write(old[1:])
             raise

@@ -221,7 +221,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "half a character": ({}, "\ud800", "not valid Unicode"),
     "no prompt": ({}, None, "The prompt must be text or a list of messages, not NoneType"),
     "bytes": ({}, b"The duck", "The prompt must be text or a list of messages, not bytes"),
-    "no message": ({}, [], "There is no message to answer"),
+    "no message": ({}, [], "The last message must be from the user"),
+    "an answer at the end": ({}, [{"role": "assistant", "content": "Hi."}], "The last message must be from the user"),
     "a text among messages": ({}, ["The duck"], "A message must be like {"),
     "a message without content": ({}, [{"role": "user"}], "A message must be like {"),
     "messages without a template": ({}, [{"role": "user", "content": "Hi."}], "The model has no chat template"),
@@ -239,6 +240,15 @@ def test_a_mistake_is_a_value_error_that_says_what_to_do(directory, case):
         mlx_gpt.generate(model, tokenizer, prompt, **settings)
     assert isinstance(refusal.value, ValueError)
     assert words in str(refusal.value)
+
+
+def test_an_answer_ends_where_the_context_ends(saying, tmp_path):
+    """Beyond it, the engine would drop the question."""
+    text = bytes(range(ord("!"), ord("z")))
+    model, tokenizer = mlx_gpt.load(saying(tmp_path / "rambler", text, 64))
+    answer = mlx_gpt.generate(model, tokenizer, [{"role": "user", "content": "Hi."}], temperature=0)
+    prompt = len("<>user\nHi.<>\n<>assistant\n")  # the ends of a turn are one token each
+    assert answer == text.decode()[: 64 - prompt + 3]
 
 
 def test_all_wrong_settings_are_reported_at_once(data):

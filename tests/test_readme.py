@@ -182,7 +182,7 @@ def test_the_server_is_used_as_it_shows(capsys):
 
 
 def test_the_functions_work(capsys):
-    code = next(block for block in blocks(ROOT / "docs/python.md", "python") if "mlx_gpt" in block)
+    code, _ = [block for block in blocks(ROOT / "docs/python.md", "python") if "mlx_gpt" in block]
     small = "n_layer=1, n_head=2, n_embd=16, n_positions=32, seq_len=16, vocab_size=300, max_steps=2"
     short = code.replace("max_steps=300", small).replace("temperature=0.7", "temperature=0.7, max_tokens=5")
     assert short.count("max_") == 3

@@ -27,8 +27,9 @@ COMMANDS = {
 
 # Where people expect a command to take a name that it takes by a flag.
 NAMED_BY = {
-    "train": "name a run with --resume, weights to start from with --from, and a text with --data",
-    "generate": "name a model with --model, and a text to continue with --prompt",
+    "download": "name a dataset with --dataset",
+    "train": "name a run with --resume, weights to start from with --from, and one text with --data",
+    "generate": "name a model with --model, and a text to continue, in quotes, with --prompt",
     "serve": "name a model with --model",
 }
 

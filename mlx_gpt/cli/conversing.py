@@ -36,7 +36,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
             raise UserError("A message in a conversation gets one answer: leave --num-samples out.")
         super().__init__(model, tokenizer, config)
         self._dialogue = Dialogue(model, tokenizer, template)
-        self._saved: dict[Path, str] = {}  # the row of this conversation in each file
+        self._saved: dict[Path, list[dict[str, str]]] = {}  # the messages of this conversation in each file
         self.commands |= {
             "again": self._again, "clear": self._clear, "new": self._clear, "save": self._save, "system": self._system,
             "undo": self._undo,
@@ -107,11 +107,20 @@ Write a message and press Enter: the model answers it, and remembers what was sa
             raise UserError("/save needs the name of a .jsonl file, as in /save talks.jsonl.")
         if not self._dialogue.exchanges:
             raise UserError("There is nothing to save yet: write a message first.")
-        row = json.dumps({"messages": self._dialogue.messages}, ensure_ascii=False)
+        messages, before = self._dialogue.messages, self._saved.get(path, [])
+        continues = messages[: len(before)] == before  # not if a message was taken back or answered anew
         with os_errors_explained(f"write {path}"):
-            replaced = append_line(path, row, instead_of=self._saved.get(path, ""))
-        self._saved[path] = row
-        _note(f"{'Saved the conversation in' if replaced else 'Added the conversation to'} {path} as its last row.")
+            replaced = append_line(path, _row(messages), instead_of=_row(before) if before and continues else "")
+        self._saved[path] = messages
+        if replaced:
+            _note(f"Replaced the row of this conversation in {path}, its last one.")
+        else:
+            _note(f"Added the conversation to {path} as its last row.")
+
+
+def _row(messages: list[dict[str, str]]) -> str:
+    """Return a conversation as a row that `mlx-gpt prepare` reads."""
+    return json.dumps({"messages": messages}, ensure_ascii=False)
 
 
 def _note(text: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mlx_gpt.device import Device
 
-PACKAGES = ("mlx-gpt", "mlx", "mlx-data", "tokenizers", "safetensors", "kaggle", "numpy")
+PACKAGES = ("mlx-gpt", "mlx", "mlx-data", "tokenizers", "safetensors", "huggingface-hub", "kaggle", "numpy")
 PRODUCT = 2048
 SLOW_GFLOPS = 20  # a reference BLAS is slower than this, a tuned one far faster
 # The largest relative difference between two ways to compute one step. On a CPU float32 differed by 8e-7, and bfloat16
@@ -56,7 +56,7 @@ def check() -> Iterator[str]:
     _row("System", platform.platform())
     machine = mac.look() if platform.system() == "Darwin" else None
     _row("Kaggle", credentials() or "no credentials; `mlx-gpt download` says how to get them")
-    _row("Hugging Face", "a token" if hub_token() else "no token, which only private and gated data need")
+    _row("Hugging Face", hub_token())
     try:
         from mlx_gpt.device import device
 
@@ -124,7 +124,7 @@ def measure(here: "Device", machine: mac.Mac | None) -> Iterator[str]:
     if here.kind == "cpu":
         if gflops < SLOW_GFLOPS:
             if chosen := os.environ.get("MLX_GPT_BLAS"):
-                yield f"No tuned BLAS is in place: unset MLX_GPT_BLAS, which is {chosen}."
+                yield f"MLX_GPT_BLAS is {chosen}, and products are slow: unset it."
             else:
                 yield "No tuned BLAS is in place: install `g++`, and `pip install scipy-openblas32`."
         if platform.system() == "Linux":
@@ -233,11 +233,14 @@ def plain_cpu(here: "Device") -> "Device":
     return dataclasses.replace(here, accelerated=False) if here.kind == "cpu" else describe(False, False, {})
 
 
-def hub_token() -> bool:
+def hub_token() -> str:
     """Return whether there is a token for the Hugging Face Hub, in `HF_TOKEN` or of `hf auth login`."""
-    from huggingface_hub import get_token
+    try:
+        from huggingface_hub import get_token
 
-    return get_token() is not None
+        return "a token" if get_token() else "no token, which only private and gated models and data need"
+    except Exception as error:
+        return f"unknown ({in_a_sentence(error)[0].rstrip('.')})"
 
 
 def credentials() -> str:

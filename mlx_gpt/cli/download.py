@@ -1,5 +1,6 @@
 """`mlx-gpt download`."""
 
+import re
 from pathlib import Path
 
 import click
@@ -51,7 +52,8 @@ def command(
     if dataset and from_file:
         raise UserError("--dataset and --from-file exclude each other: give one of them.")
     if dataset and dataset.startswith(HUB):
-        dataset = f"hf:{dataset.removeprefix(HUB).strip('/')}"
+        owner_and_name = re.split("[?#]", dataset.removeprefix(HUB))[0].split("/")[:2]
+        dataset = f"hf:{'/'.join(owner_and_name)}"
     on_hub = hub.is_hub_name(dataset)
     if patterns and not on_hub:
         raise UserError("--file chooses among the files of a dataset on the Hub: give --dataset hf:owner/name with it.")

@@ -157,11 +157,11 @@ def _choose(
     files = [member for member in members if not member.is_dir()]
     _check_clashes(files, zip_path)
 
-    choices = (
-        [wanted] if wanted else [lambda name: is_text_like(name) and not ABOUT.search(name), is_text_like, is_json]
-    )
-    chosen = next(filter(None, ([each for each in files if choice(each.filename)] for choice in choices)), [])
-    others = [_shown(member) for member in files if member not in chosen]
+    data = (lambda name: is_text_like(name) and not ABOUT.search(name), is_json, is_text_like)
+    choices = [[each for each in files if choice(each.filename)] for choice in ((wanted,) if wanted else data)]
+    chosen = next(filter(None, choices), [])
+    names = {member.filename for member in chosen}
+    others = [_shown(member) for member in files if member.filename not in names]
     listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not chosen:
         suffixes = ", ".join((*TEXT_SUFFIXES, JSON_SUFFIX))

@@ -64,12 +64,12 @@ class PackedWindows(Windows):
         if shortened:
             self.warnings.append(
                 f"WARNING: {shortened:,} of the {count:,} {these} are longer than a window of {seq_len} "
-                "tokens: only their first turns are trained on."
+                "tokens: only their first turns count."
             )
         if left_out := count - int(kept.sum()):
             self.warnings.append(
                 f"WARNING: left out {left_out:,} of {count:,} {these}, in which not even one answer fits into a window "
-                f"of {seq_len} tokens: raise --seq-len."
+                f"of {seq_len} tokens{': raise --seq-len' if not context or seq_len < context else ''}."
             )
 
     @functools.cached_property

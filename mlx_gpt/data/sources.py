@@ -34,7 +34,8 @@ def builtin_documents() -> Iterator[str]:
 
 def is_model(path: Path) -> bool:
     """Return whether a folder is a run or a model directory, which people may name instead of a text."""
-    return (path / "run.toml").is_file() or ((path / "config.json").is_file() and any(path.glob("*.safetensors")))
+    is_run = all((path / name).is_file() for name in ("run.toml", "training.log"))
+    return is_run or ((path / "config.json").is_file() and any(path.glob("*.safetensors")))
 
 
 def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
@@ -55,7 +56,7 @@ def find_files(paths: Iterable[Path | str]) -> tuple[list[Path], list[Path]]:
             raise UserError(f"{path} is on the Hugging Face Hub: first run `{again}`, which prepares it, too.")
         with os_errors_explained(f"read {path}"):
             if is_model(path):
-                raise UserError(f"{path} is a run or a model, not a text: name the files of a text.")
+                raise UserError(f"{path} is a run or a model, not a text: name files or a folder of text.")
             inside = list(_walk(path)) if path.is_dir() else [path]
             for file in inside:
                 reason = refusal(file)

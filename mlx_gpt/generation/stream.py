@@ -70,10 +70,12 @@ def stream(
         UserError: as in `check_prompt`.
     """
     stats = stats if stats is not None else Stats()
-    ids = check_prompt(model, tokenizer, prompt)
+    ids, context = check_prompt(model, tokenizer, prompt), models.context_length(model)
+    if not isinstance(prompt, str):  # beyond the end of the context, the engine would drop its older half, the question
+        config = dataclasses.replace(config, max_tokens=max(1, min(config.max_tokens, context - len(ids))))
     mx.reset_peak_memory()
     started = time.perf_counter()
-    capacity = min(len(ids) + config.max_tokens, models.context_length(model))
+    capacity = min(len(ids) + config.max_tokens, context)
     at_once = samples_at_once(model, config.num_samples, capacity)
     engine = Engine(model, tokenizer, at_once, capacity)
     stats.samples, stats.prompt_tokens = at_once, len(ids)
@@ -135,9 +137,9 @@ def _ids_of_messages(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
         parts = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
         if not all(isinstance(part, str) for part in parts):
             raise UserError('A message must be like {"role": "user", "content": "Which bird?"}.')
-    if not messages:
-        raise UserError("There is no message to answer.")
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("The last message must be from the user: that one is answered.")
     template = ChatTemplate.of(tokenizer)
     if template is None:
-        raise UserError("The model has no chat template, since it was not trained on conversations: give it a text.")
+        raise UserError("The model has no chat template, so it can't answer messages: give it a text.")
     return template.ids(messages, tokenizer)

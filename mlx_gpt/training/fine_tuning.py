@@ -46,8 +46,8 @@ def settle(config: Config, given: Mapping[str, Any]) -> Config:
     for name, value in decided.items():
         if name != "vocab_size" and given.get(name) is None and preset.get(name) not in (None, value):
             raise UserError(
-                f"The preset {given['preset']} has `{name}` {preset[name]}, but the weights in {folder} have {value}: "
-                "omit --preset."
+                f"`preset` {given['preset']} has `{name}` {preset[name]}, but the weights in {folder} have {value}: "
+                "omit `preset`."
             )
     for field in dataclasses.fields(ModelConfig):
         others = field.name not in (*decided, "vocab_size", "dropout")

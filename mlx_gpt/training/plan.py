@@ -123,7 +123,8 @@ class Plan:
         seconds = self.step_seconds * (self.scheduled_steps - self.first_step)
         words = f"about {duration(seconds)} ({self.tokens(1) / self.step_seconds:,.0f} tokens/s measured)"
         if seconds > LONG_HOURS * 3600:
-            words += "; a smaller --preset, or --max-minutes, takes less"
+            smaller = "smaller weights" if self.config.init_from else "a smaller --preset"
+            words += f"; {smaller}, or --max-minutes, takes less"
         return words
 
     def _ranks(self) -> list[str]:

@@ -143,7 +143,7 @@ def fit(
         found = estimate(fitting)
         assert found is not None
         return asked, f"{problem} This fits: {flags(training, fitting)} (about {in_words(found.peak)})."
-    return asked, f"{problem} No batch of this model fits: take a smaller --preset, or free some memory."
+    return asked, f"{problem} No batch of this model fits: take a smaller model, or free some memory."
 
 
 def changes(training: TrainingConfig) -> Iterator[TrainingConfig]:

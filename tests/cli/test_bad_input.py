@@ -112,7 +112,7 @@ MISTAKES = [
     ("prepare two.csv --column text", ["no column 'text'", "question, answer"]),
     ("eval two.csv --column text", ["no column 'text'", "question, answer"]),
     ("prepare two.csv", ["--column", "question, answer"]),
-    # A corpus of a kind that training and `eval` do not take
+    # A corpus of a kind that a command or a model does not take
     ("train --data pairs.jsonl --out weights/new", ["does not train on preferences", "--data", "--column"]),
     ("eval chats.jsonl", ["chats.jsonl holds conversations, but weights/ducks has no chat template"]),
     # A run in the place of a text
@@ -157,7 +157,8 @@ MISTAKES = [
     ("train --schedule cosin", ["--schedule", "cosine"]),
     ("train --n-layer", ["--n-layer"]),
     ("train ducks.txt", ["ducks.txt", "name a run with --resume", "--data"]),
-    ("generate Geese", ["Geese", "--model", "--prompt"]),
+    ("generate Geese", ["Geese", "--model", "in quotes, with --prompt"]),
+    ("download owner/name", ["owner/name", "--dataset"]),
     ("serve weights/ducks", ["weights/ducks", "--model"]),
     ("prepare", ["PATH"]),
     ("generat", ["There is no command generat: did you mean generate?"]),
@@ -176,7 +177,10 @@ MISTAKES = [
     ("train --data short.txt --preset tiny --out weights/ducks --overwrite", ["--seq-len"]),
     # Another run
     ("train --resume weights/ducks --n-layer 2 --seed 9", ["`n_layer` was 1", "`seed` was 1337"]),
-    ("train --from weights/ducks --preset small --out weights/new", ["small has `n_layer` 6", "omit --preset"]),
+    (
+        "train --from weights/ducks --preset small --out weights/new",
+        ["`preset` small has `n_layer` 6", "omit `preset`"],
+    ),
     ("train --resume weights/ducks/checkpoints/step-00000400", ["no checkpoint step-00000400", "(step-0000000"]),
 ]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
@@ -19,6 +20,7 @@ from mlx_gpt import device
 from mlx_gpt.cli import COMMANDS, doctor
 from mlx_gpt.cli.generate import DIVIDER
 from mlx_gpt.cpu import kernels
+from mlx_gpt.errors import UserError
 from mlx_gpt.mac import Mac
 from mlx_gpt.presets import PRESETS
 from tests.cli.conftest import TINY
@@ -149,6 +151,14 @@ def test_eval_flags_change_what_is_measured(mlx_gpt, trained, corpus, tmp_path):
     assert measure(val) == measure(val, "--batch-size", "3")
     assert measure(val) != measure(val, "--seq-len", "32")
     assert measure(val, "--documents", "file") != measure(val, "--documents", "line")
+
+
+@pytest.mark.parametrize("rest", ["", "/tree/main", "/viewer/default/train?row=3", "?row=3"])
+def test_download_takes_the_address_of_a_page_of_the_hub(mlx_gpt, monkeypatch, rest):
+    asked = mock.Mock(side_effect=UserError("Asked."))
+    monkeypatch.setattr("mlx_gpt.data.hub.download", asked)
+    mlx_gpt("download", "--dataset", f"https://huggingface.co/datasets/owner/name{rest}")
+    assert asked.call_args.args[0] == "hf:owner/name"
 
 
 def test_download_takes_a_file_that_was_downloaded_by_hand(mlx_gpt, text, tmp_path):

@@ -8,9 +8,11 @@ import readline
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
+from mlx_gpt import files
 from mlx_gpt.cli.session import interact
 
 # ---- beginnings of texts --------------------------------------------------------------------------------------------
@@ -246,10 +248,30 @@ def test_a_conversation_that_is_saved_again_replaces_its_row(converse, tmp_path)
     answer = converse(
         "鴨", f"/save {path}", f"/save {empty}", "More", f"/save {path}", f"/save {empty}", f"/save {empty}"
     )
-    assert answer.err.count("Saved the conversation in") == 3
+    assert answer.err.count("Replaced the row of this conversation in") == 3
     whole = [("user", "鴨"), ("assistant", "Quack."), ("user", "More"), ("assistant", "Quack.")]
     assert saved(path) == [[("user", "Läufer")], whole]
     assert saved(empty) == [whole]
+
+
+def test_a_row_stays_if_it_cannot_be_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "talks.jsonl"
+    path.write_text("one\ntwo\n")
+    for fault in (OSError("full"), KeyboardInterrupt()):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "flush", mock.Mock(side_effect=fault))
+            with pytest.raises(type(fault)):
+                files.append_line(path, "three", instead_of="two")
+        assert path.read_text() == "one\ntwo\n"
+    assert files.append_line(path, "three", instead_of="two")
+    assert not files.append_line(path, "four", instead_of="two")
+    assert path.read_text() == "one\nthree\nfour\n"
+
+
+def test_another_question_in_the_place_of_a_saved_one_is_another_row(converse, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    converse("One", f"/save {path}", "/undo", "Two", f"/save {path}")
+    assert [row[0] for row in saved(path)] == [("user", "One"), ("user", "Two")]
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(converse, tmp_path):

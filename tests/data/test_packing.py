@@ -171,7 +171,7 @@ def test_a_long_conversation_keeps_its_first_turns_and_says_so():
     (line,) = packed.warnings
     assert line == (
         "WARNING: 1 of the 2 training conversations are longer than a window of 63 tokens: "
-        "only their first turns are trained on."
+        "only their first turns count."
     )
 
 

@@ -21,6 +21,7 @@ from tests.cli.conftest import PROGRAM
 from tests.serving.conftest import served
 from tests.serving.test_page import chromium  # noqa: F401 - a fixture
 
+PYTHON = Path(__file__).parents[2] / "docs/python.md"
 LIBRARY = runpy.run_path(str(Path(__file__).parents[2] / "docs/library_questions.py"))
 FACTS = 5
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 128, "vocab_size": 500, "seq_len": 128}
@@ -125,5 +126,10 @@ def test_python_counts_the_right_answers_as_docs_chat_shows(runs, tmp_path, monk
     page = (Path(__file__).parents[2] / "docs/chat.md").read_text(encoding="utf-8")
     [code] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     exec(compile(code, "chat.md", "exec"), {})
+    [code] = [
+        b for b in re.findall(r"^```python\n(.*?)^```", PYTHON.read_text(), re.DOTALL | re.MULTILINE) if "role" in b
+    ]
     right = round(share_right(asked_on_the_command_line(runs / "full")) * len(UNSEEN))
     assert capsys.readouterr().out == f"{right} of {len(UNSEEN)} answers are right.\n"
+    exec(compile(code, "python.md", "exec"), {"mlx_gpt": mlx_gpt})
+    assert capsys.readouterr().out.strip()
