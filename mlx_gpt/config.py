@@ -308,7 +308,7 @@ class ServeConfig:
     max_batch: int = setting(8, "Texts that each model writes at the same time.", at_least=1)
     context: int | None = setting(
         None,
-        "Tokens that the model sees of each text. [default: all that it can, or as many as fit in memory]",
+        "Tokens of each text that the model sees. [default: its whole context, or as much as fits in memory]",
         at_least=16,
     )
     max_queue: int = setting(32, "Texts that may wait for their turn; further ones are refused.", at_least=0)

@@ -28,7 +28,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
 /undo         takes back the newest message and its answer
 /clear, /new  begins a new conversation; the system message stays
 /system TEXT  says how to answer; /system alone shows it, and /system "" removes it
-/save FILE    adds the conversation to a .jsonl file, as a row for `mlx-gpt prepare`; again, it replaces that row"""
+/save FILE    adds the conversation to a .jsonl file, as a row for `mlx-gpt prepare`, or updates its row there"""
     fixed = ("num_samples",)
 
     def __init__(self, model: Any, tokenizer: Tokenizer, template: ChatTemplate, config: GenerationConfig) -> None:
@@ -113,7 +113,7 @@ Write a message and press Enter: the model answers it, and remembers what was sa
             replaced = append_line(path, _row(messages), instead_of=_row(before) if before and continues else "")
         self._saved[path] = messages
         if replaced:
-            _note(f"Replaced the row of this conversation in {path}, its last one.")
+            _note(f"Replaced this conversation's row, the last one in {path}.")
         else:
             _note(f"Added the conversation to {path} as its last row.")
 

@@ -238,7 +238,7 @@ def hub_token() -> str:
     try:
         from huggingface_hub import get_token
 
-        return "a token" if get_token() else "no token, which only private and gated models and data need"
+        return "a token" if get_token() else "no token (only private and gated models and data need one)"
     except Exception as error:
         return f"unknown ({in_a_sentence(error)[0].rstrip('.')})"
 

@@ -26,7 +26,7 @@ LONGEST = 1024  # tokens per window by default, for models whose context is far 
     "--seq-len",
     type=int,
     metavar="N",
-    help="Tokens per window.  [default: as in training; for a model without a run its context, at most 1024]",
+    help="Tokens per window.  [default: as in training; a model without a run uses its context, up to 1024]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Windows at a time.")
 @settings_options(DataConfig, only=("documents", "column"))

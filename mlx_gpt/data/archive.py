@@ -56,7 +56,7 @@ def extract(
         zip_path: the zip.
         folder: where its members go; it must not exist yet.
         wanted: returns, given a member's name, whether to unpack that member. By default these are the text files
-            except for a README or a licence, or the .json files if there are no others.
+            without a README, a licence and the like; if there are none, the .json files, and without those any text.
         echo: called with a line that names the members that are skipped.
 
     Raises:
@@ -167,7 +167,7 @@ def _choose(
         suffixes = ", ".join((*TEXT_SUFFIXES, JSON_SUFFIX))
         raise UserError(f"{zip_path.name} holds {listed or 'nothing'} and no {suffixes} file: use another zip.")
     if others:
-        echo(f"Skipping files that are not text, or only about it: {listed}.")
+        echo(f"Skipping files that do not belong to the text: {listed}.")
     _check_contents(chosen, zip_path)
     return chosen
 

@@ -133,7 +133,7 @@ class TextWindows(Windows):
 
     @property
     def per_epoch(self) -> int:
-        """Training windows in one pass. Together they are shorter than the text by less than a window."""
+        """Training windows in one pass. They leave out less than one window of the text."""
         return len(self._tokens) // self._seq_len
 
     def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:

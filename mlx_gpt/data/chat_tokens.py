@@ -165,7 +165,7 @@ def _answer(conversation: Conversation, before: str, template: ChatTemplate) -> 
     after = template.text(conversation, answering=False)
     if after.startswith(before):
         return after[len(before) :]
-    # Mistral's templates write the system message into the last message if that is the user's, and nowhere otherwise.
+    # Mistral's templates put the system message into the last message if that is the user's; if not, they leave it out.
     turns = [message for message in conversation if message["role"] != "system"]
     if len(turns) < len(conversation):
         before, after = template.text(turns[:-1]), template.text(turns, answering=False)

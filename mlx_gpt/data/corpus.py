@@ -192,7 +192,7 @@ def check_writable(folder: Path) -> None:
     place = nearest_existing(folder)
     if place.is_dir() and not os.access(place, os.W_OK):
         raise UserError(
-            f"mlx-gpt keeps what it makes from a text in {folder}, but {place} can't be written to: run the command "
+            f"mlx-gpt needs {folder} for what it makes from a text, but {place} can't be written to: run the command "
             "from a folder that you can write to."
         )
 

@@ -111,8 +111,8 @@ def download(
         raise UserError(f"{repository.page} is Parquet, and reading that needs pyarrow: {install_command('parquet')}.")
     if (total := sum(file.size for file in chosen)) > MAX_BYTES and not patterns:
         raise UserError(
-            f"{repository.page} takes {size_in_words(total)} in {len(chosen):,} files, which would take a Mac "
-            f"months to train on: choose some with --file, such as --file {chosen[0].path!r}."
+            f"{repository.page} has {size_in_words(total)} in {len(chosen):,} files, and a Mac would need months "
+            f"to train on that: choose some with --file, such as --file {chosen[0].path!r}."
         )
     _bring(repository, listing.commit, chosen, target, source, echo, progress)
     return sorted(target / file.path for file in chosen)

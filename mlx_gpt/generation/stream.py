@@ -71,7 +71,7 @@ def stream(
     """
     stats = stats if stats is not None else Stats()
     ids, context = check_prompt(model, tokenizer, prompt), models.context_length(model)
-    if not isinstance(prompt, str):  # beyond the end of the context, the engine would drop its older half, the question
+    if not isinstance(prompt, str):  # a longer one would push the question out of the context
         config = dataclasses.replace(config, max_tokens=max(1, min(config.max_tokens, context - len(ids))))
     mx.reset_peak_memory()
     started = time.perf_counter()

@@ -82,7 +82,12 @@ def load_models(paths: Sequence[Path], max_batch: int, context: int | None = Non
     for name, (folder, model, tokenizer) in loaded.items():
         sees, own = contexts[name], sizes[name][1]
         if sees < min(context or own, own):
-            log.info("The context of %s is %s of its %s tokens, so that the caches fit.", name, f"{sees:,}", f"{own:,}")
+            log.info(
+                "%s uses %s of the %s tokens of its context, so that the caches fit in memory.",
+                name,
+                f"{sees:,}",
+                f"{own:,}",
+            )
         engine = functools.partial(Engine, model, tokenizer, max_batch, context=sees)
         template = ChatTemplate.of(tokenizer)
         served[name] = ServedModel(name, folder, tokenizer, sees, models.n_params(model), template, engine)

@@ -124,7 +124,7 @@ class Plan:
         words = f"about {duration(seconds)} ({self.tokens(1) / self.step_seconds:,.0f} tokens/s measured)"
         if seconds > LONG_HOURS * 3600:
             smaller = "smaller weights" if self.config.init_from else "a smaller --preset"
-            words += f"; {smaller}, or --max-minutes, takes less"
+            words += f"; use {smaller}, or --max-minutes, to make it shorter"
         return words
 
     def _ranks(self) -> list[str]:

@@ -248,7 +248,7 @@ def test_a_conversation_that_is_saved_again_replaces_its_row(converse, tmp_path)
     answer = converse(
         "鴨", f"/save {path}", f"/save {empty}", "More", f"/save {path}", f"/save {empty}", f"/save {empty}"
     )
-    assert answer.err.count("Replaced the row of this conversation in") == 3
+    assert answer.err.count("Replaced this conversation's row") == 3
     whole = [("user", "鴨"), ("assistant", "Quack."), ("user", "More"), ("assistant", "Quack.")]
     assert saved(path) == [[("user", "Läufer")], whole]
     assert saved(empty) == [whole]

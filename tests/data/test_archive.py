@@ -202,7 +202,7 @@ def test_a_readme_and_a_licence_are_no_part_of_a_text_unless_there_is_nothing_el
     zipped = write(tmp_path / "a.zip", make_zip(files))
     found = extract(zipped, tmp_path / "a", echo=lines.append)
     assert [path.name for path in found] == ["essays.csv", "readme first.txt"]
-    assert lines == ["Skipping files that are not text, or only about it: 'README.md', 'a/LICENSE.txt'."]
+    assert lines == ["Skipping files that do not belong to the text: 'README.md', 'a/LICENSE.txt'."]
     beside = write(tmp_path / "c.zip", make_zip({"README.md": b"About.", "data.json": b'["a text"]'}))
     assert extract(beside, tmp_path / "c") == [tmp_path / "c/data.json"]
     alone = write(tmp_path / "b.zip", make_zip({"README.md": b"A text."}))

@@ -142,7 +142,7 @@ def test_a_current_folder_that_cannot_be_written_to_is_named(source, texts, tmp_
     read_only(here)
     for data in (tmp_path / "source.jsonl", "prepared"):
         with pytest.raises(
-            UserError, match=r"in data/cache/.*here can't be written to: run .* from a folder that you can write"
+            UserError, match=r"needs data/cache/.*here can't be written to: run .* from a folder that you can write"
         ):
             get_tokenizer("bpe", 260, open_corpus(data), print)
 

@@ -65,7 +65,7 @@ def test_a_model_with_a_long_context_is_served_with_as_much_of_it_as_fits(
     assert not caplog.records
     caplog.set_level("INFO")
     assert context(weights + 5000 * caches / 0.75) == 4096
-    assert "The context of long is 4,096 of its 50,000 tokens" in caplog.text
+    assert "long uses 4,096 of the 50,000 tokens of its context" in caplog.text
     assert context(weights + 5000 * caches, 4500) == 4500
     with pytest.raises(UserError, match=r"more than is free: lower --max-batch or --context\.$"):
         context(weights + 5000 * caches, 5500)

@@ -256,7 +256,7 @@ def test_each_further_answer_has_another_seed(page):
 def test_an_answer_can_be_made_again_and_both_are_kept(page):
     send(page, "Ducks")
     first = turns(page)
-    press(page, "Again")  # the seed is the same, but each version has another one
+    press(page, "Again")  # the seed in the settings stays, but each version adds its number
     second = turns(page)
     assert second != first
     page.get_by_role("button", name="Earlier version").click()

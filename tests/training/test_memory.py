@@ -190,7 +190,7 @@ def test_training_config_has_no_automatic_batch_left_over():
 
 @pytest.fixture
 def little_room(monkeypatch):
-    """Call it to make room for less than the tiny run, though trying it is safe."""
+    """Return a function that leaves too little memory for the tiny run, but enough to measure it safely."""
 
     def shrink():
         monkeypatch.setattr("mlx_gpt.training.setup.device", lambda: dataclasses.replace(device(), usable=700_000))

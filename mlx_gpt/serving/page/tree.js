@@ -2,8 +2,8 @@
 // and the chosen versions make up the conversation that is shown. Editing a turn or answering it anew adds a version
 // beside the others, so nothing is lost.
 //
-// A turn is {id, role, pieces, next, chosen}, and `answers` if it was answered more than once: how often since the first
-// time. An answer also has the model's name and, while it is unfinished, `open`.
+// A turn is {id, role, pieces, next, chosen}. Once the model has answered it, `answers` counts the further answers, from
+// 0. An answer also has the model's name and, while it is unfinished, `open`.
 
 import { textOf } from "./pieces.js";
 import { keep, kept } from "./storage.js";
