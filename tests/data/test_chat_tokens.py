@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_gpt.chat_template import CHATML, ChatTemplate
-from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, tokenize_conversations, transcripts
+from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, NEW, tokenize_conversations, transcripts
 from mlx_gpt.data.corpus import open_corpus
 from mlx_gpt.data.tokens import ID
 from mlx_gpt.errors import UserError
@@ -184,6 +184,9 @@ def test_an_answer_continues_the_ids_of_its_prompt_where_a_token_would_span_both
     talk = turns("Does the duck swim?", "In a pond.", "the geese?", "look on")
     rows = encode(tokenizer, [talk])
     assert len(rows) == 2
+    assert [bool(row[0] & NEW) for row in rows] == [True, False]
+    everything = [tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in encode(tokenizer, [talk], "all")]
+    assert ["pond" in text for text in everything] == [False, True]
     for row, messages, answer in [(rows[0], talk[:3], "look on"), (rows[1], talk[:1], "In a pond.")]:
         prompt, ids = template.ids(messages, tokenizer), (row & ID).tolist()
         assert ids[: len(prompt)] == prompt
@@ -209,6 +212,7 @@ def test_a_template_that_changes_earlier_turns_gives_a_row_for_each_answer(bpe, 
     rows = encode(tokenizer, [talk])
     texts = [tokenizer.backend.decode((row & ID).tolist(), skip_special_tokens=False) for row in rows]
     assert ["hm</think>" in text for text in texts] == [True, False]
+    assert [bool(row[0] & NEW) for row in rows] == [True, False]
     assert [tokenizer.decode((row & ID)[(row & COUNTS) > 0]) for row in rows] == ["hm</think>two", "so</think>four"]
 
 

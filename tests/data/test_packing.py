@@ -1,10 +1,12 @@
 """Windows hold whole conversations with little padding, each once in an epoch, in an order that the seed decides."""
 
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from mlx_gpt.data import packing
 from mlx_gpt.data.batches import Shard
 from mlx_gpt.data.chat_tokens import BEGINS, COUNTS, MAY_END, NEW
 from mlx_gpt.data.packing import PackedWindows, best_fit, fill, pack
@@ -192,6 +194,18 @@ def test_parts_of_conversations_are_called_examples():
     packed = PackedWindows(rows, SEQ_LEN)
     assert packed.facts == ["3 examples from 2 conversations packed into 2 windows, with 21.9% padding"]
     assert packed.warnings[0].startswith("WARNING: left out 1 of 4 training examples, in which not even one answer")
+
+
+def test_a_longer_window_is_advised_only_if_the_model_has_one():
+    rows = conversations([150, 10], turn=100)
+    assert PackedWindows(rows, SEQ_LEN, context=SEQ_LEN).warnings[0].endswith("a window of 63 tokens.")
+    assert PackedWindows(rows, SEQ_LEN, context=99).warnings[0].endswith("a window of 63 tokens: raise --seq-len.")
+
+
+def test_packing_ends_early_where_nothing_could_be_tighter(monkeypatch):
+    """Searching for a better fill takes a minute for a million conversations."""
+    monkeypatch.setattr(packing, "fill", mock.Mock(side_effect=AssertionError))
+    assert len(pack([34] * 9, 100)) == 5
 
 
 def test_a_conversation_counts_whichever_of_its_examples_fit():
