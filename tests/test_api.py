@@ -242,6 +242,25 @@ def test_a_mistake_is_a_value_error_that_says_what_to_do(directory, case):
     assert words in str(refusal.value)
 
 
+def test_an_answer_has_the_defaults_of_a_conversation(monkeypatch):
+    made: list[Any] = []
+
+    def note(model, tokenizer, prompt, config):
+        made.append(config)
+        return []
+
+    monkeypatch.setattr("mlx_gpt.api.stream_pieces", note)
+    for prompt in ("The duck", [{"role": "user", "content": "Hi."}]):
+        mlx_gpt.generate(None, None, prompt)  # type: ignore[arg-type]
+        mlx_gpt.generate(None, None, prompt, max_tokens=7)  # type: ignore[arg-type]
+    assert [(config.max_tokens, config.repetition_penalty) for config in made] == [
+        (200, 1.2),
+        (7, 1.2),
+        (1000, 1),
+        (7, 1),
+    ]
+
+
 def test_an_answer_ends_where_the_context_ends(saying, tmp_path):
     """Beyond it, the engine would drop the question."""
     text = bytes(range(ord("!"), ord("z")))

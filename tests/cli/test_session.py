@@ -270,8 +270,8 @@ def test_a_row_stays_if_it_cannot_be_replaced(tmp_path, monkeypatch):
 
 def test_another_question_in_the_place_of_a_saved_one_is_another_row(converse, tmp_path):
     path = tmp_path / "talks.jsonl"
-    converse("One", f"/save {path}", "/undo", "Two", f"/save {path}")
-    assert [row[0] for row in saved(path)] == [("user", "One"), ("user", "Two")]
+    converse("One", f"/save {path}", "/undo", "Two", f"/save {path}", "/new", "Two", f"/save {path}")
+    assert [row[0] for row in saved(path)] == [("user", "One"), ("user", "Two"), ("user", "Two")]
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(converse, tmp_path):
