@@ -136,28 +136,32 @@ def transcripts(conversation: Conversation, template: ChatTemplate) -> list[Tran
         UserError: the template refuses the messages, or does not write an answer where it asks for one.
     """
     separate: list[Transcript] = []
+    prompts: list[Conversation] = []
     done, grows = "", True
     for i, message in enumerate(conversation):
         if message["role"] == "assistant":
             before = template.text(conversation[:i])
             after = before + _answer(conversation[: i + 1], before, template)
-            new = _place_of_question(conversation[:i], before, template) if separate else 0
-            separate.append(Transcript(after, [(len(before), len(after))], new))
+            separate.append(Transcript(after, [(len(before), len(after))]))
+            prompts.append(conversation[:i])
             grows = grows and before.startswith(done)
             done = after
-    if not grows:
-        return separate
-    return [Transcript(done, [span for transcript in separate for span in transcript.answers])]
+    if grows:
+        return [Transcript(done, [span for transcript in separate for span in transcript.answers])]
+    return [
+        transcript._replace(new=_place_of_question(prompt, transcript, template)) if number else transcript
+        for number, (prompt, transcript) in enumerate(zip(prompts, separate, strict=True))
+    ]
 
 
-def _place_of_question(conversation: Conversation, text: str, template: ChatTemplate) -> int:
-    """Return where the last message begins in the `text` of a conversation; the end of the text if it is not there."""
-    *others, last = conversation
+def _place_of_question(prompt: Conversation, transcript: Transcript, template: ChatTemplate) -> int:
+    """Return where the last message of a prompt begins in its transcript; if it is not there, where the answer does."""
+    *others, last = prompt
     try:
         place = template.text([*others, {**last, "content": MARK}]).find(MARK)
     except UserError:
         place = -1
-    return len(text) if place < 0 else place
+    return transcript.answers[0][0] if place < 0 else place
 
 
 def _answer(conversation: Conversation, before: str, template: ChatTemplate) -> str:
