@@ -12,7 +12,7 @@ from mlx_gpt.chat_template import ChatTemplate
 from mlx_gpt.config import GenerationConfig
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.engine import Engine
-from mlx_gpt.generation.requests import Past, Request
+from mlx_gpt.generation.requests import Past, Request, room_for_answer
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.tokenizer import Tokenizer
 
@@ -120,8 +120,7 @@ class Dialogue:
     ) -> Generator[Piece, None, None]:
         ids, unseen = self._fit(before, question, config.max_tokens)
         earlier, self.unseen = self.unseen, unseen
-        # The engine would drop half of a full context, the system message included: the answer ends there instead.
-        self.limit = min(config.max_tokens, self.context - len(ids))
+        self.limit = room_for_answer(config.max_tokens, ids, self.context)
         request = Request(ids, dataclasses.replace(config, max_tokens=self.limit))
         return self._generate(request, before, question, earlier)
 

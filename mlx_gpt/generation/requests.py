@@ -37,6 +37,14 @@ class Request:
     ends: bool = True
 
 
+def room_for_answer(max_tokens: int, prompt: Sequence[int], context: int) -> int:
+    """Return how many tokens the answer to a conversation may have, at least one.
+
+    Beyond the end of the context, the engine drops the older half of it, and the question with that.
+    """
+    return max(1, min(max_tokens, context - len(prompt)))
+
+
 class Continuation:
     """One text of a request, and everything except the network that its next token depends on.
 

@@ -16,7 +16,7 @@ from mlx_gpt.device import device
 from mlx_gpt.errors import UserError
 from mlx_gpt.generation.cache import bytes_per_token
 from mlx_gpt.generation.engine import Engine
-from mlx_gpt.generation.requests import Request
+from mlx_gpt.generation.requests import Request, room_for_answer
 from mlx_gpt.generation.stop_strings import Piece
 from mlx_gpt.seeds import fresh_seed
 from mlx_gpt.tokenizer import Tokenizer
@@ -71,8 +71,8 @@ def stream(
     """
     stats = stats if stats is not None else Stats()
     ids, context = check_prompt(model, tokenizer, prompt), models.context_length(model)
-    if not isinstance(prompt, str):  # a longer one would push the question out of the context
-        config = dataclasses.replace(config, max_tokens=max(1, min(config.max_tokens, context - len(ids))))
+    if not isinstance(prompt, str):
+        config = dataclasses.replace(config, max_tokens=room_for_answer(config.max_tokens, ids, context))
     mx.reset_peak_memory()
     started = time.perf_counter()
     capacity = min(len(ids) + config.max_tokens, context)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_gpt.errors import UserError
-from mlx_gpt.generation.requests import Request
+from mlx_gpt.generation.requests import Request, room_for_answer
 from mlx_gpt.serving.bodies import ChatRequest, CompletionRequest
 from mlx_gpt.serving.errors import APIError
 from mlx_gpt.serving.models import ServedModel
@@ -89,9 +89,7 @@ def parse_chat(body: ChatRequest, model: ServedModel, max_texts: int, max_tokens
     tokens = body.max_completion_tokens or body.max_tokens
     if tokens:
         _check_max_tokens(tokens, max_tokens)
-    # Beyond the end of the context, the engine would drop its older half, and the system message with that.
-    tokens = min(tokens or max_tokens, max(1, model.context - len(ids)))
-    config = body.generation_config(tokens, max_texts)
+    config = body.generation_config(room_for_answer(tokens or max_tokens, ids, model.context), max_texts)
     alternatives = (body.top_logprobs or 0) if body.logprobs else None
     request = Request(ids, config, body.bias(model.tokenizer.vocab_size), alternatives)
     return ParsedRequest(model, [request], bool(body.stream), body.include_usage)
