@@ -19,9 +19,14 @@ def one_of(kind: str) -> str:
     return kind.removesuffix("s")
 
 
+def noun(count: int, kind: str) -> str:
+    """Return the word for this many rows of a kind, such as "document" for 1."""
+    return one_of(kind) if count == 1 else kind
+
+
 def counted(count: int, kind: str) -> str:
     """Return a number of rows of a kind in words, such as "1 document" or "1,000 documents"."""
-    return f"{count:,} {one_of(kind) if count == 1 else kind}"
+    return f"{count:,} {noun(count, kind)}"
 
 
 def misplaced(found: str, wanted: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mlx_gpt.data.kinds import one_of
+from mlx_gpt.data.kinds import noun
 from mlx_gpt.errors import printable
 
 
@@ -62,12 +62,12 @@ class Report:
         sizes = {"kept": kept, "train": self.train, "val": self.val}
         details = _aligned(list(sizes.values()))
         read = self.kind if self.kind == "documents" else "rows"
-        rows = [("read", self.rows, one_of(read) if self.rows == 1 else read, "")]
+        rows = [("read", self.rows, noun(self.rows, read), "")]
         for what, counts in (("dropped", self.dropped), ("cut off", self.dropped_parts)):
             for reason, count in sorted(counts.items()):
                 rows.append((what, count, reason, f"first in {self.first[reason]}" if reason in self.first else ""))
         for (what, size), detail in zip(sizes.items(), details, strict=True):
-            rows.append((what, size.rows, one_of(self.kind) if size.rows == 1 else self.kind, detail))
+            rows.append((what, size.rows, noun(size.rows, self.kind), detail))
         number = max(len(f"{row[1]:,}") for row in rows)
         word = max(len(row[2]) for row in rows)
         lines = [f"{a:8} {b:>{number},} {c:{word}}  {d}".rstrip() for a, b, c, d in rows]
